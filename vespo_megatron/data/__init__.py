@@ -1,0 +1,1 @@
+"""Prompts, samples, batches, packing, and the one owner of every slice (`SequenceLayout`)."""

@@ -1,0 +1,87 @@
+"""`Sample`: one generated response with its provenance, validated where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vespo_megatron.errors import UserError
+
+FINISH_REASONS = ("stop", "length", "abort")
+
+
+def smallest_int_dtype(num_values: int) -> np.dtype:
+    """The smallest unsigned integer type that holds `0 .. num_values - 1` (uint8 for 128 experts)."""
+    return np.min_scalar_type(max(num_values - 1, 0))
+
+
+@dataclass
+class Sample:
+    """One response to one prompt, as the behaviour policy μ produced it.
+
+    Shapes: P prompt tokens, R response tokens, L MoE layers, K experts per token.
+    """
+
+    sample_id: str
+    prompt_id: str
+    """Responses with the same `prompt_id` form one advantage group."""
+    prompt_ids: np.ndarray
+    """int64 [P]"""
+    response_ids: np.ndarray
+    """int64 [R], the stop token included when there is one."""
+    log_probs: np.ndarray
+    """float32 [R], log μ of each response token under the weights that sampled it."""
+    weight_versions: np.ndarray
+    """int64 [R], the weight version that sampled each token."""
+    finish_reason: str
+    routes: np.ndarray | None = None
+    """Smallest unsigned integer [P + R - 1, L, K]: the experts the engine chose; the last token has none."""
+    routes_version: int | None = None
+    """The weight version `routes` was computed under (one for the whole array)."""
+    loss_mask: np.ndarray | None = None
+    """bool [R]; None means every response token is trained on."""
+    reward: float = float("nan")
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int64)
+        self.response_ids = np.asarray(self.response_ids, dtype=np.int64)
+        self.log_probs = np.asarray(self.log_probs, dtype=np.float32)
+        self.weight_versions = np.asarray(self.weight_versions, dtype=np.int64)
+        num_response = len(self.response_ids)
+        if self.loss_mask is None:
+            self.loss_mask = np.ones(num_response, dtype=bool)
+        self._check(len(self.prompt_ids) > 0, "has an empty prompt", "at least one prompt token")
+        self._check(
+            self.finish_reason in FINISH_REASONS,
+            f"has finish reason {self.finish_reason!r}",
+            f"one of {FINISH_REASONS}",
+        )
+        for name in ("log_probs", "weight_versions", "loss_mask"):
+            length = len(getattr(self, name))
+            self._check(length == num_response, f"has {length} {name}", f"{num_response}, one per response token")
+        self._check(
+            bool(np.isfinite(self.log_probs).all()), "has a log-prob that is not finite", "finite behaviour log-probs"
+        )
+        if self.routes is not None:
+            rows = self.num_tokens - 1
+            self._check(
+                self.routes.ndim == 3 and self.routes.shape[0] == rows,
+                f"has routes of shape {tuple(self.routes.shape)}",
+                f"[{rows}, layers, topk]: one row per token but the last",
+            )
+
+    def _check(self, ok: bool, what: str, expected: str) -> None:
+        if not ok:
+            raise UserError(what, where=f"sample {self.sample_id}", expected=expected)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int64 [P + R]"""
+        return np.concatenate([self.prompt_ids, self.response_ids])

@@ -1,0 +1,31 @@
+"""The one error style of the project: what is wrong, where, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake or fault a person can act on; the command line prints it and exits with status 2.
+
+    Args:
+        what: the fact, with the offending value.
+        where: the thing it was seen in (file, recipe key, sample id, rank, layer, server).
+        expected: what would have been right.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        lines = [f"{where}: {what}" if where else what]
+        if expected:
+            lines.append(f"  expected: {expected}")
+        if fix:
+            lines.append(f"  to do: {fix}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))
+
+
+def _rebuild(cls: type[UserError], what: str, where: str, expected: str, fix: str) -> UserError:
+    """Unpickle across processes (keyword-only arguments need a hand)."""
+    return cls(what, where=where, expected=expected, fix=fix)

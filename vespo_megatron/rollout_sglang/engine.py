@@ -1,0 +1,92 @@
+"""The rollout engine protocol: what the trainer needs of whatever generates its samples.
+
+Two implementations: `sglang_engine.SGLangEngine` (HTTP to real servers, the default) and
+`in_process.InProcessEngine` (the same process, for fast tests and sweeps). One conformance test holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `top_p=1, top_k=-1` is the full distribution, the only one μ is exact for everywhere."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One response wanted for one prompt."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    group_id: str = ""
+    """Requests of one group share a prompt; an engine may keep them together for its prefix cache."""
+    seed: int | None = None
+    """In-process engine: makes the response a function of (weights, prompt, seed)."""
+
+
+@dataclass
+class GenerationResult:
+    """What came back. Shapes as in `data.sample.Sample`."""
+
+    request_id: str
+    output_ids: np.ndarray
+    """int64 [R], stop token included."""
+    log_probs: np.ndarray
+    """float32 [R], temperature-scaled, over the full vocabulary."""
+    weight_versions: np.ndarray
+    """int64 [R]"""
+    finish_reason: str
+    """'stop', 'length' or 'abort'."""
+    routes: np.ndarray | None = None
+    """smallest unsigned int [P + R - 1, layers, topk], or None."""
+    routes_version: int | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutEngine(Protocol):
+    """Lives on global rank 0. Generation is asynchronous; weight updates block the caller."""
+
+    description: str
+    """For people: name, version, device; for instance 'SGLang 0.5.23 at 127.0.0.1:31000 (cpu)'."""
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_result: Callable[[GenerationResult], None] | None = None,
+    ) -> list[GenerationResult]:
+        """Results in the order of `requests`; `on_result` is called as each one arrives (progress bars, rewards).
+
+        Raises `UserError` for a token id outside the vocabulary or a prompt beyond the context, before sending.
+        """
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        """Take a complete set of HF-named tensors, one at a time (the stream is consumed once, never collected).
+
+        Returns the checksum both sides agree on; raises `UserError` when they do not.
+        """
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def health(self) -> bool: ...
+
+    def close(self) -> None:
+        """Release connections and process groups; idempotent."""
