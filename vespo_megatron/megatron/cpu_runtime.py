@@ -1,0 +1,210 @@
+"""Makes megatron-core run without CUDA: the only file that knows what a machine lacks.
+
+megatron-core 0.16.1 asks for CUDA by name in a few dozen places. Each stand-in below names the upstream lines it
+answers. Nothing is touched where CUDA is present. Two kinds of stand-in are needed:
+
+* functions of `torch.cuda` that would raise: replaced in `torch.cuda` itself, since nothing else could use them;
+* `device="cuda"` and `pin_memory=True` written out in calls: the modules that do so get a proxy for their global
+  `torch` that changes those two keywords. A `TorchFunctionMode` would do it too, at a cost in every operation of
+  the model; the proxies cost nothing outside those modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_MODULES_THAT_NAME_CUDA = (
+    "optimizer.clip_grads",  # 90, 103, 115, 174, 207: norms and overflow buffers
+    "optimizer.grad_scaler",  # 15, 88-94
+    "optimizer.optimizer",  # 473-485, 907
+    "pipeline_parallel.schedules",  # 596, 983, 2138: total_num_tokens
+    "transformer.moe.moe_utils",  # 998: aux-loss tracker
+    "models.common.embeddings.rope_utils",  # 63: pin_memory=True, .cuda()
+    "distributed.param_and_grad_buffer",  # 768
+    "tensor_parallel.data",  # 37
+    "dist_checkpointing.strategies.state_dict_saver",  # 204
+)
+_CREATION_FUNCTIONS = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+_installed = False
+
+
+def install() -> None:
+    """Install every stand-in once; does nothing where CUDA is present. Call it before importing megatron-core."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _stand_in_for_cuda_functions()
+    _disable_jit_fuser()
+    for name in _MODULES_THAT_NAME_CUDA:
+        module = importlib.import_module(f"megatron.core.{name}")
+        module.torch = _TorchOnCPU(torch)  # type: ignore[attr-defined]
+    _stand_in_for_rng_state()
+    _stand_in_for_host_copies()
+    _accept_cpu_tensor_types()
+
+
+class _NoStream:
+    """A CUDA stream or event where everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _NoStream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+def _stand_in_for_cuda_functions() -> None:
+    """`torch.cuda.current_device()` as a `device=` (mappings.py:91 and 170 more), streams, events, nvtx."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    stream = _NoStream()
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    cuda.set_device = nothing
+    cuda.synchronize = nothing
+    cuda.empty_cache = nothing
+    cuda.Stream = cuda.Event = _NoStream  # type: ignore[misc,assignment]
+    cuda.current_stream = cuda.default_stream = lambda *args: stream  # type: ignore[assignment]
+    cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    torch.Tensor.record_stream = nothing  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+
+
+def _disable_jit_fuser() -> None:
+    """jit.py:`enable_jit_fuser` makes every fused helper a `torch.compile`, which on CPU starts a C++ compiler."""
+    importlib.import_module("megatron.core.jit").disable_jit_fuser()
+
+
+class _TorchOnCPU(types.ModuleType):
+    """`torch`, with `device="cuda"` read as the CPU and `pin_memory` dropped in the creation functions."""
+
+    def __init__(self, real: types.ModuleType) -> None:
+        super().__init__("torch")
+        self.__dict__["_real"] = real
+        for name in _CREATION_FUNCTIONS:
+            self.__dict__[name] = _on_cpu(getattr(real, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(create)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return create(*args, **kwargs)
+
+    return wrapper
+
+
+def _stand_in_for_rng_state() -> None:
+    """tensor_parallel/random.py:41-106: the model-parallel RNG tracker keeps CUDA states; let it keep CPU states."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        # Upstream's fork warns when the CPU state changes inside a GPU context; here it is the state that changes.
+        if name not in self.states_:
+            raise Exception(f"cuda rng state {name} is not added")
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    random.CudaRNGStatesTracker.fork = fork
+
+
+def _stand_in_for_host_copies() -> None:
+    """moe_utils.py:1076 `maybe_move_tensor_to_cpu` leaves a CPU tensor a tensor; all_to_all splits must be numbers."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _accept_cpu_tensor_types() -> None:
+    """Optimizer code compares `param.type()` with 'torch.cuda.FloatTensor' (optimizer.py:671, distrib_optimizer.py:361
+    and 582, clip_grads.py:167). While those functions run, a CPU tensor's type is spelled the way they expect."""
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+
+    mixed_precision = optimizer.Float16OptimizerWithFloat16Params
+    mixed_precision.__init__ = _with_cuda_type_names(mixed_precision.__init__)
+    for name in ("_build_model_and_main_param_groups", "_copy_main_params_to_model_params", "__init__"):
+        setattr(distributed, name, _with_cuda_type_names(distributed.__dict__[name]))
+    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def _with_cuda_type_names(function: Any) -> Any:
+    if isinstance(function, (classmethod, staticmethod)):
+        return type(function)(_with_cuda_type_names(function.__func__))
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    real = torch._C.TensorBase.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = real(self, *args, **kwargs)
+        if isinstance(answer, str) and not answer.startswith("torch.cuda."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    nested = "type" in torch.Tensor.__dict__
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if not nested:
+            del torch.Tensor.type

@@ -1,0 +1,183 @@
+"""The policy: Qwen3-MoE as a megatron-core `GPTModel` whose output is token log-probs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.recipe.schema import MegatronConfig
+
+# isort: split  (parallel installs the CPU runtime before megatron-core is imported)
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
+
+from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
+from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # moe_utils.py:34 imports it with Transformer Engine and moe_utils.py:1192 reads it without.
+    moe_utils.te_general_gemm = None
+
+
+class PolicyModel(GPTModel):
+    """A `GPTModel` that ends in log-probs of wanted tokens instead of logits.
+
+    `forward(..., labels=LogProbRequest)` returns float32 [2, R] (log-probs, entropies) on the last pipeline stage,
+    hidden states [T, 1, H] on the others.
+    """
+
+    def __init__(self, *args, real_vocab_size: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+        if self.post_process:
+            # Called as a module, so that DDP's hooks on the output layer (parameter gathering) keep their place.
+            self.output_layer.forward = self._log_probs
+
+    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, labels, weight)
+
+    def _log_probs(self, hidden: torch.Tensor, wanted: LogProbRequest, weight: torch.Tensor | None) -> torch.Tensor:
+        weight = self.output_layer.weight if weight is None else weight
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        first_id = group.rank() * weight.shape[0]
+        real_rows = min(max(self.real_vocab_size - first_id, 0), weight.shape[0])
+        return vocab_parallel_log_probs(
+            hidden.flatten(0, 1).index_select(0, wanted.rows),
+            weight[:real_rows],
+            wanted.targets,
+            first_id=first_id,
+            group=group,
+            temperature=wanted.temperature,
+            chunk_tokens=wanted.chunk_tokens,
+        )
+
+
+def transformer_config(
+    shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype, router_replay: bool = False
+) -> TransformerConfig:
+    """megatron-core's configuration of this model in this layout.
+
+    NVIDIA's settings for RL throughout: router in fp32 (or fp64), no load balancing, no auxiliary loss, no bias update.
+    """
+    granularity = megatron.recompute_granularity or ("full" if megatron.activation_checkpointing else None)
+    return TransformerConfig(
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.intermediate_size,
+        moe_ffn_hidden_size=shape.moe_intermediate_size,
+        num_moe_experts=shape.num_experts,
+        moe_router_topk=shape.num_experts_per_tok,
+        moe_layer_freq=[int(is_moe) for is_moe in shape.is_moe_layer],
+        moe_router_pre_softmax=not shape.norm_topk_prob,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_bias_update_rate=0.0,
+        moe_router_dtype=megatron.moe_router_dtype,
+        moe_token_dispatcher_type=megatron.moe_token_dispatcher_type,
+        moe_permute_fusion=megatron.moe_permute_fusion,
+        moe_enable_routing_replay=router_replay,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        apply_rope_fusion=megatron.apply_rope_fusion,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=megatron.virtual_pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+        sequence_parallel=megatron.sequence_parallel,
+        variable_seq_lengths=True,
+        batch_p2p_comm=False,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if granularity == "full" else None,
+        recompute_num_layers=1 if granularity == "full" else None,
+        distribute_saved_activations=False,
+    )
+
+
+def build_model(
+    shape: Qwen3MoeShape,
+    megatron: MegatronConfig,
+    place: Place,
+    *,
+    dtype: torch.dtype,
+    router_replay: bool = False,
+    with_gradients: bool = True,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or VPP many), uninitialised, wrapped in megatron-core's DDP.
+
+    The weights are garbage until `hf_weights.load` has filled every one of them.
+    """
+    config = transformer_config(shape, megatron, dtype=dtype, router_replay=router_replay)
+    layer_spec = choose_layer_spec(megatron.layer_spec, place.device.type)
+    padded_vocab = -(-shape.vocab_size // place.tensor_size) * place.tensor_size
+    chunks: list[torch.nn.Module] = []
+    virtual = megatron.virtual_pipeline_model_parallel_size
+    for stage in range(virtual or 1):
+        model = PolicyModel(
+            config,
+            block_spec(config, layer_spec, stage if virtual else None),
+            vocab_size=padded_vocab,
+            real_vocab_size=shape.vocab_size,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=place.pipeline_rank == 0 and stage == 0,
+            post_process=place.is_last_stage and stage == (virtual or 1) - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            vp_stage=stage if virtual else None,
+        )
+        model.to(place.device)
+        for parameter in model.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunks.append(Float16Module(config, model) if dtype is torch.bfloat16 else model)
+    if not with_gradients:
+        return chunks
+    ddp = megatron.distributed_data_parallel_config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=ddp.grad_reduce_in_fp32,
+        overlap_grad_reduce=ddp.overlap_grad_reduce,
+        overlap_param_gather=ddp.overlap_param_gather,
+        use_distributed_optimizer=megatron.optimizer.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = config.no_sync_func[0] if len(wrapped) == 1 else config.no_sync_func
+    return list(wrapped)

@@ -1,0 +1,60 @@
+"""The MoE layer of the native spec: megatron-core's own, made right for tensor parallelism without sequence parallelism.
+
+megatron-core refuses to train MoE with TP > 1 and no sequence parallelism (moe_layer.py:398): every tensor parallel
+rank would dispatch the same tokens, and experts would count them TP times. Here the tokens are sharded for the length
+of the MoE layer, each TP rank dispatching its share, and gathered again after it.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class TokenShardedRouter(TopKRouter):
+    """A router that sees one shard of the tokens; its weight's gradient is summed over tensor parallel ranks."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
+        dtype = _ROUTER_DTYPES.get(self.config.moe_router_dtype, input.dtype)
+        return router_gating_linear(input, weight, self.bias, dtype)
+
+
+class NativeMoELayer(MoELayer):
+    """`MoELayer` for any combination of tensor and sequence parallelism. Input and output as upstream's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        self.shards_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+        if self.shards_tokens:
+            config = copy(config)
+            config.sequence_parallel = True
+            submodules = MoESubmodules(
+                experts=submodules.experts, shared_experts=submodules.shared_experts, router=TokenShardedRouter
+            )
+        super().__init__(config, submodules=submodules, layer_number=layer_number, pg_collection=pg_collection)
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object):
+        if not self.shards_tokens:
+            return super().forward(hidden_states, *args, **kwargs)
+        shard = scatter_to_sequence_parallel_region(hidden_states, group=self.tp_group)
+        output, bias = super().forward(shard, *args, **kwargs)
+        return gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group), bias

@@ -1,0 +1,116 @@
+"""Parallel set-up: the process group, megatron-core's parallel state, seeds; and this process's place in it all."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.megatron import cpu_runtime
+from vespo_megatron.recipe.schema import MegatronConfig
+
+cpu_runtime.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the CPU runtime)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process in the parallel layout: its rank and the size of every dimension, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_pipeline_size: int
+    context_rank: int
+    context_size: int
+    data_rank: int
+    data_size: int
+    expert_rank: int
+    expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this pipeline rank holds the output layer (in its last model chunk)."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """One process per (data, context) shard of the last stage speaks for its tensor parallel group."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def pick_device(wanted: str) -> torch.device:
+    """'auto', 'cuda' or 'cpu' → this process's device."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_method: str | None = None) -> Place:
+    """Join the process group (unless there is one), lay out megatron-core's parallel state and seed it.
+
+    Reads RANK and WORLD_SIZE (and MASTER_ADDR, MASTER_PORT without `init_method`), as torchrun sets them.
+    """
+    timeout = datetime.timedelta(seconds=config.distributed_timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.distributed_timeout / 60)),
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return place(device)
+
+
+def place(device: torch.device) -> Place:
+    """Read this process's place back from megatron-core's parallel state."""
+    state = parallel_state
+    return Place(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        tensor_size=state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=state.get_pipeline_model_parallel_rank(),
+        pipeline_size=state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_size=state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        context_rank=state.get_context_parallel_rank(),
+        context_size=state.get_context_parallel_world_size(),
+        data_rank=state.get_data_parallel_rank(),
+        data_size=state.get_data_parallel_world_size(),
+        expert_rank=state.get_expert_model_parallel_rank(),
+        expert_size=state.get_expert_model_parallel_world_size(),
+        expert_tensor_rank=state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=state.get_expert_tensor_parallel_world_size(),
+    )
+
+
+def finalize() -> None:
+    """Leave the parallel state and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
