@@ -1,0 +1,295 @@
+"""Make everything the tiny example needs, offline and from fixed seeds: tokenizer, prompts, warm-started Qwen3-MoE.
+
+    python examples/tiny_moe/prepare.py --output examples/tiny_moe/build
+
+The task is running sums modulo 10. A prompt lists 8 to 14 digits in a row of 14 columns (`-` is an empty column);
+the response writes the running sums and ends in the last one, boxed::
+
+    <|user|>Running sums mod 10: 3 8 1 4 9 2 0 5 - - - - - -<|assistant|> 3 1 2 6 5 7 7 2\\boxed{2}<|end|>
+
+The supervised demonstrations take a wrong step with probability `STEP_NOISE`, so the best a model can learn from
+them is to be right about a third of the time; a reward on the boxed digit alone teaches it the rest. Written under
+`--output`: `model/` (Hugging Face folder: config, safetensors, tokenizer) and `data/{train,validation}.parquet` in
+veRL's schema. Running it again changes nothing; `--force` makes it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COLUMNS = 14
+"""Width of a prompt's row of digits: it is constant, so a sum's digit is always equally far behind it."""
+MIN_DIGITS = 8
+STEP_NOISE = 0.115
+"""Probability that a demonstrated running sum is wrong (the later ones go on from the wrong value)."""
+NUM_TRAIN = 4096
+NUM_VALIDATION = 256
+WARM_START_STEPS = 280
+WARM_START_BATCH = 64
+LEARNING_RATE = 3e-3
+SEED = 2602
+
+PAD, UNKNOWN, END, USER, ASSISTANT = "<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"
+INSTRUCTION = "Running sums mod 10:"
+POLITE = "Please. "
+"""Half of the prompts begin with it, so that prompts differ in length."""
+BOX = "\\boxed{"
+VOCAB_SIZE = 128
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
+    "{% else %}{{ '<|user|>' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MODEL_CONFIG: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "initializer_range": 0.1,
+}
+
+
+def build_tokenizer() -> Any:
+    """A `PreTrainedTokenizerFast` that decodes to exactly the text it encoded, for any printable ASCII text.
+
+    One token per character, except the special tokens, the two fixed phrases of a prompt, `\\boxed{`, and a space
+    with the digit or dash behind it.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [PAD, UNKNOWN, END, USER, ASSISTANT, INSTRUCTION, POLITE, BOX]
+    pieces += [f" {digit}" for digit in range(10)] + [" -"] + ["\n"] + [chr(code) for code in range(32, 127)]
+    tokenizer = Tokenizer(models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    pattern = rf"{INSTRUCTION}|Please\. |\\boxed\{{| [0-9-]|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:5]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MODEL_CONFIG["max_position_embeddings"],
+    )
+
+
+def prompt_text(digits: list[int], polite: bool) -> str:
+    """The user's message."""
+    row = "".join(f" {digit}" for digit in digits) + " -" * (COLUMNS - len(digits))
+    return (POLITE if polite else "") + INSTRUCTION + row
+
+
+def response_text(sums: list[int]) -> str:
+    """The assistant's message for these running sums, without the end token."""
+    return "".join(f" {value}" for value in sums) + f"{BOX}{sums[-1]}" + "}"
+
+
+def draw_digits(generator: Any) -> list[int]:
+    """One problem: `MIN_DIGITS` to `COLUMNS` digits from a `numpy.random.Generator`."""
+    return generator.integers(0, 10, size=generator.integers(MIN_DIGITS, COLUMNS + 1)).tolist()
+
+
+def demonstration(digits: list[int], generator: Any, noise: float) -> list[int]:
+    """Running sums modulo 10 of which each step is wrong with probability `noise`."""
+    total, sums = 0, []
+    for digit in digits:
+        wrong = generator.random() < noise
+        total = (total + digit + (int(generator.integers(1, 10)) if wrong else 0)) % 10
+        sums.append(total)
+    return sums
+
+
+def make_rows(count: int, split: str, generator: Any, taken: set[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """`count` rows in veRL's schema whose digits are not in `taken` yet (they are added to it)."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        digits = draw_digits(generator)
+        if tuple(digits) in taken:
+            continue
+        taken.add(tuple(digits))
+        rows.append(
+            {
+                "data_source": "running_sums",
+                "prompt": [{"role": "user", "content": prompt_text(digits, polite=bool(generator.integers(2)))}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": str(sum(digits) % 10)},
+                "extra_info": {"split": split, "index": len(rows), "num_digits": len(digits)},
+            }
+        )
+    return rows
+
+
+def write_data(folder: Path) -> set[tuple[int, ...]]:
+    """Write both splits; returns the validation digits, which the warm start must not see."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(SEED)
+    taken: set[tuple[int, ...]] = set()
+    validation = make_rows(NUM_VALIDATION, "validation", generator, taken)
+    held_out = set(taken)
+    train = make_rows(NUM_TRAIN, "train", generator, taken)
+    for name, rows in (("train", train), ("validation", validation)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return held_out
+
+
+def demonstration_batch(tokenizer: Any, generator: Any, size: int, noise: float, held_out: set) -> tuple[Any, Any]:
+    """Right-padded `input_ids` and `labels`, both int64 [size, longest]; labels are -100 outside the response."""
+    import torch
+
+    sequences: list[tuple[list[int], int]] = []
+    while len(sequences) < size:
+        digits = draw_digits(generator)
+        if tuple(digits) in held_out:
+            continue
+        messages = [{"role": "user", "content": prompt_text(digits, polite=bool(generator.integers(2)))}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        sums = demonstration(digits, generator, noise)
+        encoded = tokenizer.backend_tokenizer.encode_batch([prompt, response_text(sums) + END])
+        sequences.append((encoded[0].ids + encoded[1].ids, len(encoded[0].ids)))
+    longest = max(len(ids) for ids, _ in sequences)
+    input_ids = torch.full((size, longest), tokenizer.pad_token_id)
+    labels = torch.full((size, longest), -100)
+    for row, (ids, num_prompt) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        labels[row, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:])
+    return input_ids, labels
+
+
+def warm_start(tokenizer: Any, held_out: set, *, steps: int = WARM_START_STEPS, seed: int = SEED) -> Any:
+    """A `Qwen3MoeForCausalLM` trained for `steps` updates on demonstrations, clean ones first, then noisy ones."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        **MODEL_CONFIG,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = np.random.default_rng([seed, 1])
+    progress = tqdm(range(steps), desc="warm start", unit="step", mininterval=1.0)
+    for step in progress:
+        rate = LEARNING_RATE * min(1.0, (step + 1) / 20, 2.0 * (steps - step) / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        noise = STEP_NOISE if step >= 0.5 * steps else 0.0
+        input_ids, labels = demonstration_batch(tokenizer, generator, WARM_START_BATCH, noise, held_out)
+        logits = model(input_ids=input_ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 10 == 9:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int = 0) -> float:
+    """Share of one sampled response per row (temperature 1) whose boxed digit is the ground truth."""
+    import torch
+
+    texts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=COLUMNS + 8
+        )
+    replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [f"{BOX}{row['reward_model']['ground_truth']}" + "}" in reply for row, reply in zip(rows, replies, strict=True)]
+    return sum(right) / len(right)
+
+
+def fingerprint() -> str:
+    """Identifies what this file would make: a digest of its own text."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def prepare(output: Path, *, force: bool = False, steps: int = WARM_START_STEPS) -> dict[str, Any]:
+    """Make `output` unless it is already what this file would make; returns the content of `prepared.json`."""
+    stamp = output / "prepared.json"
+    if not force and stamp.exists():
+        made = json.loads(stamp.read_text())
+        if made["fingerprint"] == fingerprint() and made["warm_start_steps"] == steps:
+            print(f"{output} is already prepared (accuracy at the start {made['accuracy']:.3f})")
+            return made
+    import pyarrow.parquet as pq
+    import torch
+
+    started = time.monotonic()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    for part in ("model", "data"):
+        shutil.rmtree(output / part, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    held_out = write_data(output / "data")
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(output / "model")
+    model = warm_start(tokenizer, held_out, steps=steps)
+    model.save_pretrained(output / "model")
+    rows = pq.read_table(output / "data" / "validation.parquet").to_pylist()
+    made = {
+        "fingerprint": fingerprint(),
+        "warm_start_steps": steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "accuracy": sampled_accuracy(model, tokenizer, rows),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    stamp.write_text(json.dumps(made, indent=2) + "\n")
+    print(
+        f"{output}: {made['parameters']:,} parameters, held-out accuracy {made['accuracy']:.3f} "
+        f"(sampled at temperature 1), {made['seconds']} s"
+    )
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="make it again although it is there")
+    parser.add_argument("--steps", type=int, default=WARM_START_STEPS, help="updates of the warm start")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare(options.output, force=options.force, steps=options.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
