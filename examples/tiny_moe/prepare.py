@@ -238,6 +238,14 @@ def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], see
     return sum(right) / len(right)
 
 
+def use_published_names(path: Path) -> None:
+    """Name `config.json`'s keys as the published Qwen3-MoE checkpoints do, where transformers 5 writes newer names."""
+    config = json.loads(path.read_text())
+    config["num_experts"] = config.pop("num_local_experts", None) or config["num_experts"]
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def fingerprint() -> str:
     """Identifies what this file would make: a digest of its own text."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -264,6 +272,7 @@ def prepare(output: Path, *, force: bool = False, steps: int = WARM_START_STEPS)
     tokenizer.save_pretrained(output / "model")
     model = warm_start(tokenizer, held_out, steps=steps)
     model.save_pretrained(output / "model")
+    use_published_names(output / "model" / "config.json")
     rows = pq.read_table(output / "data" / "validation.parquet").to_pylist()
     made = {
         "fingerprint": fingerprint(),
