@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ _MODULES_THAT_NAME_CUDA = (
     "models.common.embeddings.rope_utils",  # 63: pin_memory=True, .cuda()
     "distributed.param_and_grad_buffer",  # 768
     "tensor_parallel.data",  # 37
+    "utils",  # 1207: local_multi_tensor_l2_norm
     "dist_checkpointing.strategies.state_dict_saver",  # 204
 )
 _CREATION_FUNCTIONS = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
@@ -41,8 +43,8 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    _import_without_compiling()
     _stand_in_for_cuda_functions()
-    _disable_jit_fuser()
     for name in _MODULES_THAT_NAME_CUDA:
         module = importlib.import_module(f"megatron.core.{name}")
         module.torch = _TorchOnCPU(torch)  # type: ignore[attr-defined]
@@ -79,31 +81,44 @@ class _NoStream:
         return True
 
 
+def _import_without_compiling() -> None:
+    """jit.py:`enable_jit_fuser` makes every fused helper a `torch.compile` as megatron-core is imported, which on CPU
+    loads dynamo and later starts a C++ compiler. Let the decorator do nothing during that import."""
+    compile_function = torch.compile
+    torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # six warnings that Apex and Transformer Engine are not installed
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+            for name in (*_MODULES_THAT_NAME_CUDA, "models.gpt.gpt_layer_specs", "optimizer.distrib_optimizer", "distributed"):
+                importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compile_function
+
+
 def _stand_in_for_cuda_functions() -> None:
     """`torch.cuda.current_device()` as a `device=` (mappings.py:91 and 170 more), streams, events, nvtx."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
+    def nothing() -> Callable[..., None]:
+        # One function object each: dynamo refuses to see the same one under two names.
+        return lambda *args, **kwargs: None
 
     stream = _NoStream()
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
-    cuda.set_device = nothing
-    cuda.synchronize = nothing
-    cuda.empty_cache = nothing
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, nothing())
+    for name in ("range_push", "range_pop"):
+        setattr(cuda.nvtx, name, nothing())
     cuda.Stream = cuda.Event = _NoStream  # type: ignore[misc,assignment]
-    cuda.current_stream = cuda.default_stream = lambda *args: stream  # type: ignore[assignment]
+    cuda.current_stream = lambda *args: stream  # type: ignore[assignment]
+    cuda.default_stream = lambda *args: stream  # type: ignore[assignment]
     cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
     cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
     cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
-    torch.Tensor.record_stream = nothing  # type: ignore[assignment]
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    torch.Tensor.record_stream = nothing()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
-
-
-def _disable_jit_fuser() -> None:
-    """jit.py:`enable_jit_fuser` makes every fused helper a `torch.compile`, which on CPU starts a C++ compiler."""
-    importlib.import_module("megatron.core.jit").disable_jit_fuser()
 
 
 class _TorchOnCPU(types.ModuleType):

@@ -63,7 +63,8 @@ def read_shape(model_folder: str | Path) -> Qwen3MoeShape:
         path, config.get("hidden_act", "silu") != "silu", f"has hidden_act {config.get('hidden_act')!r}", "'silu'"
     )
     try:
-        num_layers, num_experts = config["num_hidden_layers"], config["num_experts"]
+        num_layers = config["num_hidden_layers"]
+        num_experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5
         step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
         return Qwen3MoeShape(
             num_hidden_layers=num_layers,

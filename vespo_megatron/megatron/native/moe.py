@@ -12,14 +12,19 @@ from copy import copy
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -39,18 +44,25 @@ class NativeMoELayer(MoELayer):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MoESubmodules,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         self.shards_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+        router = TopKRouter
         if self.shards_tokens:
             config = copy(config)
             config.sequence_parallel = True
-            submodules = MoESubmodules(
-                experts=submodules.experts, shared_experts=submodules.shared_experts, router=TokenShardedRouter
-            )
-        super().__init__(config, submodules=submodules, layer_number=layer_number, pg_collection=pg_collection)
+            router = TokenShardedRouter
+        experts = ModuleSpec(
+            module=SequentialMLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+        super().__init__(
+            config,
+            submodules=MoESubmodules(experts=experts, router=router),
+            layer_number=layer_number,
+            pg_collection=pg_collection,
+        )
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object):
         if not self.shards_tokens:

@@ -45,8 +45,6 @@ def choose_layer_spec(wanted: str, device_type: str) -> str:
 def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     """One decoder layer of plain PyTorch parts."""
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if is_moe else None,
-        moe_grouped_gemm=False,
         qk_layernorm=config.qk_layernorm,
         normalization="RMSNorm",
     )
@@ -57,7 +55,7 @@ def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     if attention.q_layernorm is not IdentityOp:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if is_moe:
-        layer.mlp.module = NativeMoELayer
+        layer.mlp = NativeMoELayer
     return spec
 
 

@@ -1,0 +1,40 @@
+"""`Batch`: samples with their advantages, the unit that is planned, scattered to ranks and cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vespo_megatron.data.sample import Sample
+
+
+@dataclass
+class Batch:
+    """B samples and what the loss needs beside them."""
+
+    samples: list[Sample]
+    advantages: np.ndarray
+    """float32 [B]"""
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.advantages):
+            raise ValueError(f"{len(self.samples)} samples but {len(self.advantages)} advantages")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def select(self, indices: Sequence[int]) -> Batch:
+        """The samples at `indices`, in that order."""
+        return Batch([self.samples[index] for index in indices], self.advantages[np.asarray(indices, dtype=int)])
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens that are trained on."""
+        return int(sum(sample.loss_mask.sum() for sample in self.samples))
+
+    @property
+    def num_loss_sequences(self) -> int:
+        """Samples with at least one such token."""
+        return int(sum(bool(sample.loss_mask.any()) for sample in self.samples))

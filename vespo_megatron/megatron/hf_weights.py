@@ -1,0 +1,275 @@
+"""HF weights both ways, streamed: safetensors → this rank's shards, and live shards of every layout → HF tensors.
+
+Loading: each rank reads the slices it needs from disk. Exporting: all ranks agree once on which rank holds which
+shard of which parameter; then, bucket by bucket, the holders send their shards to global rank 0, which joins them
+and yields HF-named tensors. No more than two buckets exist beside the model, whatever the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
+from vespo_megatron.megatron.parallel import Place
+
+_INDEX = "model.safetensors.index.json"
+NamedTensor = tuple[str, torch.Tensor]
+
+
+# ---- reading a folder --------------------------------------------------------------------------------------------
+
+
+class SafetensorsFolder:
+    """The tensors of a HF folder, one file or many, read lazily.
+
+    Raises:
+        UserError: no weights, a truncated or damaged file, a missing, extra or misshapen tensor.
+    """
+
+    def __init__(self, folder: str | Path, shape: Qwen3MoeShape) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        self._files: dict[str, object] = {}
+        self._file_of: dict[str, str] = {}
+        for name in self._file_names():
+            path = self.folder / name
+            try:
+                file = self._files[name] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise UserError("is named by the index but missing", where=str(path), fix="copy it again") from None
+            except SafetensorError as error:
+                raise UserError(
+                    f"is damaged or truncated ({error})", where=str(path), expected="a whole safetensors file",
+                    fix="copy it again",
+                ) from None  # fmt: skip
+            self._file_of |= dict.fromkeys(file.keys(), name)
+        self._check(shape)
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / _INDEX
+        if index.exists():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        raise UserError("holds no weights", where=str(self.folder), expected=f"model.safetensors or {_INDEX}")
+
+    def _check(self, shape: Qwen3MoeShape) -> None:
+        expected = expected_tensors(shape)
+        found = set(self._file_of)
+        if shape.tie_word_embeddings:
+            found.discard("lm_head.weight")  # some writers keep the tied copy
+        if missing := [name for name in expected if name not in found]:
+            raise UserError(
+                f"lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                where=str(self.folder), expected="every tensor that config.json implies",
+            )  # fmt: skip
+        if extra := sorted(found - set(expected)):
+            raise UserError(
+                f"has {extra[0]}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "") + ", which has no place",
+                where=str(self.folder), expected="only the tensors that config.json implies",
+            )  # fmt: skip
+        for name, wanted in expected.items():
+            actual = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+            if actual != wanted:
+                raise UserError(
+                    f"{name} has shape {list(actual)}", where=str(self.folder), expected=f"{list(wanted)}, from config.json"
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[self._file_of[name]].get_tensor(name)
+
+
+# ---- live parameters ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank: which shard, of which HF tensors."""
+
+    rule: Rule
+    parameter: torch.nn.Parameter
+    shard: int
+    num_shards: int
+
+    @property
+    def key(self) -> str:
+        """Global identity, the same on every rank that holds a shard of it."""
+        return "+".join(self.rule.names)
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The `PolicyModel` inside DDP and Float16Module."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, place: Place) -> list[LocalParameter]:
+    """Every parameter of this rank's chunks with its rule; layers are known by their own number, not their order."""
+    first_expert = place.expert_rank * (shape.num_experts // place.expert_size)
+    result = []
+    for chunk in map(unwrap, chunks):
+        layer_of = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            layer = layer_of[int(name.split(".")[2])] if name.startswith("decoder.layers.") else None
+            rule = rule_for(name, shape, layer=layer, first_expert=first_expert)
+            rank, size = (
+                (place.expert_tensor_rank, place.expert_tensor_size)
+                if rule.is_expert
+                else (place.tensor_rank, place.tensor_size)
+            )
+            result.append(LocalParameter(rule, parameter, rank if rule.is_sharded else 0, size if rule.is_sharded else 1))
+    return result
+
+
+@torch.no_grad()
+def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: Qwen3MoeShape, place: Place) -> None:
+    """Fill every parameter of this rank from a HF folder, one tensor at a time."""
+    files = SafetensorsFolder(folder, shape)
+    for local in local_parameters(chunks, shape, place):
+        tensors = [files[name] for name in local.rule.names]
+        local.parameter.copy_(local.rule.shard(tensors, local.shard, local.num_shards))
+
+
+# ---- exporting ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One parameter of the whole model: its rule, the shape of a shard, and the rank that sends each shard."""
+
+    rule: Rule
+    shard_shape: torch.Size
+    senders: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.shard_shape.numel()
+
+
+class WeightExporter:
+    """Streams the live weights as HF-named tensors to global rank 0. Build and use it on every rank alike."""
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, place: Place, *, bucket_bytes: int = 256 << 20
+    ) -> None:
+        self.place, self.bucket_bytes = place, bucket_bytes
+        self._position = {name: position for position, name in enumerate(expected_tensors(shape))}
+        self._local = {local.key: local for local in local_parameters(chunks, shape, place)}
+
+    @cached_property
+    def _buckets(self) -> list[list[tuple[str, _Entry]]]:
+        """Parameters in checkpoint order, cut where the senders change or the bucket is full; agreed on by all ranks."""
+        mine = [(key, local.shard, local.rule, local.parameter.shape) for key, local in self._local.items()]
+        everyone: list = [None] * self.place.world_size
+        dist.all_gather_object(everyone, mine)
+        senders: dict[str, dict[int, int]] = {}
+        known: dict[str, tuple[Rule, torch.Size]] = {}
+        for rank, held in enumerate(everyone):
+            for key, shard, rule, shard_shape in held:
+                senders.setdefault(key, {}).setdefault(shard, rank)  # the lowest rank that holds it
+                known[key] = (rule, shard_shape)
+        buckets: list[list[tuple[str, _Entry]]] = []
+        filled = 0
+        for key in sorted(known, key=lambda key: self._position[known[key][0].names[0]]):
+            entry = _Entry(*known[key], tuple(senders[key][shard] for shard in range(len(senders[key]))))
+            num_bytes = 4 * entry.numel * len(entry.senders)
+            if buckets and buckets[-1][-1][1].senders == entry.senders and filled + num_bytes <= self.bucket_bytes:
+                buckets[-1].append((key, entry))
+                filled += num_bytes
+            else:
+                buckets.append([(key, entry)])
+                filled = num_bytes
+        return buckets
+
+    @torch.no_grad()
+    def stream(self, read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None) -> Iterator[NamedTensor]:
+        """Yields (HF name, tensor) in checkpoint order on rank 0 and nothing elsewhere; exhaust it on every rank.
+
+        `read` says what is exported of a parameter: the weight (default), or for instance its gradient.
+        """
+        read = read or torch.nn.Parameter.detach
+        for bucket in self._buckets:
+            senders = bucket[0][1].senders
+            mine = None
+            if self.place.rank in senders:
+                mine = torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])
+            if self.place.rank == 0:
+                yield from self._join(bucket, [self._receive(bucket, rank, mine, read) for rank in senders])
+            elif mine is not None:
+                dist.send(mine, dst=0)
+
+    def _receive(self, bucket, rank: int, mine: torch.Tensor | None, read) -> torch.Tensor:
+        if rank == 0:
+            return mine
+        dtype = read(next(iter(self._local.values())).parameter).dtype
+        buffer = torch.empty(sum(entry.numel for _, entry in bucket), dtype=dtype, device=self.place.device)
+        dist.recv(buffer, src=rank)
+        return buffer
+
+    @staticmethod
+    def _join(bucket: list[tuple[str, _Entry]], shards: list[torch.Tensor]) -> Iterator[NamedTensor]:
+        offset = 0
+        for _, entry in bucket:
+            pieces = [shard[offset : offset + entry.numel].view(entry.shard_shape) for shard in shards]
+            yield from zip(entry.rule.names, entry.rule.merge(pieces), strict=True)
+            offset += entry.numel
+
+
+def save(
+    exporter: WeightExporter, folder: str | Path, *, copy_from: str | Path | None = None, shard_bytes: int = 4 << 30
+) -> None:
+    """Write the live weights as a HF folder (a collective; rank 0 writes), atomically.
+
+    Args:
+        folder: must not exist.
+        copy_from: the folder whose configuration and tokenizer files belong beside the weights.
+        shard_bytes: size at which the next safetensors file begins.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    partial = target.with_name(target.name + ".partial")
+    if exporter.place.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in Path(copy_from).iterdir() if copy_from else ():
+            if file.is_file() and not file.name.startswith("model") and file.suffix != ".safetensors":
+                shutil.copy(file, partial / file.name)
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+    total = filled = 0
+
+    def flush() -> None:
+        nonlocal filled
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(pending, partial / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+        filled = 0
+
+    for name, tensor in exporter.stream():
+        pending[name] = tensor.cpu().contiguous().clone()
+        filled += tensor.nbytes
+        total += tensor.nbytes
+        if filled >= shard_bytes:
+            flush()
+    if exporter.place.rank == 0:
+        if pending:
+            flush()
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / _INDEX).write_text(json.dumps(index, indent=1))
+        os.replace(partial, target)
+    dist.barrier()

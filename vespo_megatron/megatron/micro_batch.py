@@ -1,0 +1,74 @@
+"""A micro-batch as one rank sees it: every tensor the forward and the loss need, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.layout import SequenceLayout
+from vespo_megatron.megatron.logprobs import LogProbRequest
+from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
+from vespo_megatron.megatron.parallel import Place
+
+
+@dataclass
+class MicroBatch:
+    """Shapes: B sequences, T tokens and R response-token predictions on this context parallel rank."""
+
+    batch: Batch
+    layout: SequenceLayout
+    input_ids: torch.Tensor
+    """int64 [1, T]"""
+    position_ids: torch.Tensor
+    """int64 [1, T]"""
+    packed_seq_params: NativePackedSeqParams
+    request: LogProbRequest
+    cu_seqlens: torch.Tensor
+    """int64 [B + 1], offsets of each sequence's predictions in R."""
+    behavior_log_probs: torch.Tensor
+    """float32 [R], log μ."""
+    mask: torch.Tensor
+    """bool [R]"""
+    advantages: torch.Tensor
+    """float32 [B]"""
+    old_log_probs: torch.Tensor | None = None
+    """float32 [R], log π_old by the training engine, once a log-prob pass has run."""
+    reference_log_probs: torch.Tensor | None = None
+    """float32 [R], log π_ref."""
+
+
+def prepare(batch: Batch, place: Place, *, temperature: float, chunk_tokens: int, padding_id: int = 0) -> MicroBatch:
+    """Slice a batch for this rank and move it to its device."""
+    layout = SequenceLayout.of_samples(
+        batch.samples,
+        context_parallel_size=place.context_size,
+        context_parallel_rank=place.context_rank,
+        tensor_parallel_size=place.tensor_size,
+        tensor_parallel_rank=place.tensor_rank,
+        padding_id=padding_id,
+    )
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(place.device, non_blocking=True)
+
+    token_ids = [sample.token_ids for sample in batch.samples]
+    return MicroBatch(
+        batch=batch,
+        layout=layout,
+        input_ids=to_device(layout.token_ids(token_ids))[None],
+        position_ids=to_device(layout.position_ids)[None],
+        packed_seq_params=packed_seq_params(layout, place.device),
+        request=LogProbRequest(
+            rows=to_device(layout.prediction_rows),
+            targets=to_device(layout.targets(token_ids)),
+            temperature=temperature,
+            chunk_tokens=chunk_tokens,
+        ),
+        cu_seqlens=to_device(layout.response_cu_seqlens),
+        behavior_log_probs=to_device(layout.response_values([sample.log_probs for sample in batch.samples])),
+        mask=to_device(layout.response_values([sample.loss_mask for sample in batch.samples])),
+        advantages=to_device(batch.advantages.astype(np.float32)),
+    )

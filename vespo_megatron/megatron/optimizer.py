@@ -1,0 +1,52 @@
+"""megatron-core's optimizer and learning-rate schedule from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vespo_megatron.recipe.schema import MegatronConfig
+
+# isort: split
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+def build_optimizer(
+    megatron: MegatronConfig, chunks: Sequence[torch.nn.Module], *, dtype: torch.dtype, total_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over this rank's chunks, and a schedule counted in updates."""
+    settings, schedule = megatron.optimizer, megatron.scheduler
+    config = OptimizerConfig(
+        optimizer=settings.optimizer,
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        optimizer_cpu_offload=settings.optimizer_cpu_offload,
+        optimizer_offload_fraction=settings.optimizer_offload_fraction,
+        overlap_param_gather=megatron.distributed_data_parallel_config.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=schedule.lr_warmup_iters,
+        lr_decay_steps=max(schedule.lr_decay_iters or total_updates, schedule.lr_warmup_iters + 1),
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,127 @@
+"""`MegatronPolicy`: what the trainer does to the policy, whatever the parallel layout: log-probs, an update, weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
+from vespo_megatron.megatron.micro_batch import MicroBatch
+from vespo_megatron.megatron.model import build_model
+from vespo_megatron.megatron.optimizer import build_optimizer
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.recipe.schema import PolicyConfig
+
+# isort: split
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
+"""(log-probs [R], entropies [R], micro-batch) → (this rank's share of the global loss, anything to report)."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer update."""
+
+    grad_norm: float
+    """Before clipping, over the whole model."""
+    learning_rate: float
+    succeeded: bool
+    reports: list[Any]
+    """What the loss function reported, per micro-batch; empty but on the last pipeline stage."""
+
+
+class MegatronPolicy:
+    """The policy on this rank. Every method is a collective: call it on every rank, in the same order."""
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        place: Place,
+        *,
+        total_updates: int = 1,
+        router_replay: bool = False,
+        model_folder: str | Path | None = None,
+    ) -> None:
+        self.place = place
+        self.config = config
+        self.model_folder = Path(model_folder or config.model_name)
+        self.shape: Qwen3MoeShape = read_shape(self.model_folder)
+        self.dtype = DTYPES[config.precision]
+        self.chunks = build_model(
+            self.shape, config.megatron_cfg, place, dtype=self.dtype, router_replay=router_replay
+        )
+        hf_weights.load(self.chunks, self.model_folder, self.shape, place)
+        self.optimizer, self.scheduler = build_optimizer(
+            config.megatron_cfg, self.chunks, dtype=self.dtype, total_updates=total_updates
+        )
+        get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
+        self.exporter = hf_weights.WeightExporter(
+            self.chunks, self.shape, place, bucket_bytes=config.generation.sglang_cfg.weight_bucket_bytes
+        )
+
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Float32 [2, R] (log-probs, entropies) of each micro-batch; empty but on the last pipeline stage."""
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                return self._run(micro_batches, lambda output, micro_batch, **_: output, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def compute_gradients(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> list[Any]:
+        """Accumulate the gradient of Σ over all ranks and micro-batches of `loss`; returns its reports."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # megatron-core multiplies a two-tuple loss by CP and divides it by the number of micro-batches
+        # (schedules.py:279); DDP averages gradients over DP·CP. What is left of that is undone here.
+        scale = len(micro_batches) * self.place.data_size
+
+        def loss_function(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
+            value, report = loss(output[0], output[1], micro_batch)
+            return value * scale, report
+
+        return self._run(micro_batches, loss_function, forward_only=False)
+
+    def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> UpdateResult:
+        """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share)."""
+        reports = self.compute_gradients(micro_batches, loss)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        succeeded, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
+
+    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, *, forward_only: bool) -> list[Any]:
+        def forward_step(data_iterator, model):
+            micro_batch = next(data_iterator)
+            output = model(
+                input_ids=micro_batch.input_ids,
+                position_ids=micro_batch.position_ids,
+                attention_mask=None,
+                labels=micro_batch.request,
+                packed_seq_params=micro_batch.packed_seq_params,
+            )
+            return output, lambda tensor, **kwargs: loss_function(tensor, micro_batch, **kwargs)
+
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].layout.num_local_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
