@@ -1,0 +1,40 @@
+"""Every off-policy objective of the field as one family: one φ each, one loss −Σ φ·A·log π.
+
+A library of its own: needs torch alone, knows tensors and a process group. Start at `policy_loss`.
+"""
+
+from vespo_megatron.losses import kernels as kernels  # registers the objectives
+from vespo_megatron.losses.advantages import Advantages, compute_advantages, resolve_estimator
+from vespo_megatron.losses.aggregation import AGGREGATIONS, Normalizer
+from vespo_megatron.losses.config import PolicyLossConfig
+from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.metrics import MetricSums
+from vespo_megatron.losses.policy_loss import (
+    LossInputs,
+    LossOutput,
+    compute_policy_loss,
+    policy_loss,
+)
+from vespo_megatron.losses.registry import Objective, Ratios, get_objective, objective, objective_names
+from vespo_megatron.losses.vcpo import learning_rate_scale
+
+__all__ = [
+    "AGGREGATIONS",
+    "Advantages",
+    "CorrectionConfig",
+    "LossInputs",
+    "LossOutput",
+    "MetricSums",
+    "Normalizer",
+    "Objective",
+    "PolicyLossConfig",
+    "Ratios",
+    "compute_advantages",
+    "compute_policy_loss",
+    "get_objective",
+    "learning_rate_scale",
+    "objective",
+    "objective_names",
+    "policy_loss",
+    "resolve_estimator",
+]

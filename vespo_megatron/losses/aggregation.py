@@ -1,0 +1,78 @@
+"""From per-token terms to one number, with a denominator fixed before the batch is split.
+
+loss = (Σ over every rank and micro-batch of scale_t·ℓ_t), where scale depends on global counts only. A mini-batch
+therefore has the same gradient however it is cut into micro-batches, data parallel or context parallel shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses.registry import unknown
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "token-sum-norm")
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Global counts of one mini-batch (optimizer update), over all ranks and micro-batches.
+
+    Compute it once per update where all lengths are known (`Normalizer.from_lengths` on the controller).
+    """
+
+    num_tokens: float | Tensor
+    """Unmasked response tokens."""
+    num_sequences: float | Tensor
+    """Sequences with at least one unmasked token."""
+    length: float | None = None
+    """The constant of token-sum-norm (Dr.GRPO), in tokens."""
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], length: float | None = None) -> Normalizer:
+        """From the number of unmasked response tokens of every sequence of the mini-batch."""
+        lengths = [int(value) for value in lengths]
+        return cls(float(sum(lengths)), float(sum(value > 0 for value in lengths)), length)
+
+
+def check_aggregation(mode: str) -> None:
+    """Raise UserError for an unknown mode, naming the nearest."""
+    if mode not in AGGREGATIONS:
+        raise unknown("aggregation", mode, AGGREGATIONS, where="loss_fn.aggregation")
+
+
+def sequence_scale(mode: str, normalizer: Normalizer, lengths: Tensor) -> Tensor:
+    """The factor of every token of a sequence: [num_sequences].
+
+    Args:
+        mode: token-mean: 1/global tokens. seq-mean-token-sum: 1/global non-empty sequences. seq-mean-token-mean:
+            1/(T_i · global non-empty sequences). token-sum-norm: 1/(global non-empty sequences · constant length).
+        normalizer: global counts.
+        lengths: [num_sequences], T_i over every context parallel rank.
+
+    Raises:
+        UserError: unknown mode, or token-sum-norm without its constant.
+    """
+
+    def at_least_one(count: float | Tensor) -> float | Tensor:
+        return count.to(lengths.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+    ones = torch.ones_like(lengths)
+    if mode == "token-mean":
+        return ones / at_least_one(normalizer.num_tokens)
+    if mode == "seq-mean-token-sum":
+        return ones / at_least_one(normalizer.num_sequences)
+    if mode == "seq-mean-token-mean":
+        return ones / (lengths.clamp(min=1) * at_least_one(normalizer.num_sequences))
+    check_aggregation(mode)
+    if not normalizer.length or normalizer.length <= 0:
+        raise UserError(
+            f"is {normalizer.length}",
+            where="loss_fn.aggregation_length",
+            expected="the constant length of token-sum-norm, in tokens",
+        )
+    return ones / (at_least_one(normalizer.num_sequences) * normalizer.length)

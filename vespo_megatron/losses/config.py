@@ -1,0 +1,106 @@
+"""`PolicyLossConfig`: one objective and what is around it; combinations that mean nothing are refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses.aggregation import check_aggregation
+from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.registry import Objective, get_objective, unknown
+
+BEHAVIORS = ("rollout", "recompute")
+KL_TYPES = ("k1", "k2", "k3")
+METRIC_LEVELS = ("full", "none")
+BAD_SAMPLE = ("error", "drop")
+COMMON_HYPERPARAMETERS = ("opsm_delta",)
+"""Hyperparameters that compose with every objective."""
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """One objective and what is around it; checked when made.
+
+    Raises:
+        UserError: an unknown name (the nearest is given), or a combination that means nothing (the reason is given).
+    """
+
+    name: str = "vespo"
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    aggregation: str = "token-mean"
+    aggregation_length: float | None = None
+    """The constant of token-sum-norm; a `Normalizer` that has one takes precedence."""
+    behavior: str = "rollout"
+    """rollout: ratio π_θ/μ. recompute: ratio π_θ/π_old, `LossInputs.old_log_probs` given, corrections apply."""
+    correction: CorrectionConfig | None = None
+    kl_coefficient: float = 0.0
+    kl_type: str = "k3"
+    entropy_coefficient: float = 0.0
+    on_bad_sample: str = "error"
+    """Either way a sequence with a number that is not finite gets coefficient 0 and is counted in
+    `loss/bad_samples`; `LossOutput.raise_if_bad` raises under error."""
+    metrics: str = "full"
+
+    def __post_init__(self) -> None:
+        objective = self.objective
+        objective.check(name for name in self.hyperparameters if name not in COMMON_HYPERPARAMETERS)
+        check_aggregation(self.aggregation)
+        for value, known, key in (
+            (self.behavior, BEHAVIORS, "behavior"),
+            (self.kl_type, KL_TYPES, "reference_policy_kl_type"),
+            (self.on_bad_sample, BAD_SAMPLE, "on_bad_sample"),
+            (self.metrics, METRIC_LEVELS, "metrics"),
+        ):
+            if value not in known:
+                raise unknown(key, value, known, where=f"loss_fn.{key}")
+        if objective.anchor == "old" and self.behavior == "rollout":
+            raise UserError(
+                f"{self.name} compares π_θ with π_old and π_old with μ; with behavior: rollout there is no "
+                "π_old and it would be plain clipping",
+                where="loss_fn.behavior",
+                expected="recompute",
+                fix="set loss_fn.behavior=recompute, or loss_fn.name=grpo",
+            )
+        if self.correction is not None:
+            self._check_correction(objective)
+
+    def _check_correction(self, objective: Objective) -> None:
+        where = "loss_fn.correction"
+        if self.behavior == "rollout":
+            raise UserError(
+                "the ratio is already π_θ/μ; a correction π_old/μ would count the mismatch twice",
+                where=where,
+                expected="no correction with behavior: rollout",
+                fix="remove it, or set loss_fn.behavior=recompute",
+            )
+        if objective.corrections:
+            raise UserError(f"{objective.name}: {objective.corrections}", where=where, expected="no correction")
+        if objective.correction_apply == "before_clip" and self.correction.apply == "after_clip":
+            raise UserError(
+                f"in {objective.name} a correction enters W once, before φ; after φ it would act a second time",
+                where=f"{where}.apply",
+                expected="before_clip, or nothing",
+            )
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective's row of the registry."""
+        return get_objective(self.name)
+
+    @classmethod
+    def from_recipe(cls, loss_fn: Any) -> PolicyLossConfig:
+        """From the recipe's `loss_fn` (any object with its keys as attributes)."""
+        return cls(
+            name=loss_fn.name,
+            hyperparameters=dict(loss_fn.hyperparameters),
+            aggregation=loss_fn.aggregation,
+            aggregation_length=loss_fn.aggregation_length,
+            behavior=loss_fn.behavior,
+            correction=CorrectionConfig.from_mapping(dict(loss_fn.correction)),
+            kl_coefficient=loss_fn.reference_policy_kl_penalty,
+            kl_type=loss_fn.reference_policy_kl_type,
+            entropy_coefficient=loss_fn.entropy_coefficient,
+            on_bad_sample=loss_fn.on_bad_sample,
+        )

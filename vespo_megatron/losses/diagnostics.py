@@ -1,0 +1,266 @@
+"""What W, φ and the mismatch between trainer and engine look like, as `MetricSums`.
+
+Per-sequence metrics (`vespo/*` but φ of token objectives, `mismatch/log_ppl_*`, `mismatch/chi2_seq`, `mismatch/ess*`)
+come from sums that every context parallel rank holds, and only the first rank reports them. Per-token metrics
+(`mismatch/k*`, …) are each rank's own. See `docs/losses.md` for the table with normalisations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vespo_megatron.losses.metrics import MetricSums
+from vespo_megatron.losses.sequence import PackedSequences
+
+EXTREME_TOKEN = 2.0
+"""τ of the extreme-token fraction F(τ)."""
+LARGE_W = 100.0
+"""Negatives with W above this are counted apart, as the reference does."""
+LOG_W_EDGES = tuple(-20 + 40 * i / 80 for i in range(81))
+PHI_EDGES = tuple(3 * i / 60 for i in range(61))
+CHUNK_TOKENS = 1 << 18
+"""Per-token metrics go through this many tokens at a time: their temporaries stay small."""
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """What per-sequence metrics are made of; every tensor [num_sequences], complete over context parallelism."""
+
+    log_w: Tensor
+    """Σ log π_θ/μ, unclamped."""
+    length: Tensor
+    """T"""
+    advantage: Tensor
+    phi: Tensor | None
+    """φ of a sequence objective."""
+    mismatch: Tensor
+    """Σ d, d = log π_train − log μ; π_train is π_old where it is known, else π_θ."""
+    keep: Tensor
+    """bool: not dropped for numbers that are not finite, and not empty."""
+
+
+def sequence_metrics(view: SequenceView) -> MetricSums:
+    """Per-sequence metrics of one micro-batch, before any reduction."""
+    metrics = MetricSums()
+    f64 = torch.float64
+    keep = view.keep
+    count = keep.sum().to(f64)
+
+    def mean(name: str, values: Tensor, where: Tensor = keep) -> None:
+        metrics.add(name, torch.where(where, values, 0.0).sum(dtype=f64), where.sum())
+
+    def extremes(name: str, values: Tensor, where: Tensor = keep) -> None:
+        values = values.to(f64)
+        if values.numel():
+            metrics.maxima[f"{name}_max"] = torch.where(where, values, -torch.inf).max()
+            metrics.minima[f"{name}_min"] = torch.where(where, values, torch.inf).min()
+
+    log_w = torch.where(keep, view.log_w, 0.0).to(f64)
+    w = log_w.clamp(-20, 20).exp()
+    length = view.length.clamp(min=1)
+    mean("vespo/approx_kl", -view.log_w / length)
+    for name, values in (("w", w), ("log_w", log_w)):
+        mean(f"vespo/{name}_mean", values)
+        extremes(f"vespo/{name}", values)
+    mean("_w_square", w**2)
+    # Unclamped weights overflow long before their ratio does: both sums stay logarithms.
+    nothing = log_w.new_full((1,), -torch.inf)
+    for factor, name in ((1.0, "_log_sum_w"), (2.0, "_log_sum_w_square")):
+        terms = torch.where(keep, factor * log_w, -torch.inf)
+        metrics.log_sums[name] = torch.logsumexp(torch.cat([terms, nothing]), 0)
+    metrics.add("_sequences", count, 1.0)
+    positive = view.advantage >= 0
+    groups = (("positive", keep & positive), ("negative", keep & ~positive))
+    for sign, where in groups:
+        mean(f"vespo/w_mean_{sign}", w, where)
+        metrics.add(f"vespo/count_{sign}", where.sum(), 0.0)
+    large = keep & ~positive & (log_w > math.log(LARGE_W))
+    metrics.add("vespo/negative_large_w_count", large.sum(), 0.0)
+    metrics.maxima["vespo/negative_large_w_max"] = torch.cat([torch.where(large, w, -torch.inf), nothing]).max()
+    metrics.histograms["vespo/log_w"] = (LOG_W_EDGES, histogram(log_w, keep, LOG_W_EDGES))
+    if view.phi is not None:
+        phi = view.phi.to(f64)
+        mean("vespo/phi_mean", phi)
+        mean("_phi_square", phi**2)
+        mean("_phi_w", phi * w)
+        extremes("vespo/phi", phi)
+        for sign, where in groups:
+            mean(f"vespo/phi_mean_{sign}", phi, where)
+        mean("vespo/negative_large_w_phi_mean", phi, large)
+        metrics.histograms["vespo/phi"] = (PHI_EDGES, histogram(phi, keep, PHI_EDGES))
+    gap = torch.where(keep, view.mismatch, 0.0).to(f64)
+    difference = -gap / length
+    mean("mismatch/log_ppl_diff", difference)
+    mean("mismatch/log_ppl_abs_diff", difference.abs())
+    extremes("mismatch/log_ppl_diff", difference)
+    mean("mismatch/chi2_seq", torch.exp(2 * gap.clamp(-20, 20)) - 1)
+    return metrics
+
+
+def token_metrics(
+    sequences: PackedSequences,
+    train_log_probs: Tensor,
+    behavior_log_probs: Tensor,
+    valid: Tensor | None,
+    phi: Tensor | None,
+    coefficient: Tensor | None,
+) -> MetricSums:
+    """Per-token metrics of this rank's tokens.
+
+    Args:
+        train_log_probs: [tokens], log π_old where it is known, else log π_θ.
+        behavior_log_probs: [tokens], log μ.
+        valid: bool [tokens]; None: all.
+        phi: [tokens], φ of a token objective; None for a sequence objective.
+        coefficient: [tokens], φ with corrections and masks; None where it is not per token.
+    """
+    total = MetricSums()
+    for start in range(0, max(len(train_log_probs), 1), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        pieces = [None if t is None else t[part] for t in (valid, phi, coefficient)]
+        total = total + _token_chunk(train_log_probs[part], behavior_log_probs[part], *pieces)
+    return total
+
+
+def _token_chunk(
+    train: Tensor, behavior: Tensor, valid: Tensor | None, phi: Tensor | None, coefficient: Tensor | None
+) -> MetricSums:
+    metrics = MetricSums()
+    f64 = torch.float64
+    if valid is None:
+        count = torch.tensor(float(len(train)), dtype=f64)
+    else:
+        count = valid.sum()
+        train, behavior = (torch.where(valid, t, 0.0) for t in (train, behavior))
+
+    def mean(name: str, total: Tensor) -> None:
+        metrics.add(name, total, count)
+
+    def top(name: str, values: Tensor) -> None:
+        largest = values.max().to(f64) if values.numel() else torch.tensor(-torch.inf, dtype=f64, device=values.device)
+        metrics.maxima[name] = largest
+
+    # Where a token is masked d = 0, so every term below is 0 there.
+    d = (train - behavior).clamp_(-20, 20)
+    sum_d, sum_square = d.sum(dtype=f64), torch.dot(d, d)
+    mean("mismatch/k1", -sum_d)
+    mean("mismatch/k2", sum_square / 2)
+    growth = torch.expm1(d)
+    sum_growth = growth.sum(dtype=f64)
+    mean("mismatch/k3", sum_growth - sum_d)
+    # e^2d − 1 = (e^d − 1)² + 2(e^d − 1)
+    mean("mismatch/chi2_token", torch.dot(growth, growth).to(f64) + 2 * sum_growth)
+    d.abs_()
+    mean("mismatch/extreme_token_fraction", (d > math.log(EXTREME_TOKEN)).sum())
+    d.exp_()
+    masked = 0.0 if valid is None else (~valid).sum()
+    mean("mismatch/token_mult_prob_error", d.sum(dtype=f64) - masked)
+    del d, growth
+    p, q = train.exp(), behavior.exp()
+    if valid is not None:
+        p, q = p * valid, q * valid
+    for name, total in (
+        ("_p", p.sum(dtype=f64)),
+        ("_q", q.sum(dtype=f64)),
+        ("_pp", torch.dot(p, p)),
+        ("_qq", torch.dot(q, q)),
+        ("_pq", torch.dot(p, q)),
+    ):
+        mean(name, total)
+    p.sub_(q).abs_()
+    mean("mismatch/prob_diff_mean", p.sum(dtype=f64))
+    mean("_prob_diff_square", torch.dot(p, p))
+    top("mismatch/prob_diff_max", p)
+    if phi is not None:
+        kept = phi if valid is None else torch.where(valid, phi, 0.0)
+        mean("vespo/phi_mean", kept.sum(dtype=f64))
+        mean("_phi_square", torch.dot(kept, kept))
+        top("vespo/phi_max", kept)
+        lowest = phi if valid is None else torch.where(valid, phi, torch.inf)
+        top("_negative_phi_min", -lowest)
+        keep = torch.ones_like(phi, dtype=torch.bool) if valid is None else valid
+        metrics.histograms["vespo/phi"] = (PHI_EDGES, histogram(phi, keep, PHI_EDGES))
+    if coefficient is not None:
+        zero = coefficient == 0 if valid is None else (coefficient == 0) & valid
+        mean("loss/zero_coefficient_fraction", zero.sum())
+    return metrics
+
+
+def histogram(values: Tensor, where: Tensor, edges: tuple[float, ...]) -> Tensor:
+    """Counts of equal bins between the first and the last edge, values beyond put in the end bins: float64 [bins]."""
+    bins = len(edges) - 1
+    index = ((values.detach() - edges[0]) * (bins / (edges[-1] - edges[0]))).nan_to_num(0.0, bins - 1.0, 0.0)
+    index = index.clamp(0, bins - 1).to(torch.int64)
+    counts = torch.zeros(bins, dtype=torch.float64, device=values.device)
+    return counts.scatter_add_(0, index, where.to(torch.float64))
+
+
+def finalize(metrics: MetricSums) -> dict[str, float]:
+    """Global sums to public metrics; names that start with an underscore are parts and do not appear."""
+    pairs, others = metrics.to_floats()
+    out: dict[str, float] = {}
+    for name, (total, count) in pairs.items():
+        if name.startswith("vespo/count_") or name in COUNTS:
+            out[name] = total
+        elif count > 0 and not name.startswith("_"):
+            out[name] = total / count
+    out.update({n: v for n, v in others.items() if not n.startswith("_") and math.isfinite(v)})
+    if math.isfinite(others.get("_negative_phi_min", math.inf)):
+        out["vespo/phi_min"] = -others["_negative_phi_min"]
+
+    def mean(name: str) -> float:
+        total, count = pairs.get(name, (0.0, 0.0))
+        return total / count if count else math.nan
+
+    if "vespo/w_mean" in out:
+        out["vespo/w_std"] = math.sqrt(max(mean("_w_square") - out["vespo/w_mean"] ** 2, 0.0))
+        count = pairs["_sequences"][0]
+        if count and math.isfinite(others["_log_sum_w"]):
+            out["vespo/ess"] = math.exp(2 * others["_log_sum_w"] - others["_log_sum_w_square"]) / count
+        if mean("_w_square") > 0:
+            out["vespo/ess_clamped"] = out["vespo/w_mean"] ** 2 / mean("_w_square")
+    if "_phi_square" in pairs and mean("_phi_square") > 0:
+        out["vespo/phi_ess"] = out["vespo/phi_mean"] ** 2 / mean("_phi_square")
+    if "_phi_w" in pairs and out.get("vespo/phi_mean", 0.0) > 0:
+        out["vespo/implied_c"] = mean("_phi_w") / out["vespo/phi_mean"]
+    if "_p" in pairs and pairs["_p"][1]:
+        out["mismatch/prob_diff_std"] = math.sqrt(
+            max(mean("_prob_diff_square") - out["mismatch/prob_diff_mean"] ** 2, 0.0)
+        )
+        variance_p = mean("_pp") - mean("_p") ** 2
+        variance_q = mean("_qq") - mean("_q") ** 2
+        if variance_p > 0 and variance_q > 0:
+            out["mismatch/prob_correlation"] = (mean("_pq") - mean("_p") * mean("_q")) / math.sqrt(
+                variance_p * variance_q
+            )
+    return out
+
+
+COUNTS = frozenset({"vespo/negative_large_w_count", "loss/bad_samples", "loss/policy", "loss/kl", "loss/entropy"})
+"""Sums that are reported as they are; the loss terms are shares of one mini-batch, already over its denominator."""
+
+
+def log_histograms(writer: object, metrics: MetricSums, step: int) -> None:
+    """Write the histograms (log W and φ) to a TensorBoard `SummaryWriter`, from counts alone."""
+    for name, (edges, counts) in metrics.histograms.items():
+        counts_list = counts.tolist()
+        number = sum(counts_list)
+        if not number:
+            continue
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=number,
+            sum=sum(c * m for c, m in zip(counts_list, middles, strict=True)),
+            sum_squares=sum(c * m * m for c, m in zip(counts_list, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=counts_list,
+            global_step=step,
+        )
