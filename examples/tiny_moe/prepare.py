@@ -234,8 +234,8 @@ def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], see
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=COLUMNS + 8
         )
     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = [f"{BOX}{row['reward_model']['ground_truth']}" + "}" in reply for row, reply in zip(rows, replies, strict=True)]
-    return sum(right) / len(right)
+    boxed = [BOX + row["reward_model"]["ground_truth"] + "}" for row in rows]
+    return sum(answer in reply for answer, reply in zip(boxed, replies, strict=True)) / len(rows)
 
 
 def use_published_names(path: Path) -> None:

@@ -17,7 +17,7 @@ from vespo_megatron.errors import UserError
 
 
 class KeyValueCache:
-    """Keys and values of every layer, `[layers, rows, kv_heads, capacity, head_dim]`; a token's slot is its position."""
+    """Every layer's keys and values `[layers, rows, kv_heads, capacity, head_dim]`; a token's slot is its position."""
 
     def __init__(self, config: Any, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
@@ -80,7 +80,9 @@ class CachedQwen3Moe:
         rows, width = ids.shape
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            query, key, value = (part.view(rows, width, -1, part.shape[-1]).transpose(1, 2) for part in (query, key, value))
+            query, key, value = (
+                part.view(rows, width, -1, part.shape[-1]).transpose(1, 2) for part in (query, key, value)
+            )
             cache.keys[layer, :, :, :width] = key
             cache.values[layer, :, :, :width] = value
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=self.scale)
