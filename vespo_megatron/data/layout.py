@@ -19,7 +19,7 @@ Invariants, which `tests/data/test_layout.py` asserts:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -54,8 +54,8 @@ class SequenceLayout:
     tensor_parallel_size: int = 1
     tensor_parallel_rank: int = 0
     padding_id: int = 0
-    multiple_of: int = field(default=1)
-    """Round T up to a multiple of this as well: fewer distinct shapes."""
+    pad_to: int = 0
+    """Make the packed buffer at least this long: pipeline stages exchange micro-batches of one size."""
 
     def __post_init__(self) -> None:
         if len(self.lengths) != len(self.prompt_lengths):
@@ -72,8 +72,8 @@ class SequenceLayout:
         cp = self.context_parallel_size
         padded = [padded_length(length, cp) for length in self.lengths]
         chunk = 1 if cp == 1 else 2
-        alignment = cp * chunk * np.lcm(self.tensor_parallel_size, self.multiple_of)
-        tail = -sum(padded) % int(alignment)
+        alignment = cp * chunk * self.tensor_parallel_size
+        tail = round_up(max(sum(padded), self.pad_to), alignment) - sum(padded)
         return np.array(padded + [tail] if tail else padded, dtype=np.int64)
 
     @cached_property
@@ -202,15 +202,10 @@ class SequenceLayout:
 
     def at(self, *, context_parallel_rank: int | None = None, tensor_parallel_rank: int | None = None) -> SequenceLayout:
         """The same micro-batch on another rank."""
-        return SequenceLayout(
-            lengths=self.lengths,
-            prompt_lengths=self.prompt_lengths,
-            context_parallel_size=self.context_parallel_size,
+        return replace(
+            self,
             context_parallel_rank=self.context_parallel_rank if context_parallel_rank is None else context_parallel_rank,
-            tensor_parallel_size=self.tensor_parallel_size,
             tensor_parallel_rank=self.tensor_parallel_rank if tensor_parallel_rank is None else tensor_parallel_rank,
-            padding_id=self.padding_id,
-            multiple_of=self.multiple_of,
         )
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,17 +41,35 @@ class MicroBatch:
     """float32 [R], log π_ref."""
 
 
-def prepare(batch: Batch, place: Place, *, temperature: float, chunk_tokens: int, padding_id: int = 0) -> MicroBatch:
-    """Slice a batch for this rank and move it to its device."""
-    layout = SequenceLayout.of_samples(
-        batch.samples,
-        context_parallel_size=place.context_size,
-        context_parallel_rank=place.context_rank,
-        tensor_parallel_size=place.tensor_size,
-        tensor_parallel_rank=place.tensor_rank,
-        padding_id=padding_id,
-    )
+def prepare(
+    batches: Sequence[Batch], place: Place, *, temperature: float, chunk_tokens: int, padding_id: int = 0
+) -> list[MicroBatch]:
+    """Slice the micro-batches of one pass for this rank and move them to its device.
 
+    With pipeline parallelism all are padded to the longest one: stages then exchange tensors of one known size.
+    (megatron-core's exchange of shapes mixes up its messages when previous and next stage are the same rank, as they
+    are with two stages and virtual pipelining: p2p_communication.py:183.)
+    """
+    layouts = [
+        SequenceLayout.of_samples(
+            batch.samples,
+            context_parallel_size=place.context_size,
+            context_parallel_rank=place.context_rank,
+            tensor_parallel_size=place.tensor_size,
+            tensor_parallel_rank=place.tensor_rank,
+            padding_id=padding_id,
+        )
+        for batch in batches
+    ]
+    if place.pipeline_size > 1:
+        longest = max(layout.num_global_tokens for layout in layouts)
+        layouts = [replace(layout, pad_to=longest) for layout in layouts]
+    return [
+        _slice(batch, layout, place, temperature, chunk_tokens) for batch, layout in zip(batches, layouts, strict=True)
+    ]
+
+
+def _slice(batch: Batch, layout: SequenceLayout, place: Place, temperature: float, chunk_tokens: int) -> MicroBatch:
     def to_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(place.device, non_blocking=True)
 

@@ -105,7 +105,6 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
@@ -116,7 +115,6 @@ def transformer_config(
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
-        variable_seq_lengths=True,
         batch_p2p_comm=False,
         recompute_granularity=granularity,
         recompute_method="uniform" if granularity == "full" else None,
@@ -136,7 +134,8 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or VPP many), uninitialised, wrapped in megatron-core's DDP.
 
-    The weights are garbage until `hf_weights.load` has filled every one of them.
+    The weights are random until `hf_weights.load` has filled every one of them. (megatron-core marks parameters as
+    tensor parallel only while it initialises them: layers.py:230, so initialisation is not skipped.)
     """
     config = transformer_config(shape, megatron, dtype=dtype, router_replay=router_replay)
     layer_spec = choose_layer_spec(megatron.layer_spec, place.device.type)

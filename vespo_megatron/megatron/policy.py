@@ -79,8 +79,13 @@ class MegatronPolicy:
             for chunk in self.chunks:
                 chunk.train()
 
-    def compute_gradients(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> list[Any]:
-        """Accumulate the gradient of Σ over all ranks and micro-batches of `loss`; returns its reports."""
+    def compute_gradients(
+        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, everywhere: bool = False
+    ) -> list[Any]:
+        """The gradient of Σ over all ranks and micro-batches of `loss`, in `main_grad`; returns the loss's reports.
+
+        With the distributed optimizer each data parallel rank ends with its shard of it, unless `everywhere`.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -92,7 +97,7 @@ class MegatronPolicy:
             value, report = loss(output[0], output[1], micro_batch)
             return value * scale, report
 
-        return self._run(micro_batches, loss_function, forward_only=False)
+        return self._run(micro_batches, loss_function, forward_only=False, force_all_reduce=everywhere)
 
     def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> UpdateResult:
         """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share)."""
@@ -102,7 +107,7 @@ class MegatronPolicy:
         self.scheduler.step(increment=1)
         return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, *, forward_only: bool) -> list[Any]:
+    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, **schedule: bool) -> list[Any]:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
             output = model(
@@ -120,8 +125,8 @@ class MegatronPolicy:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].layout.num_local_tokens,
+            seq_length=micro_batches[0].layout.num_global_tokens,
             micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
+            collect_non_loss_data=schedule["forward_only"],
+            **schedule,
         )

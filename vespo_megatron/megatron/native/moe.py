@@ -63,6 +63,10 @@ class NativeMoELayer(MoELayer):
             layer_number=layer_number,
             pg_collection=pg_collection,
         )
+        for parameter in self.experts.parameters():
+            # "Reduce over expert data parallel ranks": upstream says so for EP > 1 only (layers.py:863), and with
+            # TP > 1, EP = ETP = 1 never sums what the tensor parallel ranks' different tokens contribute.
+            parameter.allreduce = False
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object):
         if not self.shards_tokens:
