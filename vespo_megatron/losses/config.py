@@ -1,4 +1,4 @@
-"""`PolicyLossConfig`: one objective and what is around it; combinations that mean nothing are refused with the reason."""
+"""`PolicyLossConfig`: one objective and what is around it; what means nothing is refused with the reason."""
 
 from __future__ import annotations
 

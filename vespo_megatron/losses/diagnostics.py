@@ -161,7 +161,7 @@ def _token_chunk(
     masked = 0.0 if valid is None else (~valid).sum()
     mean("mismatch/token_mult_prob_error", d.sum(dtype=f64) - masked)
     del d, growth
-    p, q = train.exp(), behavior.exp()
+    p, q = train.clamp(max=0).exp_(), behavior.clamp(max=0).exp_()
     if valid is not None:
         p, q = p * valid, q * valid
     for name, total in (

@@ -1,0 +1,152 @@
+"""What one process does to check that a gradient does not depend on how a mini-batch is cut; run by four at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import traceback
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from tests.losses.batches import Batch, make_batch, select_sequences, zigzag
+from vespo_megatron.losses import (
+    AGGREGATIONS,
+    CorrectionConfig,
+    LossInputs,
+    MetricSums,
+    Normalizer,
+    PolicyLossConfig,
+    compute_policy_loss,
+    get_objective,
+    objective_names,
+)
+
+CORRECTIONS = (
+    {"name": "tis", "cap": 1.05},
+    {"name": "tis", "level": "sequence", "cap": 1.05},
+    {"name": "icepop", "low": 0.9, "high": 1.1, "veto_threshold": 0.8},
+    {"name": "mis", "low": 0.7, "high": 1.3},
+    {"name": "geometric", "low": 0.95, "high": 1.05},
+)
+
+
+def gradient(batch: Batch, config: PolicyLossConfig, normalizer: Normalizer, per_token: bool, group=None):
+    """(d loss / d log_probs [tokens], metrics) of one micro-batch on one rank."""
+    log_probs = batch.leaf()
+    output = compute_policy_loss(
+        LossInputs(
+            log_probs,
+            batch.behavior,
+            batch.token_advantages if per_token else batch.advantages,
+            batch.cu_seqlens,
+            mask=batch.mask,
+            old_log_probs=batch.old,
+            ref_log_probs=batch.old,
+            positions=batch.positions,
+            group=group,
+            advantage_level="token" if per_token else "sequence",
+        ),
+        config,
+        normalizer,
+    )
+    output.loss.backward()
+    return log_probs.grad, output.metrics
+
+
+def configs():
+    """Every objective × aggregation, with the variants that touch per-sequence sums in another way."""
+    for name in objective_names():
+        needs_old = get_objective(name).anchor == "old"
+        common = {"ratio_low": 0.8, "ratio_high": 1.3} if name == "bapo" else {}
+        for aggregation in AGGREGATIONS:
+            behavior = "recompute" if needs_old else "rollout"
+            yield PolicyLossConfig(name, common, aggregation, 16.0, behavior), False
+        yield PolicyLossConfig(name, {**common, "opsm_delta": 0.01}, "token-mean", 16.0, "recompute"), True
+        if not get_objective(name).corrections:
+            for correction in CORRECTIONS:
+                for apply in ("before_clip", "after_clip")[: 1 if name == "vespo" else 2]:
+                    made = CorrectionConfig.from_mapping({**correction, "apply": apply})
+                    yield PolicyLossConfig(name, common, "seq-mean-token-mean", 16.0, "recompute", made), False
+    yield PolicyLossConfig("vespo", kl_coefficient=0.1), False
+    for normalization in ("sqrt", "linear"):
+        yield PolicyLossConfig("vespo", {"normalization": normalization}), False
+    yield PolicyLossConfig("topr", {"length_normalized": True}), False
+
+
+def label(config: PolicyLossConfig, per_token: bool) -> str:
+    correction = config.correction
+    parts = [config.name, str(config.hyperparameters), config.aggregation, config.behavior]
+    parts += [f"{correction.name}/{correction.level}/{correction.apply}"] if correction else []
+    return " ".join([*parts, "per-token advantages" if per_token else ""])
+
+
+def difference(found: dict[str, float], expected: dict[str, float]) -> float:
+    """Largest difference of two sets of metrics; inf where a name is in one alone."""
+    if set(found) != set(expected):
+        return math.inf
+    return max((abs(found[n] - expected[n]) / max(1.0, abs(expected[n])) for n in expected), default=0.0)
+
+
+def check_rank(rank: int, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> dict[str, float]:
+    """Case → largest difference from the whole batch on one process, in gradients and in metrics."""
+    batch = make_batch(11)
+    normalizer = Normalizer.from_lengths(batch.unmasked_lengths, 16.0)
+    everyone = list(range(batch.num_sequences))
+    worst: dict[str, float] = {}
+    for config, per_token in configs():
+        with_metrics = config.aggregation in ("token-mean", "token-sum-norm")
+        if not with_metrics:
+            config = replace(config, metrics="none")
+        expected, metrics = gradient(batch, config, normalizer, per_token)
+        expected_metrics = metrics.finalize()
+        for dp, cp in ((1, 2), (1, 4), (2, 2), (4, 1)):
+            if dp * cp < 4 and rank >= 2:
+                continue
+            if (config.correction or per_token) and (dp, cp) in ((1, 2), (4, 1)):
+                continue  # the layouts with all of it are enough, and this is most of the time
+            data_rank, context_rank = divmod(rank, cp)
+            group = groups[tuple(range(data_rank * cp, (data_rank + 1) * cp))] if cp > 1 else None
+            # A data parallel rank's sequences, in another order, in micro-batches of two.
+            mine = everyone[data_rank::dp][::-1]
+            total = torch.zeros_like(batch.log_probs)
+            sums = MetricSums()
+            micro_batches = [mine[i : i + 2] for i in range(0, len(mine), 2)]
+            micro_batches += [[]] * (5 - len(micro_batches))
+            for numbers in micro_batches:
+                micro, at = (
+                    select_sequences(batch, numbers)
+                    if numbers
+                    else (select_sequences(batch, [1])[0], torch.zeros(0, dtype=torch.long))
+                )
+                if cp > 1:
+                    piece, inside = zigzag(micro, context_rank, cp)
+                    at = at[inside]
+                else:
+                    piece = micro
+                part, part_metrics = gradient(piece, config, normalizer, per_token, group)
+                total[at] += part
+                sums = sums + part_metrics
+            whole = groups[tuple(range(dp * cp))]
+            dist.all_reduce(total, group=whole)
+            case = f"dp{dp} cp{cp} {label(config, per_token)}"
+            worst[f"gradient {case}"] = float((total - expected).abs().max())
+            if with_metrics:
+                worst[f"metrics {case}"] = difference(sums.all_reduce(whole).finalize(), expected_metrics)
+    return worst
+
+
+def worker(rank: int, size: int, path: str, results) -> None:
+    """Process entry: join, check, report; `results` gets (rank, differences or traceback)."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+    try:
+        members = [(0, 1), (2, 3), (0, 1, 2, 3)]
+        groups = {ranks: dist.new_group(list(ranks)) for ranks in members}
+        results.put((rank, check_rank(rank, groups)))
+    except Exception:
+        results.put((rank, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,184 @@
+"""The published surrogates, written apart from the kernels: one response at a time, differentiated by autograd.
+
+Each takes the unmasked tokens of one response and returns J, to be maximised, summed over its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.losses.batches import Batch
+
+
+def ppo(ratio: Tensor, a: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
+    """min(ρA, clip(ρ)A); with a dual clip, max(that, cA) where A < 0."""
+    value = torch.minimum(ratio * a, ratio.clamp(low, high) * a)
+    if dual is None:
+        return value
+    # clamp, not maximum: exactly on c both sides are equal and maximum would halve the gradient
+    return torch.where(a < 0, a * ratio.clamp(low, dual), value)
+
+
+def vespo_surrogate(w: Tensor, c1: float, c2: float) -> Tensor:
+    """f with W·f′(W) = φ(W): e^c2·c2^(−c1)·γ(c1, c2·W)."""
+    a = torch.tensor(c1, dtype=w.dtype)
+    return math.exp(c2) * c2**-c1 * math.gamma(c1) * torch.special.gammainc(a, c2 * w)
+
+
+def vespo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, power: float = 0.0, **_: object) -> Tensor:
+    length = len(lp) ** power
+    c1, c2 = (2.0, 3.0) if a.mean() >= 0 else (3.0, 2.0)
+    # The sum over tokens of A_t·∇log π_t with one φ; for one A per response this is A·f(W).
+    if (a == a[0]).all():
+        return a[0] * length * vespo_surrogate(((lp - mu).sum() / length).exp(), c1, c2)
+    w = ((lp - mu).sum() / length).exp().detach().requires_grad_()
+    (slope,) = torch.autograd.grad(vespo_surrogate(w, c1, c2), w)
+    return (slope * w.detach() * a * lp).sum()
+
+
+def reinforce(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return (a * lp).sum()
+
+
+def grpo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, dual: float | None = 3.0) -> Tensor:
+    return ppo((lp - mu).exp(), a, 0.8, 1.28, dual).sum()
+
+
+def gspo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 3e-4, high: float = 4e-4) -> Tensor:
+    ratio = (lp - mu).mean().exp()
+    return len(lp) * ppo(ratio, a[0], 1 - low, 1 + high)
+
+
+def gspo_token(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 3e-4, high: float = 4e-4) -> Tensor:
+    ratio = (lp - mu).mean().exp().detach() * (lp - lp.detach()).exp()
+    return ppo(ratio, a, 1 - low, 1 + high).sum()
+
+
+def sapo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    tau = torch.where(a >= 0, torch.tensor(1.0).double(), torch.tensor(1.05, dtype=torch.float64))
+    return (4 / tau * torch.sigmoid(tau * ((lp - mu).exp() - 1)) * a).sum()
+
+
+def cispo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return ((lp - mu).exp().clamp(max=5.0).detach() * a * lp).sum()
+
+
+def topr(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, power: float = 0.0) -> Tensor:
+    length = len(lp) ** power
+    s = (lp - mu).sum() / length
+    f = torch.where(s <= 0, s.exp(), 1 + s)
+    return a[0] * (length * f if a[0] < 0 else lp.sum())
+
+
+def minpro(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    ratios = (lp - mu).exp().tolist()
+    total = lp.new_zeros(())
+    for t, ratio in enumerate(ratios):
+        weight = min(max(min(ratios[:t], default=1.0) * ratio, 0.8), 1.28)
+        total = total + weight * a[t] * lp[t]
+    return total
+
+
+def dppo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, kind: str = "tv") -> Tensor:
+    total = lp.new_zeros(())
+    for t in range(len(lp)):
+        p, q = math.exp(lp[t].item()), math.exp(mu[t].item())
+        away = (p > q) if a[t] > 0 else (p < q)
+        if kind == "tv":
+            distance = abs(p - q)
+        else:
+            distance = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+        if not (away and distance > 0.2):
+            total = total + torch.clamp((lp[t] - mu[t]).exp(), max=20.0) * a[t]
+    return total
+
+
+def minirl(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    r = (lp - old).exp()
+    keep = torch.where(a >= 0, r <= 1.27, r >= 0.8)
+    weight = (r * (old - mu).exp().clamp(max=5.0)).detach()
+    return (keep * weight * a * lp).sum()
+
+
+def decoupled_ppo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    return ((old - mu).exp().detach() * ppo((lp - old).exp(), a, 0.8, 1.28)).sum()
+
+
+def maspo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """F with F′(ρ) = gate: ρ on the free side, 1 + σ√(π/2)·erf((ρ−1)/(σ√2)) on the other."""
+    ratio = (lp - mu).exp()
+    sigma = mu.exp() ** -0.3 * torch.where(a >= 0, 1 + 0.03 * a, 1 / (1 - 0.03 * a))
+    gated = 1 + sigma * math.sqrt(math.pi / 2) * torch.erf((ratio - 1) / (sigma * math.sqrt(2)))
+    away = torch.where(a >= 0, ratio > 1, ratio < 1)
+    return (torch.where(away, gated, ratio) * a).sum()
+
+
+def bapo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 0.6, high: float = 1.2) -> Tensor:
+    return ppo((lp - mu).exp(), a, low, high, 3.0).sum()
+
+
+SURROGATES = {
+    "vespo": vespo,
+    "reinforce": reinforce,
+    "grpo": grpo,
+    "dr_grpo": lambda *x: grpo(*x, dual=None),
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "sapo": sapo,
+    "cispo": cispo,
+    "topr": topr,
+    "minpro": minpro,
+    "dppo_tv": lambda *x: dppo(*x, kind="tv"),
+    "dppo_kl": lambda *x: dppo(*x, kind="kl"),
+    "minirl": minirl,
+    "decoupled_ppo": decoupled_ppo,
+    "maspo": maspo,
+    "bapo": bapo,
+}
+VARIANTS = [
+    ("vespo", {"normalization": "sqrt"}, lambda *x: vespo(*x, power=0.5)),
+    ("vespo", {"normalization": "linear"}, lambda *x: vespo(*x, power=1.0)),
+    ("gspo", {"clip_low": 0.2, "clip_high": 0.25}, lambda *x: gspo(*x, low=0.2, high=0.25)),
+    ("gspo_token", {"clip_low": 0.2, "clip_high": 0.25}, lambda *x: gspo_token(*x, low=0.2, high=0.25)),
+    ("topr", {"length_normalized": True}, lambda *x: topr(*x, power=1.0)),
+    ("grpo", {"dual_clip": None}, lambda *x: grpo(*x, dual=None)),
+    ("bapo", {"ratio_low": 0.8, "ratio_high": 1.2}, lambda *x: bapo(*x, low=0.8, high=1.2)),
+]
+
+
+def token_scale(batch: Batch, aggregation: str, length: float) -> Tensor:
+    """[num_sequences], by the definitions of the four aggregations."""
+    lengths = batch.unmasked_lengths
+    filled = sum(n > 0 for n in lengths)
+    return torch.tensor(
+        [
+            {
+                "token-mean": 1 / sum(lengths),
+                "seq-mean-token-sum": 1 / filled,
+                "seq-mean-token-mean": 1 / (filled * max(n, 1)),
+                "token-sum-norm": 1 / (filled * length),
+            }[aggregation]
+            for n in lengths
+        ],
+        dtype=torch.float64,
+    )
+
+
+def surrogate_gradient(
+    batch: Batch, surrogate, aggregation: str = "token-mean", per_token: bool = False, length: float = 16.0
+) -> Tensor:
+    """∇ of −Σ_i scale_i·J_i with respect to every log-prob: [tokens]."""
+    log_probs = batch.leaf()
+    scale = token_scale(batch, aggregation, length)
+    loss = log_probs.new_zeros(())
+    for i, (start, stop) in enumerate(zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:])):
+        index = torch.arange(start, stop)[batch.mask[start:stop]]
+        if len(index) == 0:
+            continue
+        a = batch.token_advantages[index] if per_token else batch.advantages[i].expand(len(index))
+        loss = loss - scale[i] * surrogate(log_probs[index], batch.behavior[index], batch.old[index], a)
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    return gradient
