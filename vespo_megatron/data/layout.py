@@ -166,9 +166,13 @@ class SequenceLayout:
         """int64 [R_local], index of each prediction in the concatenation of all responses."""
         response_lengths = np.array(self.lengths) - np.array(self.prompt_lengths)
         offsets = np.concatenate([[0], np.cumsum(response_lengths)])
+        return offsets[self.segment_ids[self.prediction_positions]] + self.response_positions
+
+    @cached_property
+    def response_positions(self) -> np.ndarray:
+        """int64 [R_local], index of each predicted token inside its own response."""
         segments = self.segment_ids[self.prediction_positions]
-        inside = self.prediction_positions - self.cu_seqlens[segments]
-        return offsets[segments] + inside - (np.array(self.prompt_lengths)[segments] - 1)
+        return self.prediction_positions - self.cu_seqlens[segments] - (np.array(self.prompt_lengths)[segments] - 1)
 
     def response_values(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Per-response-token values [response_i] of each sequence → this rank's [R_local]."""

@@ -28,7 +28,9 @@ class MicroBatch:
     packed_seq_params: NativePackedSeqParams
     request: LogProbRequest
     cu_seqlens: torch.Tensor
-    """int64 [B + 1], offsets of each sequence's predictions in R."""
+    """int64 [B + 1], offsets of each sequence's predictions in R; on the host."""
+    response_positions: torch.Tensor
+    """int64 [R], index of each predicted token in its response."""
     behavior_log_probs: torch.Tensor
     """float32 [R], log μ."""
     mask: torch.Tensor
@@ -86,7 +88,8 @@ def _slice(batch: Batch, layout: SequenceLayout, place: Place, temperature: floa
             temperature=temperature,
             chunk_tokens=chunk_tokens,
         ),
-        cu_seqlens=to_device(layout.response_cu_seqlens),
+        cu_seqlens=torch.from_numpy(layout.response_cu_seqlens),
+        response_positions=to_device(layout.response_positions),
         behavior_log_probs=to_device(layout.response_values([sample.log_probs for sample in batch.samples])),
         mask=to_device(layout.response_values([sample.loss_mask for sample in batch.samples])),
         advantages=to_device(batch.advantages.astype(np.float32)),

@@ -114,3 +114,13 @@ def finalize() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def context_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the other pieces of this rank's sequences."""
+    return parallel_state.get_context_parallel_group()
+
+
+def data_context_parallel_group() -> dist.ProcessGroup:
+    """The data × context parallel ranks of this pipeline stage: those whose per-token metrics add up."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -99,9 +99,19 @@ class MegatronPolicy:
 
         return self._run(micro_batches, loss_function, forward_only=False, force_all_reduce=everywhere)
 
-    def update(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> UpdateResult:
-        """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share)."""
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        before_step: Callable[[list[Any]], None] = lambda reports: None,
+    ) -> UpdateResult:
+        """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share).
+
+        `before_step` sees the reports and may raise before any weight has changed.
+        """
         reports = self.compute_gradients(micro_batches, loss)
+        before_step(reports)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)

@@ -1,0 +1,5 @@
+"""Rewards: what a response is worth. `RewardPool` scores; the functions are in files of their own."""
+
+from vespo_megatron.rewards.pool import RewardPool, RewardRequest, RewardResult
+
+__all__ = ["RewardPool", "RewardRequest", "RewardResult"]

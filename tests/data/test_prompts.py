@@ -1,0 +1,99 @@
+"""Loading prompts in veRL's schema, what is refused, and the stream."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vespo_megatron.data.prompts import PromptRecord, PromptStream, load_prompts
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import DatasetConfig, Recipe
+
+
+class LetterTokenizer:
+    """One id per letter; a chat is its contents between brackets."""
+
+    chat_template = "yes"
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def apply_chat_template(self, messages, **kwargs):
+        return self("[" + "".join(message["content"] for message in messages) + "]")["input_ids"]
+
+
+def row(prompt="2+2=", **changes):
+    return {"prompt": prompt, "data_source": "sums", "reward_model": {"ground_truth": "4"}} | changes
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(rows, **settings):
+        path = tmp_path / "train.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        recipe = Recipe()
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": settings.pop("vocab_size", 128)}))
+        recipe.policy.model_name = str(tmp_path)
+        for name, value in settings.items():
+            setattr(recipe.data, name, value)
+        return load_prompts(DatasetConfig(path=str(path)), recipe, LetterTokenizer())
+
+    return load
+
+
+def test_text_and_chat_prompts_load_as_they_are(load):
+    text, chat = load([row(), row([{"role": "user", "content": "hi"}])])[0], load([row([{"role": "user", "content": "hi"}])])[0]
+    assert bytes(text.prompt_ids) == b"2+2=" and text.ground_truth == "4" and text.prompt_id == "train/0"
+    assert bytes(chat.prompt_ids) == b"[hi]"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"prompt": "x", "data_source": "s"}], {}, "has no column 'reward_model'"),
+        ([row()], {"prompt_key": "question"}, "has no column 'question'"),
+        ([row("x" * 50)], {"max_input_seq_length": 40}, "row 0: the prompt has 50 tokens"),
+        ([row(), row("z")], {"vocab_size": 100}, "row 1: the prompt has token id 122"),
+        ([row("")], {}, "row 0: the prompt is empty"),
+        ([row(reward_model={"style": "rule"})], {}, "expected: a mapping with ground_truth"),
+        ([], {}, "train.jsonl"),
+    ],
+)
+def test_what_cannot_be_used_is_named(load, rows, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(rows, **settings)
+
+
+def test_long_prompts_can_be_dropped(load):
+    records = load([row("x" * 50), row()], max_input_seq_length=40, on_long_prompt="drop")
+    assert [record.prompt_id for record in records] == ["train/1"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.parquet: does not exist"):
+        load_prompts(DatasetConfig(path=str(tmp_path / "nowhere.parquet")), Recipe(), LetterTokenizer())
+
+
+def stream(count=10, **settings):
+    return PromptStream([PromptRecord(f"p{i}", (1,), "s", "") for i in range(count)], seed=3, **settings)
+
+
+def test_an_epoch_holds_every_prompt_once_and_no_batch_a_prompt_twice():
+    prompts = stream()
+    batches = [[record.prompt_id for record in prompts.take(4)] for _ in range(10)]
+    assert all(len(set(batch)) == 4 for batch in batches)
+    flat = [name for batch in batches for name in batch]
+    assert all(flat.count(f"p{i}") == 4 for i in range(10))
+
+
+def test_a_stream_continues_from_its_saved_state():
+    original, resumed = stream(), stream()
+    original.take(7)
+    resumed.load_state_dict(json.loads(json.dumps(original.state_dict())))
+    assert [original.take(4) for _ in range(5)] == [resumed.take(4) for _ in range(5)]
+
+
+def test_more_prompts_than_there_are_is_an_error():
+    with pytest.raises(UserError, match="grpo.num_prompts_per_step: is 11"):
+        stream().take(11)

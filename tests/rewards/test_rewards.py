@@ -1,0 +1,75 @@
+"""Rewards score what they should, and nothing hangs or ends the run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards.functions import exact_match, last_boxed
+
+
+def hostile(data_source, solution_str, ground_truth, extra_info):
+    """Sleeps, dies, raises or answers, as it is told."""
+    if solution_str == "sleep":
+        time.sleep(60)
+    if solution_str == "die":
+        os._exit(9)
+    if solution_str == "raise":
+        raise RuntimeError
+    return {"score": 0.5, "format": 1, "note": "text"}
+
+
+def score(env, *texts, truth="4"):
+    pool = RewardPool(env)
+    try:
+        return asyncio.run(pool.score([RewardRequest("s", text, truth) for text in texts]))
+    finally:
+        pool.close()
+
+
+def test_the_last_complete_box_is_the_answer():
+    assert last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
+    assert last_boxed("nothing") is None
+
+
+def test_exact_match_compares_the_box_or_the_whole():
+    assert exact_match("s", r"3 + 1 = \boxed{ 4 }", 4, {}) == 1.0
+    assert exact_match("s", " 4 ", "4", {}) == 1.0
+    assert exact_match("s", r"4 \boxed{5}", "4", {}) == 0.0
+
+
+def test_math_verify_knows_equal_answers():
+    results = score(EnvConfig(reward="math"), r"so \boxed{0.5}", r"\boxed{\frac{2}{4}}", r"\boxed{2}", "", truth="1/2")
+    assert [result.reward for result in results] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_hanging_dying_or_raising_reward_scores_nothing_and_the_next_is_scored():
+    env = EnvConfig(reward=f"{__name__}:hostile", timeout=0.5)
+    started = time.monotonic()
+    sleep, die, fail, good = score(env, "sleep", "die", "raise", "fine")
+    assert (sleep.reward, dict(sleep.parts)) == (0.0, {"timeout": 1.0})
+    assert (die.reward, dict(die.parts)) == (0.0, {"error": 1.0})
+    assert (fail.reward, dict(fail.parts)) == (0.0, {"error": 1.0})
+    assert (good.reward, dict(good.parts)) == (0.5, {"format": 1.0})
+    assert time.monotonic() - started < 30
+
+
+def test_hostile_mathematics_does_not_hang():
+    env = EnvConfig(reward="math", timeout=2.0)
+    texts = [r"\boxed{9^{9^{9^{9^9}}}}", r"\boxed{" * 2000 + "1", "$" * 5000, r"\boxed{\frac{" * 500, "1" * 1_000_000]
+    started = time.monotonic()
+    assert [result.reward for result in score(env, *texts)] == [0.0] * len(texts)
+    assert time.monotonic() - started < 60
+
+
+def test_an_unknown_reward_is_refused_at_once():
+    with pytest.raises(UserError, match="env.reward: is 'maths'"):
+        RewardPool(EnvConfig(reward="maths"))
+    with pytest.raises(UserError, match="cannot be imported"):
+        RewardPool(EnvConfig(reward="no.such:thing"))

@@ -1,0 +1,175 @@
+"""Prompts: parquet or JSONL in veRL's schema, tokenised and checked; and the stream a run draws from.
+
+The schema (https://verl.readthedocs.io/en/latest/preparation/prepare_data.html): `prompt` (chat messages or text),
+`data_source`, `reward_model.ground_truth`, optionally `extra_info` (with `index`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import DatasetConfig, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt, ready to send."""
+
+    prompt_id: str
+    """Its place in the file: 'train/17'."""
+    prompt_ids: tuple[int, ...]
+    data_source: str
+    ground_truth: Any
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[PromptRecord]:
+    """Load, tokenise and check one split.
+
+    Raises:
+        UserError: no such file, an unknown format, a missing column, no rows, an empty or over-long prompt, a token
+            id the model's vocabulary does not have.
+    """
+    path = Path(dataset.path or "")
+    rows = _read(path)
+    key = recipe.data.prompt_key
+    for column in (key, "data_source", "reward_model"):
+        if column not in rows.column_names:
+            raise UserError(
+                f"has no column {column!r}", where=str(path), expected=f"veRL's schema; found {rows.column_names}",
+                fix="rename the column" + (", or set data.prompt_key" if column == key else ""),
+            )  # fmt: skip
+    if dataset.max_samples is not None:
+        rows = rows.select(range(min(dataset.max_samples, len(rows))))
+    if len(rows) == 0:
+        raise UserError("has no rows", where=str(path), expected="at least one prompt")
+    limit = recipe.data.max_input_seq_length
+    vocab_size = _vocab_size(recipe)
+    records = []
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        ids = _tokenise(row[key], tokenizer, recipe.policy.tokenizer.chat_template, where)
+        if len(ids) > limit:
+            if recipe.data.on_long_prompt == "drop":
+                continue
+            raise UserError(
+                f"the prompt has {len(ids)} tokens", where=where, expected=f"at most {limit}, data.max_input_seq_length",
+                fix="raise the limit (and policy.max_total_sequence_length), or set data.on_long_prompt=drop",
+            )  # fmt: skip
+        if vocab_size is not None and max(ids) >= vocab_size:
+            raise UserError(
+                f"the prompt has token id {max(ids)}", where=where, expected=f"ids below the model's {vocab_size}",
+                fix="the tokenizer is not this model's: check policy.tokenizer.name",
+            )  # fmt: skip
+        extra = row.get("extra_info") or {}
+        records.append(
+            PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], _ground_truth(row, where), dict(extra))
+        )
+    if not records:
+        raise UserError("every prompt is too long", where=str(path), expected=f"prompts of at most {limit} tokens")
+    return records
+
+
+def _read(path: Path):
+    import datasets
+
+    if path.suffix not in _LOADERS:
+        raise UserError(f"{path.name!r} is no dataset", where="data", expected="a .parquet, .jsonl or .json file")
+    if not path.is_file():
+        raise UserError("does not exist", where=str(path), expected="a dataset file", fix="check the data section")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # datasets wraps every parser's own exceptions
+        cause = error.__cause__ or error
+        raise UserError(f"cannot be read ({cause})", where=str(path), expected=f"a {path.suffix} file with rows") from None
+
+
+def _tokenise(prompt: Any, tokenizer, chat_template: bool, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(part, dict) and "content" in part for part in prompt):
+        if chat_template and tokenizer.chat_template:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        else:
+            ids = tokenizer("\n".join(part["content"] for part in prompt))["input_ids"]
+    else:
+        raise UserError(f"the prompt is {prompt!r}", where=where, expected="text, or a list of {role, content}")
+    if not ids:
+        raise UserError("the prompt is empty", where=where, expected="at least one token")
+    return list(ids)
+
+
+def _ground_truth(row: dict[str, Any], where: str) -> Any:
+    reward_model = row["reward_model"]
+    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
+        raise UserError(f"reward_model is {reward_model!r}", where=where, expected="a mapping with ground_truth")
+    return reward_model["ground_truth"]
+
+
+def _vocab_size(recipe: Recipe) -> int | None:
+    import json
+
+    config = Path(recipe.policy.model_name) / "config.json"
+    return json.loads(config.read_text()).get("vocab_size") if config.is_file() else None
+
+
+class PromptStream:
+    """Prompts without end: epoch after epoch, each shuffled by (seed, epoch) alone, from a position that can be saved."""
+
+    def __init__(self, records: Sequence[PromptRecord], *, seed: int, shuffle: bool = True) -> None:
+        self.records, self.seed, self.shuffle = records, seed, shuffle
+        self.epoch = self.position = 0
+        self._order = self._shuffled(0)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self.records)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def take(self, count: int) -> list[PromptRecord]:
+        """The next `count` prompts, no prompt twice in one call.
+
+        Raises:
+            UserError: more are asked for than there are.
+        """
+        if count > len(self.records):
+            raise UserError(
+                f"is {count}", where="grpo.num_prompts_per_step", expected=f"at most the {len(self.records)} training prompts"
+            )
+        taken: list[PromptRecord] = []
+        names: set[str] = set()
+        while len(taken) < count:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled(self.epoch)
+                # A batch that spans two epochs must not hold a prompt twice: those it has go to the end.
+                self._order.sort(key=lambda index: self.records[index].prompt_id in names)
+            record = self.records[self._order[self.position]]
+            self.position += 1
+            taken.append(record)
+            names.add(record.prompt_id)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and order, for a checkpoint."""
+        return {"epoch": self.epoch, "position": self.position, "order": list(self._order), "count": len(self.records)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; raises `UserError` when the dataset has changed size since."""
+        if state["count"] != len(self.records):
+            raise UserError(
+                f"holds {len(self.records)} prompts", where="data.train", expected=f"{state['count']}, as when the run was saved"
+            )
+        self.epoch, self.position, self._order = state["epoch"], state["position"], list(state["order"])

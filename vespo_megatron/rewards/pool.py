@@ -1,0 +1,151 @@
+"""Scoring under a deadline: rewards run in worker processes that are ended and replaced when one takes too long.
+
+Math-Verify can hang on hostile expressions, and so can anybody's own function; no thread or signal stops them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import multiprocessing
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards import functions
+
+_START_TIMEOUT = 120.0
+"""Seconds a worker has to import its reward."""
+
+
+@dataclass(frozen=True)
+class RewardRequest:
+    """One response to score."""
+
+    data_source: str
+    solution_str: str
+    ground_truth: Any
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """Its score, and what it is made of; `timeout` and `error` among the parts mark a score of 0 that is not earned."""
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class RewardPool:
+    """Scores responses in `env.num_workers` processes, each score within `env.timeout` seconds."""
+
+    def __init__(self, env: EnvConfig) -> None:
+        functions.find(env.reward)  # a wrong name fails here, not in a worker
+        self._env = env
+        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._all: list[_Worker] = []
+        self._threads: ThreadPoolExecutor | None = None
+        if env.reward not in functions.INLINE:
+            self._threads = ThreadPoolExecutor(max_workers=env.num_workers, thread_name_prefix="reward")
+            self._all = [_Worker(env) for _ in range(env.num_workers)]
+            for worker in self._all:
+                self._workers.put(worker)
+
+    async def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
+        """Results in the order of `requests`. Raises `UserError` when a worker cannot even start."""
+        if self._threads is None:
+            return [_score(functions.find(self._env.reward), self._env.reward_kwargs, request) for request in requests]
+        loop = asyncio.get_running_loop()
+        return list(await asyncio.gather(*(loop.run_in_executor(self._threads, self._one, each) for each in requests)))
+
+    def _one(self, request: RewardRequest) -> RewardResult:
+        worker = self._workers.get()
+        try:
+            return worker.score(request, self._env.timeout)
+        finally:
+            self._workers.put(worker)
+
+    def close(self) -> None:
+        """End the workers; idempotent."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._all:
+            worker.close()
+
+
+class _Worker:
+    """A process that scores one request at a time."""
+
+    def __init__(self, env: EnvConfig) -> None:
+        self._env = env
+        self._context = multiprocessing.get_context("spawn")
+        self._ready = False
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        arguments = (theirs, self._env.reward, dict(self._env.reward_kwargs))
+        self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def score(self, request: RewardRequest, timeout: float) -> RewardResult:
+        if not self._ready:
+            if not self._connection.poll(_START_TIMEOUT):
+                raise UserError(f"did not start within {_START_TIMEOUT:.0f} s", where=f"reward {self._env.reward}")
+            try:
+                self._connection.recv()
+            except EOFError:
+                raise UserError("ended at once", where=f"reward {self._env.reward}", fix="run the function by hand") from None
+            self._ready = True
+        try:
+            self._connection.send(request)
+            if self._connection.poll(timeout):
+                return self._connection.recv()
+            outcome = "timeout"
+        except (EOFError, BrokenPipeError):
+            outcome = "error"  # the process died of it
+        self.close()
+        self._start()
+        return RewardResult(0.0, {outcome: 1.0})
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.join(5)
+
+
+def _serve(connection, name: str, arguments: dict[str, Any]) -> None:
+    function = functions.find(name)
+    if name == "math":
+        import math_verify  # noqa: F401  (seconds: before "ready", not inside the first deadline)
+    connection.send("ready")
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        connection.send(_score(function, arguments, request))
+
+
+def _score(function: functions.RewardFunction, arguments: Mapping[str, Any], request: RewardRequest) -> RewardResult:
+    try:
+        answer = function(
+            request.data_source, request.solution_str, request.ground_truth, dict(request.extra_info), **arguments
+        )
+        parts = {}
+        if isinstance(answer, Mapping):
+            parts = {key: float(value) for key, value in answer.items() if key != "score" and _is_number(value)}
+            answer = answer["score"]
+        return RewardResult(float(answer), parts)
+    except Exception:  # a reward must not end the run; the part says so in the metrics
+        return RewardResult(0.0, {"error": 1.0})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,275 @@
+"""The controller: rank 0's other half, which turns prompts into scored samples with advantages.
+
+Its asyncio loop runs in a thread of its own for the whole run: connections to the servers live there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.sample import Sample
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import compute_advantages, resolve_estimator
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
+from vespo_megatron.trainer.logging import LoggedSample, RunLogger
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+MAX_SAMPLING_ROUNDS = 10
+"""Dynamic sampling gives up after so many rollouts without a full batch of groups that carry signal."""
+
+
+@dataclass
+class Rollout:
+    """One rollout batch, ready to train on, and what is to be said of it."""
+
+    batch: Batch
+    metrics: dict[str, float]
+
+
+class AsyncThread:
+    """An asyncio loop in a daemon thread; `run` waits for a coroutine from any other thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="controller", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(5)
+
+
+class Controller:
+    """Generates, scores, groups and logs. Lives on rank 0."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptStream,
+        validation: Sequence[PromptRecord],
+        rewards: RewardPool,
+        logger: RunLogger,
+    ) -> None:
+        self.recipe, self.engine, self.tokenizer = recipe, engine, tokenizer
+        self.prompts, self.validation, self.rewards, self.logger = prompts, validation, rewards, logger
+        self.thread = AsyncThread()
+        generation = recipe.policy.generation
+        stop = tuple(generation.stop_token_ids) or (tokenizer.eos_token_id,)
+        self.sampling = SamplingParams(
+            max_new_tokens=generation.max_new_tokens,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=-1 if generation.top_k is None else generation.top_k,
+            stop_token_ids=stop,
+        )
+        temperature, top_p = generation.val_temperature, generation.val_top_p
+        self.val_sampling = replace(
+            self.sampling,
+            temperature=self.sampling.temperature if temperature is None else temperature,
+            top_p=self.sampling.top_p if top_p is None else top_p,
+        )
+        self.estimator = resolve_estimator(
+            recipe.grpo.advantage_estimator,
+            normalize_rewards=recipe.grpo.normalize_rewards,
+            use_leave_one_out_baseline=recipe.grpo.use_leave_one_out_baseline,
+        )
+        self.weight_version = 0
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------
+
+    def collect(self, step: int) -> Rollout:
+        """Generate and score one rollout batch; whole groups only.
+
+        Raises:
+            UserError: no group carries signal after `MAX_SAMPLING_ROUNDS`, or the engine or a reward failed.
+        """
+        schedule = self.recipe.grpo
+        samples: list[Sample] = []
+        advantages: list[np.ndarray] = []
+        sums: dict[str, float] = {}
+        generated: list[Sample] = []
+        for attempt in range(MAX_SAMPLING_ROUNDS):
+            wanted = schedule.num_prompts_per_step - len({sample.prompt_id for sample in samples})
+            records = self.prompts.take(wanted)
+            label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
+            fresh, bad = self.thread.run(self._sample(records, schedule.num_generations_per_prompt, label))
+            if not fresh:
+                raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
+            result = compute_advantages(
+                [sample.reward for sample in fresh],
+                [sample.prompt_id for sample in fresh],
+                self.estimator,
+                drop_groups_without_signal=schedule.use_dynamic_sampling,
+                on_bad_sample=self.recipe.loss_fn.on_bad_sample,
+                sample_ids=[sample.sample_id for sample in fresh],
+            )
+            keep = result.keep.numpy()
+            samples += [sample for sample, kept in zip(fresh, keep, strict=True) if kept]
+            advantages.append(result.values.numpy()[keep])
+            generated += fresh
+            sums["rollout/bad_samples"] = sums.get("rollout/bad_samples", 0.0) + bad
+            for name, value in result.metrics.items():
+                sums[name] = value if name in ("advantage/mean", "advantage/std") else sums.get(name, 0.0) + value
+            if not schedule.use_dynamic_sampling or len(samples) >= self.recipe.rollout_batch_size:
+                break
+        else:
+            raise UserError(
+                f"{MAX_SAMPLING_ROUNDS} rollouts gave {len(samples)} samples in groups whose rewards differ",
+                where="grpo.use_dynamic_sampling",
+                expected=f"{self.recipe.rollout_batch_size}",
+                fix="the prompts are all solved or all hopeless: change them, or switch dynamic sampling off",
+            )
+        metrics = {**_describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
+        return Rollout(Batch(samples, np.concatenate(advantages).astype(np.float32)), metrics)
+
+    async def _sample(self, records: Sequence[PromptRecord], repeats: int, label: str) -> tuple[list[Sample], int]:
+        """`repeats` scored samples per prompt, and how many were unusable and dropped."""
+        requests, owners = [], []
+        for record in records:
+            for index in range(repeats):
+                name = f"{label}/{record.prompt_id}/{index}"
+                requests.append(
+                    GenerationRequest(
+                        request_id=name,
+                        prompt_ids=tuple(record.prompt_ids),
+                        sampling=self.sampling,
+                        group_id=record.prompt_id,
+                        seed=_seed(self.recipe.grpo.seed, name),
+                    )
+                )
+                owners.append(record)
+        results = await self.engine.generate(requests)
+        samples, kept, bad = [], [], 0
+        for result, record in zip(results, owners, strict=True):
+            try:
+                samples.append(_to_sample(result, record))
+                kept.append(record)
+            except UserError:
+                if self.recipe.loss_fn.on_bad_sample == "error":
+                    raise
+                bad += 1
+        scores = await self.rewards.score(
+            [self._reward_request(record, sample) for record, sample in zip(kept, samples, strict=True)]
+        )
+        for sample, score in zip(samples, scores, strict=True):
+            sample.reward, sample.reward_parts = score.reward, dict(score.parts)
+        return samples, bad
+
+    def _reward_request(self, record: PromptRecord, sample: Sample) -> RewardRequest:
+        return RewardRequest(
+            data_source=record.data_source,
+            solution_str=self.tokenizer.decode(sample.response_ids, skip_special_tokens=True),
+            ground_truth=record.ground_truth,
+            extra_info=record.extra_info,
+        )
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean reward per validation set, `eval/<set>/avg@<k>`, with some samples written to read."""
+        if not self.validation:
+            return {}
+        repeats = self.recipe.grpo.val_num_generations
+        records = list(self.validation)[: self.recipe.grpo.max_val_samples]
+        training, self.sampling = self.sampling, self.val_sampling
+        try:
+            samples, _ = self.thread.run(self._sample(records, repeats, "validation"))
+        finally:
+            self.sampling = training
+        by_id = {record.prompt_id: record for record in records}
+        sets: dict[str, list[float]] = {}
+        for sample in samples:
+            sets.setdefault(by_id[sample.prompt_id].data_source, []).append(sample.reward)
+        shown = samples[:: max(1, repeats)][: self.recipe.logger.num_val_samples_to_print]
+        self.logger.log_samples(step, [self._readable(by_id[s.prompt_id], s) for s in shown], name="validation")
+        metrics = {f"eval/{_slug(name)}/avg@{repeats}": float(np.mean(scores)) for name, scores in sets.items()}
+        return metrics | {"eval/response_length_mean": float(np.mean([len(s.response_ids) for s in samples]))}
+
+    def _readable(self, record: PromptRecord, sample: Sample) -> LoggedSample:
+        return LoggedSample(
+            prompt=self.tokenizer.decode(sample.prompt_ids),
+            response=self.tokenizer.decode(sample.response_ids),
+            reward=sample.reward,
+            ground_truth=str(record.ground_truth),
+            finish_reason=sample.finish_reason,
+            prompt_id=sample.prompt_id,
+        )
+
+    # ---- weights, records, end ---------------------------------------------------------------------------------
+
+    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Give the engine the streamed weights; it answers with a checksum both sides agree on."""
+        self.engine.update_weights(stream, version)
+        self.weight_version = version
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One step to every record of the run."""
+        metrics = dict(metrics)
+        histograms = metrics.pop("histograms", {})
+        self.logger.log_step(step, metrics, histograms=histograms)
+
+    def close(self) -> None:
+        """Release the engine's connections, the reward workers and the thread."""
+        self.engine.close()
+        self.rewards.close()
+        self.thread.close()
+
+
+def _to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
+    return Sample(
+        sample_id=result.request_id,
+        prompt_id=record.prompt_id,
+        prompt_ids=np.asarray(record.prompt_ids),
+        response_ids=result.output_ids,
+        log_probs=result.log_probs,
+        weight_versions=result.weight_versions,
+        finish_reason=result.finish_reason,
+        routes=result.routes,
+        routes_version=result.routes_version,
+    )
+
+
+def _describe(samples: Sequence[Sample]) -> dict[str, float]:
+    rewards = np.array([sample.reward for sample in samples])
+    lengths = np.array([len(sample.response_ids) for sample in samples])
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/tokens": float(lengths.sum()),
+        "response/truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+    }
+    for part in sorted({name for sample in samples for name in sample.reward_parts}):
+        values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
+        metrics[f"reward/{part}"] = float(np.mean(values))
+    return metrics
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for every response, the same in every run with the same recipe."""
+    import zlib
+
+    return zlib.crc32(f"{seed}/{name}".encode())
+
+
+def _slug(name: str) -> str:
+    return name.replace("/", "_").replace(" ", "_") or "validation"

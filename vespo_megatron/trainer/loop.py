@@ -1,0 +1,159 @@
+"""The synchronous loop: generate, score, then N mini-batch updates on what is ever staler data, then new weights out.
+
+Every rank runs this program. Rank 0 has a `Controller` besides, which talks to the rollout engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import MetricSums
+from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
+from vespo_megatron.megatron.parallel import Place, data_context_parallel_group
+from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.controller import Controller
+from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.scatter import Scatter, Share
+from vespo_megatron.trainer.timers import Timers
+
+
+class Trainer:
+    """One rank of a synchronous run."""
+
+    def __init__(self, recipe: Recipe, place: Place, policy: MegatronPolicy, controller: Controller | None) -> None:
+        if (controller is None) != (place.rank != 0):
+            raise ValueError("rank 0 has the controller, the others have none")
+        self.recipe, self.place, self.policy, self.controller = recipe, place, policy, controller
+        self.objective = Objective(recipe.loss_fn)
+        self.scatter = Scatter(recipe, place)
+        self.timers = Timers()
+
+    def train(self) -> None:
+        """All steps, with evaluation and logging; rank 0 writes."""
+        schedule = self.recipe.grpo
+        self.push_weights(version=0)
+        if schedule.val_at_start and schedule.val_period:
+            self.on_controller(lambda controller: controller.log(0, controller.evaluate(0)))
+        for step in range(1, schedule.max_num_steps + 1):
+            metrics = self.step(step)
+            last = step == schedule.max_num_steps
+            due = schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end))
+            if due:
+                with self.timers("evaluate"):
+                    metrics |= self.on_controller(lambda controller, step=step: controller.evaluate(step)) or {}
+            if self.controller is not None:
+                self.controller.log(step, metrics | self.timers.pop())
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One rollout batch: the paragraph of the module docstring. Returns metrics on rank 0."""
+        started = time.perf_counter()
+        with self.timers("generate"):
+            rollout = self.on_controller(lambda controller: controller.collect(step))
+        with self.timers("scatter"):
+            share = self.scatter.batch(rollout.batch if rollout else None)
+            mini_batches = self.prepare(share)
+        if self.objective.needs_old_log_probs:
+            with self.timers("old_log_probs"):
+                self.fill_log_probs(mini_batches)
+        results: list[UpdateResult] = []
+        with self.timers("train"):
+            for micro_batches, normalizer in zip(mini_batches, share.normalizers, strict=True):
+                loss = self.objective.loss_function(normalizer)
+                results.append(self.policy.update(micro_batches, loss, before_step=self.objective.raise_if_bad))
+        with self.timers("sync_weights"):
+            self.push_weights(version=step)
+        metrics = self.reduce(results)
+        if rollout is None:
+            return {}
+        tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
+        return rollout.metrics | metrics | {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+
+    def prepare(self, share: Share) -> list[list[MicroBatch]]:
+        """Slice every micro-batch for this rank."""
+        return [
+            prepare(
+                micro_batches,
+                self.place,
+                temperature=self.recipe.policy.generation.temperature,
+                chunk_tokens=self.recipe.policy.megatron_cfg.logprob_chunk_tokens,
+            )
+            for micro_batches in share.mini_batches
+        ]
+
+    def fill_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
+        """π_old: log-probs by the training engine under the weights the rollout batch starts with."""
+        for micro_batches in mini_batches:
+            outputs = self.policy.log_probs(micro_batches)
+            for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
+                micro_batch.old_log_probs = None if output is None else output[0]
+
+    def push_weights(self, version: int) -> None:
+        """Stream the policy's weights to the rollout engine, which answers with an agreed checksum."""
+        stream = self.policy.exporter.stream()
+        if self.controller is not None:
+            self.controller.update_weights(stream, version)
+        else:
+            for _ in stream:
+                pass
+        self.on_controller(lambda controller: None)  # all ranks wait until the servers have the new version
+
+    def on_controller(self, action: Callable[[Controller], Any]) -> Any:
+        """Run `action` on rank 0 while the others wait; its `UserError` ends every rank. Rank 0 gets the answer."""
+        answer, failure = None, None
+        if self.controller is not None:
+            try:
+                answer = action(self.controller)
+            except UserError as error:
+                failure = error
+        shared = [failure]
+        dist.broadcast_object_list(shared, src=0, group=self.scatter.group)
+        if shared[0] is not None:
+            raise shared[0]
+        return answer
+
+    def reduce(self, results: list[UpdateResult]) -> dict[str, Any]:
+        """Metrics of all mini-batches over all ranks; complete on rank 0, empty elsewhere."""
+        finished: list[dict[str, float]] = []
+        histograms: dict[str, Any] = {}
+        if self.place.is_last_stage:
+            group = data_context_parallel_group()
+            per_update = [self.objective.metrics(result.reports).all_reduce(group) for result in results]
+            finished = [sums.finalize() for sums in per_update]
+            whole = sum(per_update, start=MetricSums())
+            merged = whole.finalize() | _spread(finished)
+            histograms = {name: (edges, counts.cpu()) for name, (edges, counts) in whole.histograms.items()}
+        else:
+            merged = {}
+        report = (merged, histograms) if self.place.reports and merged else None
+        reports = [report for report in self.scatter.to_rank_zero(report) if report]
+        if not reports:
+            return {}
+        merged, histograms = reports[0]
+        return merged | {
+            "loss/policy": merged["loss/policy"] / len(results),
+            "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
+            "loss/grad_norm_max": max(result.grad_norm for result in results),
+            "loss/skipped_updates": float(sum(not result.succeeded for result in results)),
+            "loss/learning_rate": results[-1].learning_rate,
+            "loss/updates": float(len(results)),
+            "histograms": histograms,
+        }
+
+
+def _spread(per_update: list[dict[str, float]]) -> dict[str, float]:
+    """What staleness does inside a rollout batch: the first and last update's W, φ and ESS."""
+    if len(per_update) < 2:
+        return {}
+    names = ("vespo/w_mean", "vespo/phi_mean", "vespo/ess")
+    return {
+        f"{name}_{which}_update": metrics[name]
+        for which, metrics in (("first", per_update[0]), ("last", per_update[-1]))
+        for name in names
+        if name in metrics
+    }

@@ -1,0 +1,69 @@
+"""From a recipe's `loss_fn` to the function the policy calls on every micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vespo_megatron.losses import LossInputs, LossOutput, MetricSums, Normalizer, PolicyLossConfig, compute_policy_loss
+from vespo_megatron.megatron.micro_batch import MicroBatch
+from vespo_megatron.megatron.parallel import context_parallel_group
+from vespo_megatron.megatron.policy import LossFunction
+from vespo_megatron.recipe.schema import LossConfig
+
+
+class Objective:
+    """The loss of one recipe, bound to this rank's context parallel group."""
+
+    def __init__(self, loss_fn: LossConfig) -> None:
+        self.config = PolicyLossConfig.from_recipe(loss_fn)
+        self.group = context_parallel_group()
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether π_old by the training engine is part of the objective."""
+        return self.config.behavior == "recompute"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probs of the initial policy are part of the objective."""
+        return self.config.kl_coefficient != 0
+
+    def loss_function(self, normalizer: Normalizer) -> LossFunction:
+        """The loss of one mini-batch; `normalizer` holds its global counts."""
+
+        def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
+            output = compute_policy_loss(
+                LossInputs(
+                    log_probs=log_probs,
+                    behavior_log_probs=micro_batch.behavior_log_probs,
+                    advantages=micro_batch.advantages,
+                    cu_seqlens=micro_batch.cu_seqlens,
+                    mask=micro_batch.mask,
+                    old_log_probs=micro_batch.old_log_probs,
+                    ref_log_probs=micro_batch.reference_log_probs,
+                    entropy=entropies,
+                    positions=micro_batch.response_positions,
+                    group=self.group,
+                    advantage_level="sequence",
+                ),
+                self.config,
+                normalizer,
+            )
+            output.metrics.add("policy/entropy", (entropies.detach() * micro_batch.mask).sum(), micro_batch.mask.sum())
+            return output.loss, (output, micro_batch)
+
+        return loss
+
+    @staticmethod
+    def raise_if_bad(reports: Sequence[tuple[LossOutput, MicroBatch]]) -> None:
+        """Under `on_bad_sample: error`, name the samples whose numbers are not finite (before the optimizer steps)."""
+        for output, micro_batch in reports:
+            output.raise_if_bad([sample.sample_id for sample in micro_batch.batch.samples])
+
+    @staticmethod
+    def metrics(reports: Sequence[tuple[LossOutput, MicroBatch]]) -> MetricSums:
+        """The sum of what the micro-batches measured on this rank."""
+        return sum((output.metrics for output, _ in reports), start=MetricSums())

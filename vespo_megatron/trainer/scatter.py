@@ -1,0 +1,89 @@
+"""How a rollout batch reaches the ranks: planned on rank 0, each rank receiving only its data parallel shard."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.layout import padded_length
+from vespo_megatron.data.packing import plan_mini_batches
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import Normalizer
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.recipe.schema import Recipe
+
+
+@dataclass
+class Share:
+    """One data parallel rank's part of a rollout batch."""
+
+    mini_batches: list[list[Batch]]
+    """[mini-batch][micro-batch], the same counts on every rank."""
+    normalizers: list[Normalizer]
+    """Global counts of each mini-batch."""
+
+
+class Scatter:
+    """Object collectives between rank 0 and the others, on a gloo group with a deadline of its own.
+
+    Ranks wait here while rank 0 generates, which may take longer than any other collective may.
+    """
+
+    def __init__(self, recipe: Recipe, place: Place) -> None:
+        self.recipe, self.place = recipe, place
+        timeout = 600.0 + 4 * recipe.policy.generation.sglang_cfg.request_timeout
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        self._data_rank_of: list[int] = [0] * place.world_size
+        dist.all_gather_object(self._data_rank_of, place.data_rank, group=self.group)
+
+    def batch(self, batch: Batch | UserError | None) -> Share:
+        """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its share."""
+        objects: list[Any] = [None] * self.place.world_size
+        if isinstance(batch, Batch):
+            shares = plan_shares(batch, self.recipe, self.place.data_size)
+            objects = [shares[data_rank] for data_rank in self._data_rank_of]
+        elif batch is not None:
+            objects = [batch] * self.place.world_size
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, objects if self.place.rank == 0 else None, src=0, group=self.group)
+        if isinstance(received[0], UserError):
+            raise received[0]
+        return received[0]
+
+    def to_rank_zero(self, report: Any) -> list[Any]:
+        """Every rank's report, in rank order, on rank 0; an empty list elsewhere."""
+        gathered: list[Any] | None = [None] * self.place.world_size if self.place.rank == 0 else None
+        dist.gather_object(report, gathered, dst=0, group=self.group)
+        return gathered or []
+
+
+def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[Share]:
+    """Cut a rollout batch into mini-batches and micro-batches for each data parallel rank. Pure."""
+    policy, megatron = recipe.policy, recipe.policy.megatron_cfg
+    packing = policy.sequence_packing
+    virtual = megatron.virtual_pipeline_model_parallel_size
+    plan = plan_mini_batches(
+        [sample.num_tokens for sample in batch.samples],
+        num_mini_batches=max(1, round(len(batch) / policy.train_global_batch_size)),
+        data_parallel_size=data_parallel_size,
+        token_budget=packing.train_mb_tokens if packing.enabled else None,
+        max_sequences=None if packing.enabled else policy.train_micro_batch_size,
+        padded_length=lambda length: padded_length(length, megatron.context_parallel_size),
+        round_up_to=megatron.pipeline_model_parallel_size if virtual else 1,
+    )
+    normalizers = []
+    for mini_batch in plan.mini_batches:
+        members = [index for rank in mini_batch for micro_batch in rank for index in micro_batch]
+        lengths = [int(batch.samples[index].loss_mask.sum()) for index in members]
+        normalizers.append(Normalizer.from_lengths(lengths, recipe.loss_fn.aggregation_length))
+    return [
+        Share(
+            [[batch.select(micro_batch) for micro_batch in mini_batch[rank]] for mini_batch in plan.mini_batches],
+            normalizers,
+        )
+        for rank in range(data_parallel_size)
+    ]

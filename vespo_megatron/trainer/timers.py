@@ -1,0 +1,28 @@
+"""Wall time of each phase of a step, in seconds, as `time/<phase>`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Timers:
+    """`with timers("generate"): …`, then `timers.pop()`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"time/{phase}"
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def pop(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds

@@ -1,0 +1,120 @@
+"""One trainer process, as torchrun starts it: `python -m vespo_megatron.trainer.worker <run_dir>`.
+
+An error a person can act on is written to `<run_dir>/errors/rank_<r>.txt` for the launcher to print once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.schema import Recipe
+
+
+def main(run_dir: Path) -> int:
+    """Train this rank's part of the run; 0, or 2 after an error that was explained."""
+    try:
+        train(load_recipe(run_dir / "recipe.yaml"), run_dir)
+        return 0
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        folder = run_dir / "errors"
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{rank}.txt").write_text(f"{error}\n")
+        return 2
+
+
+def train(recipe: Recipe, run_dir: Path) -> None:
+    """Build everything, train, write what remains, and leave nothing behind."""
+    from vespo_megatron.megatron import parallel
+
+    device = parallel.pick_device(recipe.cluster.device)
+    place = parallel.initialize(recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device)
+    try:
+        _train(recipe, run_dir, place)
+    finally:
+        parallel.finalize()
+
+
+def _train(recipe: Recipe, run_dir: Path, place) -> None:
+    from vespo_megatron.megatron import hf_weights
+    from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer.loop import Trainer
+
+    policy = MegatronPolicy(
+        recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches
+    )
+    controller = build_controller(recipe, run_dir, place) if place.rank == 0 else None
+    try:
+        Trainer(recipe, place, policy, controller).train()
+        if recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
+            hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
+        if controller is not None:
+            facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, place)}
+            controller.logger.print(controller.logger.summary(facts))
+    finally:
+        if controller is not None:
+            controller.logger.close()
+            controller.close()
+
+
+def build_controller(recipe: Recipe, run_dir: Path, place):
+    """Rank 0's engine, prompts, rewards and logger."""
+    from transformers import AutoTokenizer
+
+    from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.rewards import RewardPool
+    from vespo_megatron.trainer.controller import Controller
+    from vespo_megatron.trainer.logging import RunLogger
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
+    prompts = load_prompts(recipe.data.train, recipe, tokenizer)
+    validation = load_prompts(recipe.data.validation, recipe, tokenizer) if recipe.data.validation.path else []
+    logger = RunLogger(
+        run_dir,
+        total_steps=recipe.grpo.max_num_steps,
+        tensorboard=recipe.logger.tensorboard_enabled,
+        progress=recipe.logger.progress,
+    )
+    engine = build_engine(recipe, place)
+    logger.print(f"rollouts: {engine.description}")
+    logger.print(f"training: {describe_trainer(recipe, place)}")
+    stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
+    return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+
+
+def build_engine(recipe: Recipe, place):
+    """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one."""
+    if recipe.policy.generation.backend == "in_process":
+        from vespo_megatron.megatron.policy import DTYPES
+        from vespo_megatron.rollout_sglang.in_process import InProcessEngine
+
+        return InProcessEngine(
+            recipe.policy.model_name,
+            dtype=DTYPES[recipe.policy.precision],
+            device=place.device,
+            context_length=recipe.policy.max_total_sequence_length,
+        )
+    from vespo_megatron.rollout_sglang import connect
+
+    return connect(recipe, recipe.policy.generation.sglang_cfg.urls)
+
+
+def describe_trainer(recipe: Recipe, place) -> str:
+    """For instance 'megatron-core 0.16.1, native layers, 2 processes on cpu: TP2 PP1 CP1 EP2 DP1'."""
+    import megatron.core
+
+    from vespo_megatron.megatron.native.spec import choose_layer_spec
+
+    layers = choose_layer_spec(recipe.policy.megatron_cfg.layer_spec, place.device.type)
+    return (
+        f"megatron-core {megatron.core.__version__}, {layers} layers, {place.world_size} processes on {place.device.type}: "
+        f"TP{place.tensor_size} PP{place.pipeline_size} CP{place.context_size} EP{place.expert_size} DP{place.data_size}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
