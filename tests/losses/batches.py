@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def zigzag(batch: Batch, rank: int, size: int) -> tuple[Batch, Tensor]:
     """This context parallel rank's piece (chunks rank and 2·size−1−rank of each sequence), and where it was."""
     cu = batch.cu_seqlens.tolist()
     tokens = []
-    for start, stop in zip(cu, cu[1:]):
+    for start, stop in pairwise(cu):
         width = -(-(stop - start) // (2 * size))
         index = torch.arange(start, stop)
         chunks = [index[c * width : (c + 1) * width] for c in (rank, 2 * size - 1 - rank)]

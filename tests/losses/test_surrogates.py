@@ -138,8 +138,8 @@ def test_bapo_moves_the_lower_bound_to_its_end_then_the_upper_until_the_share_is
 def test_opsm_silences_negative_responses_the_policy_has_left_and_nothing_else():
     for name in ("vespo", "grpo"):
         batch = make_batch(5)
-        plain, gradient = run(batch, name)
-        output, masked = run(batch, name, opsm_delta=0.02)
+        _, gradient = run(batch, name)
+        _, masked = run(batch, name, opsm_delta=0.02)
         d = torch.where(batch.mask, batch.behavior - batch.log_probs, 0.0)
         mean = torch.zeros(batch.num_sequences).double().index_add_(0, batch.segment_ids, d)
         mean /= torch.tensor(batch.unmasked_lengths).clamp(min=1)

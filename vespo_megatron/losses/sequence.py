@@ -52,6 +52,11 @@ class PackedSequences:
                 )
 
     @property
+    def on_host(self) -> bool:
+        """Whether tokens and offsets are both in host memory, where a loop over sequences costs no wait."""
+        return self.device.type == "cpu" and self.cu_seqlens.is_cpu
+
+    @property
     def num_sequences(self) -> int:
         """Sequences of the micro-batch, those with no token here included."""
         return len(self.cu_seqlens) - 1
@@ -82,7 +87,7 @@ class PackedSequences:
         One pass over the tokens. On the host each piece is summed on its own because PyTorch's segment_reduce adds one
         token after another there, which loses three digits of a float32 sum of 10⁵ tokens; pieces are summed pairwise.
         """
-        if values.is_cpu:
+        if self.on_host:
             out = values.new_empty(self.num_sequences)
             for index, piece in enumerate(values.split(self._host_lengths)):
                 torch.sum(piece, 0, out=out[index])
@@ -92,7 +97,7 @@ class PackedSequences:
     def expand(self, values: Tensor) -> Tensor:
         """Give every token its sequence's value: [num_sequences] → [tokens], detached."""
         values = values.detach()
-        if values.is_cpu:
+        if self.on_host:
             out = values.new_empty(self.num_tokens)
             for piece, value in zip(out.split(self._host_lengths), values.tolist(), strict=True):
                 piece.fill_(value)
