@@ -9,10 +9,12 @@ import torch
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import hf_weights, parallel
 from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.policy import MegatronPolicy
-from vespo_megatron.recipe.schema import PolicyConfig
+from vespo_megatron.recipe.schema import LossConfig, PolicyConfig
+from vespo_megatron.trainer.objective import Objective
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
 # a prompt longer than its response, and lengths that no parallel size divides.
@@ -73,11 +75,31 @@ def weighted_loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch:
     return value, value.detach().clone()
 
 
-def gradients_and_update(folder: str, layout: dict[str, Any], store: str, loss=weighted_loss) -> dict[str, Any]:
-    """Loss, every gradient and every weight after one update, with HF names (rank 0 has them)."""
+def gradients_and_update(
+    folder: str,
+    layout: dict[str, Any],
+    store: str,
+    loss_fn: LossConfig | None = None,
+    behavior: dict[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Loss, every gradient and every weight's change in one update, with HF names (rank 0 has them).
+
+    Without `loss_fn` the loss is `weighted_loss`; with it, that objective on samples whose μ is `behavior`.
+    """
     policy = build(folder, layout, store)
     before = {name: tensor.clone() for name, tensor in policy.exporter.stream()}
-    batches = micro_batches(policy, ragged_batch())
+    batch = ragged_batch()
+    for sample in batch.samples:
+        sample.log_probs = (behavior or {}).get(sample.sample_id, sample.log_probs)
+    batches = micro_batches(policy, batch)
+    loss = weighted_loss
+    if loss_fn is not None:
+        lengths = [int(sample.loss_mask.sum()) for sample in batch.samples]
+        objective_loss = Objective(loss_fn).loss_function(Normalizer.from_lengths(lengths))
+
+        def loss(log_probs, entropies, micro_batch):
+            value, _ = objective_loss(log_probs, entropies, micro_batch)
+            return value, value.detach().clone()
     reports = policy.compute_gradients(batches, loss, everywhere=True)
     gradients = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
     result = policy.update(batches, loss)
@@ -91,8 +113,8 @@ def gradients_and_update(folder: str, layout: dict[str, Any], store: str, loss=w
     }
 
 
-def log_probs(folder: str, layout: dict[str, Any], store: str, lengths=None) -> dict[str, np.ndarray] | None:
-    """Sample id → (log-probs, entropies) of the whole batch, or of this (data, context) shard's micro-batches."""
+def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | None:
+    """(layout, sample ids, [log-probs, entropies]) of each micro-batch of this (data, context) shard."""
     policy = build(folder, layout, store)
     batches = micro_batches(policy, ragged_batch(), count=2)
     outputs = policy.log_probs(batches)

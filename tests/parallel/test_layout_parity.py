@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from vespo_megatron.recipe.schema import LossConfig
+
 TP, PP, CP, EP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -47,20 +49,46 @@ def one_process(workers, checkpoint):
     return workers.run(layout_work.gradients_and_update, 1, folder=checkpoint[0], layout={})[0]
 
 
+def compare(answers, expected) -> dict[str, float]:
+    """Relative errors of a layout's answers against one process's."""
+    errors = {"loss": abs(sum(answer["loss"] for answer in answers) / expected["loss"] - 1)}
+    for kind in ("gradients", "update"):
+        assert answers[0][kind].keys() == expected[kind].keys()
+        errors[kind] = max(relative_error(answers[0][kind][name], tensor) for name, tensor in expected[kind].items())
+    errors["grad_norm"] = abs(answers[0]["grad_norm"] / expected["grad_norm"] - 1)
+    return errors
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_loss_gradients_and_update_are_those_of_one_process(name, workers, checkpoint, one_process, record_property):
+def test_loss_gradients_and_update_are_those_of_one_process(name, workers, checkpoint, one_process):
     world_size, layout = LAYOUTS[name]
     answers = workers.run(layout_work.gradients_and_update, world_size, folder=checkpoint[0], layout=layout)
-    errors = {"loss": abs(sum(answer["loss"] for answer in answers) / one_process["loss"] - 1)}
-    for kind in ("gradients", "update"):
-        assert answers[0][kind].keys() == one_process[kind].keys()
-        errors[kind] = max(
-            relative_error(answers[0][kind][tensor], expected) for tensor, expected in one_process[kind].items()
-        )
-    errors["grad_norm"] = abs(answers[0]["grad_norm"] / one_process["grad_norm"] - 1)
-    record_property("relative_errors", errors)
+    errors = compare(answers, one_process)
     print(f"{name}: " + ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items()))
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.fixture(scope="module")
+def behavior(workers, checkpoint):
+    """μ near the policy (a few per cent off per token), so that W is neither 0 nor infinite."""
+    generator = np.random.default_rng(1)
+    near = {}
+    for layout, sample_ids, output in workers.run(layout_work.log_probs, 1, folder=checkpoint[0], layout={})[0]:
+        for sample_id, values in zip(sample_ids, layout.merge_response_values([output[0]]), strict=True):
+            near[sample_id] = (values + generator.normal(0, 0.05, len(values))).astype(np.float32)
+    return near
+
+
+@pytest.mark.parametrize("objective", ["vespo", "grpo", "gspo"])
+def test_an_objective_has_the_same_gradient_on_every_layout(objective, workers, checkpoint, behavior):
+    loss_fn = LossConfig(name=objective)
+    run = {"folder": checkpoint[0], "loss_fn": loss_fn, "behavior": behavior}
+    expected = workers.run(layout_work.gradients_and_update, 1, layout={}, **run)[0]
+    for name in ("dp2", "cp4", "tp2_cp2", "pp2_cp2_ep2"):
+        world_size, layout = LAYOUTS[name]
+        errors = compare(workers.run(layout_work.gradients_and_update, world_size, layout=layout, **run), expected)
+        print(f"{objective}, {name}: " + ", ".join(f"{kind} {error:.1e}" for kind, error in errors.items()))
+        assert max(errors.values()) <= TOLERANCE, (name, errors)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -102,6 +102,8 @@ class MegatronConfig:
     tensor_model_parallel_size: int = key(1, "TP.")
     pipeline_model_parallel_size: int = key(1, "PP.")
     virtual_pipeline_model_parallel_size: int | None = key(None, "(ours) Model chunks per pipeline rank (VPP).")
+    num_layers_in_first_pipeline_stage: int | None = key(None, "Layers of the first stage; None: an equal share.")
+    num_layers_in_last_pipeline_stage: int | None = key(None, "Layers of the last stage; None: an equal share.")
     context_parallel_size: int = key(1, "CP.")
     expert_model_parallel_size: int = key(1, "EP.")
     expert_tensor_parallel_size: int = key(1, "ETP: tensor parallel size inside one expert.")
