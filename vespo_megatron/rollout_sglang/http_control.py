@@ -1,0 +1,58 @@
+"""Blocking HTTP to a server's control endpoints: standard library only, always with a deadline."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from vespo_megatron.errors import UserError
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""No proxy of the environment: servers are on this machine or in this cluster."""
+
+
+def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> Any:
+    """POST `body` (GET when it is None) and return the decoded JSON reply, None for an empty one.
+
+    Raises `UserError` naming server, endpoint and reason for any status but 2xx, a reply that is not JSON, a
+    `success: false`, or no answer within `timeout_s`.
+    """
+    where = f"server {url} {path}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with _OPENER.open(request, timeout=timeout_s) as response:
+            text = response.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        raise UserError(f"answered {error.code}: {_message(error.read())}", where=where) from error
+    except TimeoutError as error:
+        raise UserError(f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log") from error
+    except (urllib.error.URLError, ConnectionError, OSError) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):
+            raise UserError(
+                f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log"
+            ) from error
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot be reached ({reason})", where=where, fix="see the server's log") from error
+    try:
+        reply = json.loads(text) if text.strip() else None
+    except ValueError:
+        return text
+    if isinstance(reply, dict) and reply.get("success") is False:
+        raise UserError(f"refused: {reply.get('message', reply)}", where=where)
+    return reply
+
+
+def _message(raw: bytes) -> str:
+    """The human part of an error reply, at most 500 characters."""
+    text = raw.decode(errors="replace")
+    try:
+        reply = json.loads(text)
+        while isinstance(reply, dict):
+            reply = reply.get("message") or reply.get("error") or reply.get("detail") or text
+        text = str(reply)
+    except ValueError:
+        pass
+    return text.strip()[:500]

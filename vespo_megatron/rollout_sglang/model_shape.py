@@ -1,0 +1,59 @@
+"""What a client must know of the served model to check a request before it is sent and a reply before it is used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vespo_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a Qwen3-MoE's `config.json` that requests and replies are held to."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    num_layers: int
+    sparse_layers: tuple[int, ...]
+    """Indices of the layers that route; the others have a dense MLP."""
+    num_experts: int
+    topk: int
+    tie_word_embeddings: bool
+    architecture: str
+    kv_values_per_token: int
+    """Key and value elements of one token over all layers."""
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelShape:
+        """Read `config.json`; raises `UserError` naming the file and what it lacks."""
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except OSError as error:
+            raise UserError(
+                f"cannot be read ({error.strerror})", where=str(path), expected="a Hugging Face folder"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"is not JSON ({error})", where=str(path)) from error
+        try:
+            layers, experts = config["num_hidden_layers"], config.get("num_experts", 0)
+            dense = set(config.get("mlp_only_layers") or [])
+            step = config.get("decoder_sparse_step", 1)
+            sparse = [i for i in range(layers) if experts > 0 and i not in dense and (i + 1) % step == 0]
+            heads = config["num_attention_heads"]
+            head_dim = config.get("head_dim") or config["hidden_size"] // heads
+            return cls(
+                vocab_size=config["vocab_size"],
+                max_position_embeddings=config["max_position_embeddings"],
+                num_layers=layers,
+                sparse_layers=tuple(sparse),
+                num_experts=experts,
+                topk=config.get("num_experts_per_tok", 0),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                architecture=(config.get("architectures") or ["Qwen3MoeForCausalLM"])[0],
+                kv_values_per_token=2 * layers * head_dim * config.get("num_key_value_heads", heads),
+            )
+        except KeyError as error:
+            raise UserError(f"has no {error.args[0]}", where=str(path), expected="a Qwen3-MoE config.json") from error
