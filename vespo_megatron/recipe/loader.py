@@ -1,10 +1,11 @@
 """Recipes from YAML: `defaults:` chains, `key=value` overrides, and errors that name the key and the file.
 
 A recipe file may start with `defaults:`, one path or a list of paths relative to that file; later ones win over
-earlier ones, the file itself over all of them, and overrides over the file. Wherever a file says `${recipe_dir}` its own
-folder is meant; any other relative path is relative to the current directory. OmegaConf's interpolation
-(`${grpo.seed}`, `${oc.env:USER}`) works. In a mapping with free keys (`loss_fn.hyperparameters`, …) the line
-`_override_: true` drops what was inherited instead of adding to it, as in NeMo-RL.
+earlier ones, the file itself over all of them, and overrides over the file. Wherever a file says `${recipe_dir}` its
+own folder is meant (on the command line: the current directory); any other relative path is relative to the current
+directory. OmegaConf's interpolation (`${grpo.seed}`, `${oc.env:USER}`) works. In a mapping with free keys
+(`loss_fn.hyperparameters`, …) the line `_override_: true` drops what was inherited instead of adding to it, as in
+NeMo-RL.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in `path` with its defaults and `overrides` ("policy.precision=float32"), as dataclasses.
 
     Raises:
-        UserError: no such file, not YAML, a circular `defaults:`, an unknown key (naming the nearest known one), a value
-            of another type than the key's, a mandatory key without a value.
+        UserError: no such file, not YAML, a circular `defaults:`, an unknown key (naming the nearest known one), a
+            value of another type than the key's, a mandatory key without a value.
     """
     layers = [*_file_layers(Path(path), ()), *(_override_layer(text) for text in overrides)]
     config = OmegaConf.structured(Recipe)
@@ -58,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every key with its value as YAML that `load_recipe` reads back equal; the file appears whole or not at all."""
+    """Write every key as YAML that `load_recipe` reads back equal; the file appears whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(to_yaml(recipe))

@@ -1,0 +1,198 @@
+"""Impossible recipes are refused before a process starts, and the message says what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.validate import CHOICES, model_problems, problems, read_model_config, validate
+
+CONFIG = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 128,
+    "vocab_size": 128,
+    "max_position_embeddings": 2048,
+}
+
+
+def changed(**values) -> Recipe:
+    """The default recipe on two processes with `section__key=value` changed (a double underscore for each dot)."""
+    recipe = Recipe()
+    recipe.policy.model_name = "a/model"
+    recipe.data.train.path = "train.parquet"
+    recipe.cluster.gpus_per_node = 2
+    for name, value in values.items():
+        *path, last = name.split("__")
+        section = recipe
+        for part in path:
+            section = getattr(section, part)
+        assert last in {field.name for field in dataclasses.fields(section)}
+        setattr(section, last, value)
+    return recipe
+
+
+M = "policy__megatron_cfg__"
+TP, PP, CP = M + "tensor_model_parallel_size", M + "pipeline_model_parallel_size", M + "context_parallel_size"
+EP, ETP, VPP = (
+    M + "expert_model_parallel_size",
+    M + "expert_tensor_parallel_size",
+    M + "virtual_pipeline_model_parallel_size",
+)
+SP, GPUS, GLOBAL_BATCH = M + "sequence_parallel", "cluster__gpus_per_node", "policy__train_global_batch_size"
+FIRST, LAST = M + "num_layers_in_first_pipeline_stage", M + "num_layers_in_last_pipeline_stage"
+G = "policy__generation__"
+
+IMPOSSIBLE = {
+    "world not divisible by TP·PP·CP": ({GPUS: 6, TP: 2, SP: True, CP: 2}, "cluster", "multiple of 4"),
+    "world not divisible by ETP·EP·PP": ({GPUS: 2, EP: 4}, "expert_model_parallel_size", "divides 2"),
+    "EP·ETP beyond the world": ({GPUS: 2, EP: 2, ETP: 2}, "expert_model_parallel_size", "lower it"),
+    "sequence parallel without TP": ({SP: True}, "sequence_parallel", "set it to false"),
+    "MoE with TP without sequence parallel": ({TP: 2}, "sequence_parallel", "set it to true"),
+    "VPP without PP": ({VPP: 2}, "virtual_pipeline_model_parallel_size", "set it to null"),
+    "VPP of one chunk": ({PP: 2, VPP: 1}, "virtual_pipeline_model_parallel_size", "at least 2"),
+    "rollout batch not divisible": ({GLOBAL_BATCH: 100}, "train_global_batch_size", "divisor of 256"),
+    "mini-batch not shared evenly": ({GPUS: 3, GLOBAL_BATCH: 256}, "train_global_batch_size", "set it to 258"),
+    "mini-batch larger than rollout batch": ({GLOBAL_BATCH: 512}, "train_global_batch_size", "divisor of 256"),
+    "VPP with too few micro-batches": (
+        {GPUS: 4, PP: 4, VPP: 2, GLOBAL_BATCH: 2},
+        "train_global_batch_size",
+        "set it to 4",
+    ),
+    "prompt and response beyond the total": (
+        {G + "max_new_tokens": 800},
+        "max_total_sequence_length",
+        "raise it to 1312",
+    ),
+    "server context too short": ({G + "sglang_cfg__context_length": 512}, "context_length", "at least 1024"),
+    "token budget below one sequence": (
+        {"policy__sequence_packing__train_mb_tokens": 1000},
+        "train_mb_tokens",
+        "at least 1024",
+    ),
+    "token budget below one padded sequence": (
+        {CP: 2, "policy__max_total_sequence_length": 1025, "policy__sequence_packing__train_mb_tokens": 1025},
+        "train_mb_tokens",
+        "at least 1028",
+    ),
+    "log-prob token budget": ({"policy__sequence_packing__logprob_mb_tokens": 1}, "logprob_mb_tokens", "at least 1024"),
+    "greedy training": ({G + "temperature": 0.0}, "temperature", "val_temperature=0"),
+    "nucleus sampling in training": ({G + "top_p": 0.9}, "top_p", "set it to 1.0"),
+    "top-k in training": ({G + "top_k": 20}, "top_k", "set it to null"),
+    "val_top_p out of range": ({G + "val_top_p": 0.0}, "val_top_p", "(0, 1]"),
+    "negative val_temperature": ({G + "val_temperature": -1.0}, "val_temperature", "at least 0"),
+    "groups of one": ({"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32}, "num_generations_per_prompt", "2"),
+    "no training data": ({"data__train__path": None}, "data.train.path", "parquet"),
+    "token-sum-norm without its length": ({"loss_fn__aggregation": "token-sum-norm"}, "aggregation_length", "length"),
+    "Transformer Engine on a CPU": ({"cluster__device": "cpu", M + "layer_spec": "te"}, "layer_spec", "native"),
+    "fusion without Transformer Engine": (
+        {M + "layer_spec": "native", M + "apply_rope_fusion": True},
+        "apply_rope_fusion",
+        "false",
+    ),
+    "R3 without routes": ({"policy__router_replay__mode": "R3"}, "enable_return_routed_experts", "true"),
+    "a server address without scheme": ({G + "sglang_cfg__urls": ["localhost:1"]}, "urls", "http://"),
+    "no processes": ({GPUS: 0}, "cluster.gpus_per_node", "at least 1"),
+    "a parallel size of zero": ({CP: 0}, "context_parallel_size", "at least 1"),
+    "no deadline": ({"env__timeout": 0.0}, "env.timeout", "more than 0"),
+    "a learning rate that is no number": ({M + "optimizer__lr": float("nan")}, "optimizer.lr", "more than 0"),
+    "a misspelt choice": ({"policy__precision": "bf16"}, "policy.precision", "bfloat16"),
+}
+
+
+def test_the_default_recipe_has_no_problem():
+    assert list(problems(changed())) == []
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_recipe_is_refused_by_one_message_that_says_what_to_change(name):
+    values, where, advice = IMPOSSIBLE[name]
+    found = list(problems(changed(**values)))
+    assert [where in problem.where for problem in found] == [True], [str(problem) for problem in found]
+    assert advice in str(found[0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {TP: 2, SP: True, EP: 2},
+        {PP: 2},
+        {GPUS: 4, PP: 2, VPP: 2},
+        {GPUS: 8, TP: 2, SP: True, PP: 2, CP: 2, EP: 2},
+        {GPUS: 4, EP: 4},
+        {EP: 2, GLOBAL_BATCH: 64},
+        {G + "top_k": -1, G + "val_temperature": 0.0},
+        {"policy__sequence_packing__enabled": False, "policy__sequence_packing__train_mb_tokens": 1},
+        {"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32, "grpo__advantage_estimator": "batch_mean"},
+    ],
+)
+def test_a_possible_recipe_is_let_through(values):
+    assert [str(problem) for problem in problems(changed(**values))] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "where", "advice"),
+    [
+        ({TP: 8}, {}, "tensor_model_parallel_size", "4 attention heads"),
+        ({TP: 4}, {}, "tensor_model_parallel_size", "2 key/value heads"),
+        ({PP: 3}, {}, "pipeline_model_parallel_size", "divisor of 4 (1, 2, 4)"),
+        ({PP: 2, VPP: 4}, {}, "virtual_pipeline_model_parallel_size", "2 layers of a stage cannot be split into VPP 4"),
+        ({PP: 2}, {"num_hidden_layers": 3}, "pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
+        ({PP: 2, FIRST: 4}, {}, "pipeline_model_parallel_size", "with 4 in the outer stages"),
+        ({PP: 2, FIRST: 1, LAST: 2}, {}, "pipeline_model_parallel_size", "with 1 and 2 in the outer stages"),
+        ({FIRST: 1}, {}, "pipeline_model_parallel_size", "leave them out"),
+        ({EP: 3}, {}, "expert_model_parallel_size", "8 experts"),
+        ({ETP: 3}, {}, "expert_tensor_parallel_size", "64 channels of an expert"),
+        ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),
+        ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),
+        ({G + "stop_token_ids": [128]}, {}, "stop_token_ids", "ids below"),
+    ],
+)
+def test_a_layout_the_model_cannot_take_is_refused(values, config, where, advice):
+    found = [str(problem) for problem in model_problems(changed(**values), CONFIG | config)]
+    assert any(where in problem and advice in problem for problem in found), found
+
+
+def test_a_layout_the_model_can_take_is_let_through():
+    values = {GPUS: 4, TP: 2, SP: True, PP: 2, EP: 2, ETP: 1, VPP: 2}
+    assert list(model_problems(changed(**values), CONFIG)) == []
+
+
+@pytest.mark.parametrize("values", [{FIRST: 1}, {LAST: 2}, {FIRST: 1, LAST: 2}])
+def test_stages_of_unequal_size_are_let_through_when_they_are_given(values):
+    assert list(model_problems(changed(**values, **{GPUS: 2, PP: 2}), CONFIG | {"num_hidden_layers": 3})) == []
+
+
+def test_validate_tells_all_problems_at_once(tmp_path):
+    with pytest.raises(UserError, match="2 problems") as error:
+        validate(changed(**{TP: 2, G + "temperature": 0.0}))
+    assert "sequence_parallel" in str(error.value) and "temperature" in str(error.value)
+
+
+def test_validate_reads_the_model_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    validate(changed(policy__model_name=str(tmp_path)))
+    with pytest.raises(UserError, match="8 experts"):
+        validate(changed(**{"policy__model_name": str(tmp_path), GPUS: 3, EP: 3, GLOBAL_BATCH: 192, "grpo__num_prompts_per_step": 24}))  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_model_folder_without_a_readable_config_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_model_config(tmp_path)
+
+
+def test_every_choice_is_a_key_and_its_default_is_one_of_the_choices():
+    from vespo_megatron.recipe.loader import flatten
+
+    values = flatten(Recipe())
+    assert all(values[name] in choices for name, choices in CHOICES.items())

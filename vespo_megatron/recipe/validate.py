@@ -1,0 +1,432 @@
+"""What a recipe may not ask for, found before any process starts, with a message that says what to change.
+
+Pure: `problems` looks at the recipe alone, `model_problems` at the model's `config.json` besides. Neither imports
+torch, megatron-core or transformers. Names that tables own (objectives, estimators, rewards) are checked there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import flatten
+from vespo_megatron.recipe.schema import MegatronConfig, Recipe
+
+_MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "policy.precision": ("float32", "bfloat16"),
+    f"{_MEGATRON}.layer_spec": ("auto", "te", "native"),
+    f"{_MEGATRON}.recompute_granularity": (None, "full", "selective"),
+    f"{_MEGATRON}.moe_router_dtype": (None, "fp32", "fp64"),
+    f"{_MEGATRON}.moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
+    f"{_MEGATRON}.optimizer.optimizer": ("adam", "sgd"),
+    f"{_MEGATRON}.scheduler.lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    "policy.router_replay.mode": ("none", "R2", "R3"),
+    "policy.router_replay.on_stale_routes": ("live", "drop", "error"),
+    f"{_GENERATION}.backend": ("sglang", "in_process"),
+    f"{_GENERATION}.sglang_cfg.weight_transport": ("distributed", "tensor", "disk"),
+    f"{_GENERATION}.sglang_cfg.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "loss_fn.behavior": ("rollout", "recompute"),
+    "loss_fn.on_bad_sample": ("error", "drop"),
+    "loss_fn.reference_policy_kl_type": ("k1", "k2", "k3"),
+    "data.on_long_prompt": ("error", "drop"),
+    "cluster.device": ("auto", "cuda", "cpu"),
+}
+
+AT_LEAST_ONE = (
+    "grpo.num_prompts_per_step",
+    "grpo.num_generations_per_prompt",
+    "grpo.max_num_steps",
+    "grpo.max_num_epochs",
+    "grpo.max_val_samples",
+    "grpo.val_num_generations",
+    "policy.train_global_batch_size",
+    "policy.train_micro_batch_size",
+    "policy.logprob_batch_size",
+    "policy.max_total_sequence_length",
+    f"{_MEGATRON}.tensor_model_parallel_size",
+    f"{_MEGATRON}.pipeline_model_parallel_size",
+    f"{_MEGATRON}.virtual_pipeline_model_parallel_size",
+    f"{_MEGATRON}.num_layers_in_first_pipeline_stage",
+    f"{_MEGATRON}.num_layers_in_last_pipeline_stage",
+    f"{_MEGATRON}.context_parallel_size",
+    f"{_MEGATRON}.expert_model_parallel_size",
+    f"{_MEGATRON}.expert_tensor_parallel_size",
+    f"{_MEGATRON}.logprob_chunk_tokens",
+    "policy.sequence_packing.train_mb_tokens",
+    "policy.sequence_packing.logprob_mb_tokens",
+    f"{_GENERATION}.max_new_tokens",
+    f"{_GENERATION}.sglang_cfg.num_servers",
+    f"{_GENERATION}.sglang_cfg.tensor_parallel_size",
+    f"{_GENERATION}.sglang_cfg.max_concurrent_requests",
+    f"{_GENERATION}.sglang_cfg.weight_bucket_bytes",
+    "data.max_input_seq_length",
+    "data.train.max_samples",
+    "data.validation.max_samples",
+    "env.num_workers",
+    "checkpointing.keep_top_k",
+    "cluster.gpus_per_node",
+    "cluster.num_nodes",
+)
+"""Counts; those that may be null are checked when they are not."""
+
+POSITIVE = (
+    f"{_MEGATRON}.distributed_timeout",
+    f"{_MEGATRON}.optimizer.lr",
+    f"{_GENERATION}.sglang_cfg.startup_timeout",
+    f"{_GENERATION}.sglang_cfg.request_timeout",
+    "env.timeout",
+)
+
+NOT_NEGATIVE = (
+    "grpo.val_period",
+    "grpo.seed",
+    "checkpointing.save_period",
+    "logger.num_val_samples_to_print",
+    "loss_fn.reference_policy_kl_penalty",
+    f"{_MEGATRON}.optimizer.weight_decay",
+    f"{_MEGATRON}.optimizer.clip_grad",
+    f"{_MEGATRON}.scheduler.lr_warmup_iters",
+)
+
+NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "apply_rope_fusion")
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise `UserError` with everything that is wrong with the recipe and with what it asks of its model."""
+    found = list(problems(recipe))
+    if not found:
+        found = list(model_problems(recipe, read_model_config(recipe.policy.model_name)))
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserError(f"the recipe has {len(found)} problems\n" + "\n".join(str(problem) for problem in found))
+
+
+def read_model_config(model_folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face folder. Raises UserError when it cannot be read."""
+    path = Path(model_folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror})",
+            where=str(path),
+            expected="a Hugging Face model folder",
+            fix="check policy.model_name (relative paths start at the current directory), or prepare the model first",
+        ) from None
+    except ValueError as error:
+        raise UserError(f"is not JSON ({error})", where=str(path)) from None
+    if not isinstance(config, dict):
+        raise UserError("is not a mapping", where=str(path), expected="a Hugging Face model configuration")
+    return config
+
+
+# ---- the recipe alone --------------------------------------------------------------------------------------------
+
+
+def problems(recipe: Recipe) -> Iterator[UserError]:
+    """What is wrong with a recipe, whatever its model. Values out of range are all there is when there are any."""
+    out_of_range = list(_out_of_range(recipe))
+    if out_of_range:
+        yield from out_of_range
+        return
+    yield from _parallel_layout(recipe)
+    yield from _batch_sizes(recipe)
+    yield from _lengths(recipe)
+    yield from _sampling(recipe)
+    yield from _combinations(recipe)
+
+
+def _out_of_range(recipe: Recipe) -> Iterator[UserError]:
+    values = flatten(recipe)
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            known = ", ".join("null" if choice is None else choice for choice in choices)
+            yield UserError(f"is {values[name]!r}", where=name, expected=f"one of {known}")
+    bounds = ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "at least 0"))
+    for names, least, expected in bounds:
+        for name in names:
+            if values[name] is not None and values[name] < least:
+                yield UserError(f"is {values[name]}", where=name, expected=expected)
+    for name in POSITIVE:
+        if not values[name] > 0:
+            yield UserError(f"is {values[name]}", where=name, expected="more than 0")
+
+
+def _parallel_layout(recipe: Recipe) -> Iterator[UserError]:
+    megatron, world = recipe.policy.megatron_cfg, recipe.world_size
+    tensor, pipeline = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    context, expert = megatron.context_parallel_size, megatron.expert_model_parallel_size
+    expert_tensor, virtual = megatron.expert_tensor_parallel_size, megatron.virtual_pipeline_model_parallel_size
+    dense = tensor * pipeline * context
+    if world % dense:
+        yield UserError(
+            f"{world} trainer processes ({recipe.cluster.num_nodes} × {recipe.cluster.gpus_per_node}) cannot be split "
+            f"into TP {tensor} × PP {pipeline} × CP {context} = {dense}",
+            where="cluster",
+            expected=f"a multiple of {dense}",
+            fix=f"use {_round_up(world, dense)} processes (cluster.gpus_per_node), or lower a parallel size",
+        )
+    experts = expert_tensor * expert * pipeline
+    if world % experts:
+        yield UserError(
+            f"{world} trainer processes cannot be split into ETP {expert_tensor} × EP {expert} × PP {pipeline} "
+            f"= {experts}",
+            where=f"{_MEGATRON}.expert_model_parallel_size",
+            expected=f"ETP × EP × PP that divides {world}",
+            fix=f"lower it, or use {_round_up(world, experts)} processes",
+        )
+    if megatron.sequence_parallel and tensor == 1:
+        yield UserError(
+            "is true with tensor_model_parallel_size 1",
+            where=f"{_MEGATRON}.sequence_parallel",
+            fix="set it to false, or raise tensor_model_parallel_size",
+        )
+    if tensor > 1 and not megatron.sequence_parallel:
+        yield UserError(
+            f"is false with tensor_model_parallel_size {tensor}; megatron-core trains MoE with TP only with both",
+            where=f"{_MEGATRON}.sequence_parallel",
+            fix="set it to true",
+        )
+    if virtual is not None and (pipeline == 1 or virtual == 1):
+        yield UserError(
+            f"is {virtual} with pipeline_model_parallel_size {pipeline}",
+            where=f"{_MEGATRON}.virtual_pipeline_model_parallel_size",
+            expected="at least 2, with at least 2 pipeline stages",
+            fix="set it to null, or raise the two",
+        )
+
+
+def _batch_sizes(recipe: Recipe) -> Iterator[UserError]:
+    batch, rollout = recipe.policy.train_global_batch_size, recipe.rollout_batch_size
+    name = "policy.train_global_batch_size"
+    if rollout % batch:
+        prompts, repeats = recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt
+        yield UserError(
+            f"is {batch}, which does not divide the rollout batch of {prompts} prompts × {repeats} = {rollout}",
+            where=name,
+            fix=f"choose a divisor of {rollout}, or change grpo.num_prompts_per_step",
+        )
+    megatron = recipe.policy.megatron_cfg
+    if recipe.world_size % recipe.model_parallel_size:
+        return
+    data = recipe.data_parallel_size
+    if batch % data:
+        yield UserError(
+            f"is {batch}, which {data} data parallel ranks cannot share evenly",
+            where=name,
+            expected=f"a multiple of {data}",
+            fix=f"set it to {_round_up(batch, data)}",
+        )
+    elif megatron.virtual_pipeline_model_parallel_size and batch // data < megatron.pipeline_model_parallel_size:
+        stages = megatron.pipeline_model_parallel_size
+        yield UserError(
+            f"is {batch}: {batch // data} responses per data parallel rank",
+            where=name,
+            expected=f"at least {stages} each: a virtual pipeline needs a micro-batch for each of its {stages} stages",
+            fix=f"set it to {stages * data} or more",
+        )
+
+
+def _lengths(recipe: Recipe) -> Iterator[UserError]:
+    policy, generation, longest = recipe.policy, recipe.policy.generation, recipe.policy.max_total_sequence_length
+    prompt, response = recipe.data.max_input_seq_length, generation.max_new_tokens
+    if prompt + response > longest:
+        yield UserError(
+            f"is {longest}, but a prompt of {prompt} and a response of {response} tokens make {prompt + response}",
+            where="policy.max_total_sequence_length",
+            fix=f"raise it to {prompt + response}, or lower data.max_input_seq_length or {_GENERATION}.max_new_tokens",
+        )
+    context = generation.sglang_cfg.context_length
+    if generation.backend == "sglang" and context is not None and context < longest:
+        yield UserError(
+            f"is {context}",
+            where=f"{_GENERATION}.sglang_cfg.context_length",
+            expected=f"at least {longest}, policy.max_total_sequence_length",
+            fix="raise it, or leave it out",
+        )
+    if policy.sequence_packing.enabled:
+        parallel = policy.megatron_cfg.context_parallel_size
+        padded = longest if parallel == 1 else _round_up(longest, 2 * parallel)
+        for name in ("train_mb_tokens", "logprob_mb_tokens"):
+            budget = getattr(policy.sequence_packing, name)
+            if budget < padded:
+                yield UserError(
+                    f"is {budget}, too small for one sequence of policy.max_total_sequence_length "
+                    f"({longest}, padded to {padded})",
+                    where=f"policy.sequence_packing.{name}",
+                    expected=f"at least {padded}",
+                    fix="raise it, or lower policy.max_total_sequence_length",
+                )
+
+
+def _sampling(recipe: Recipe) -> Iterator[UserError]:
+    generation = recipe.policy.generation
+    if not generation.temperature > 0:
+        yield UserError(
+            f"is {generation.temperature}; greedy responses have no log-probs to train on",
+            where=f"{_GENERATION}.temperature",
+            expected="more than 0",
+            fix="for greedy evaluation set policy.generation.val_temperature=0",
+        )
+    full = {"top_p": (generation.top_p == 1.0, "1.0"), "top_k": (generation.top_k in (None, -1), "null")}
+    for name, (is_full, neutral) in full.items():
+        if not is_full:
+            yield UserError(
+                f"is {getattr(generation, name)}; the engine returns log-probs of the full distribution, not of the "
+                "truncated one it would sample from, so the off-policy ratio would be wrong",
+                where=f"{_GENERATION}.{name}",
+                expected=f"{neutral} in training",
+                fix=f"set it to {neutral}" + ("; evaluation has val_top_p" if name == "top_p" else ""),
+            )
+    if generation.val_temperature is not None and generation.val_temperature < 0:
+        yield UserError(
+            f"is {generation.val_temperature}", where=f"{_GENERATION}.val_temperature", expected="at least 0 (greedy)"
+        )
+    if generation.val_top_p is not None and not 0 < generation.val_top_p <= 1:
+        yield UserError(f"is {generation.val_top_p}", where=f"{_GENERATION}.val_top_p", expected="in (0, 1]")
+
+
+def _combinations(recipe: Recipe) -> Iterator[UserError]:
+    policy, megatron = recipe.policy, recipe.policy.megatron_cfg
+    generation, loss = policy.generation, recipe.loss_fn
+    if not recipe.data.train.path:
+        yield UserError("has no value", where="data.train.path", expected="a parquet or JSONL file in veRL's schema")
+    if recipe.grpo.num_generations_per_prompt == 1 and recipe.grpo.advantage_estimator == "auto":
+        yield UserError(
+            "is 1: a group of one response has no advantage over its own mean, and nothing would be learned",
+            where="grpo.num_generations_per_prompt",
+            expected="at least 2",
+            fix="raise it, or choose a grpo.advantage_estimator that needs no group",
+        )
+    if loss.aggregation == "token-sum-norm" and not loss.aggregation_length:
+        yield UserError(
+            "has no value", where="loss_fn.aggregation_length", expected="the constant length token-sum-norm divides by"
+        )
+    if megatron.layer_spec == "te" and recipe.cluster.device == "cpu":
+        yield UserError(
+            "is te on a CPU",
+            where=f"{_MEGATRON}.layer_spec",
+            expected="native, or auto",
+            fix="Transformer Engine needs CUDA",
+        )
+    if megatron.layer_spec == "native":
+        for name in NEED_TRANSFORMER_ENGINE:
+            if getattr(megatron, name):
+                yield UserError(
+                    "is true with layer_spec native",
+                    where=f"{_MEGATRON}.{name}",
+                    fix="set it to false, or layer_spec=te",
+                )
+    if (
+        policy.router_replay.mode == "R3"
+        and generation.backend == "sglang"
+        and not generation.sglang_cfg.enable_return_routed_experts
+    ):
+        yield UserError(
+            "is false, but policy.router_replay.mode R3 replays the routes the servers return",
+            where=f"{_GENERATION}.sglang_cfg.enable_return_routed_experts",
+            fix="set it to true",
+        )
+    for url in generation.sglang_cfg.urls:
+        if not url.startswith(("http://", "https://")):
+            yield UserError(
+                f"holds {url!r}",
+                where=f"{_GENERATION}.sglang_cfg.urls",
+                expected="addresses such as http://127.0.0.1:30000",
+            )
+
+
+# ---- the recipe and its model ------------------------------------------------------------------------------------
+
+
+def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserError]:
+    """What the recipe asks of its model that this model cannot do.
+
+    Args:
+        config: the model's `config.json`; keys that are not there are not checked.
+    """
+    megatron, folder = recipe.policy.megatron_cfg, recipe.policy.model_name
+    tensor, expert, expert_tensor = (
+        megatron.tensor_model_parallel_size,
+        megatron.expert_model_parallel_size,
+        megatron.expert_tensor_parallel_size,
+    )
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    vocab, groups = config.get("vocab_size"), config.get("num_key_value_heads")
+    divisions = [
+        (config.get("num_attention_heads"), "attention heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (groups, "key/value heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (experts, "experts", expert, f"EP {expert}", "expert_model_parallel_size"),
+        (config.get("moe_intermediate_size"), "channels of an expert", expert_tensor, f"ETP {expert_tensor}",
+         "expert_tensor_parallel_size"),
+    ]  # fmt: skip
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        size = config.get("intermediate_size")
+        divisions.append((size, "channels of a dense MLP", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
+    for count, what, parts, split, name in divisions:
+        if count is not None and count % parts:
+            divisors = ", ".join(str(size) for size in range(1, min(count, 64) + 1) if count % size == 0)
+            yield UserError(
+                f"the {count} {what} of {folder} cannot be split into {split}",
+                where=f"{_MEGATRON}.{name}",
+                expected=f"a divisor of {count} ({divisors})",
+            )
+    if config.get("num_hidden_layers") is not None:
+        yield from _layer_split(megatron, config["num_hidden_layers"], folder)
+    limit, longest = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
+    if limit is not None and longest > limit:
+        yield UserError(
+            f"is {longest}",
+            where="policy.max_total_sequence_length",
+            expected=f"at most {limit}, the context of {folder}",
+        )
+    for token in recipe.policy.generation.stop_token_ids:
+        if vocab is not None and not 0 <= token < vocab:
+            yield UserError(
+                f"holds {token}", where=f"{_GENERATION}.stop_token_ids", expected=f"ids below {folder}'s {vocab}"
+            )
+
+
+def _layer_split(megatron: MegatronConfig, layers: int, folder: str) -> Iterator[UserError]:
+    """Every pipeline stage has the same layers, apart from a first and a last one of given size."""
+    pipeline = megatron.pipeline_model_parallel_size
+    virtual = megatron.virtual_pipeline_model_parallel_size or 1
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    given = [count for count in (first, last) if count is not None]
+    where = f"{_MEGATRON}.pipeline_model_parallel_size"
+    if pipeline == 1:
+        if given:
+            yield UserError(
+                "is 1, but layers of a first or last pipeline stage are given", where=where, fix="leave them out"
+            )
+        return
+    rest, stages = layers - sum(given), pipeline - len(given)
+    per_stage, over = divmod(rest, stages) if stages else (0, rest)
+    uneven = over != 0 or (stages > 0 and per_stage < 1)
+    if uneven:
+        split = f"PP {pipeline}" + (f" with {' and '.join(map(str, given))} in the outer stages" if given else "")
+        yield UserError(
+            f"the {layers} layers of {folder} cannot be split into {split}",
+            where=where,
+            expected=f"a divisor of {layers} ({', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)})",
+            fix="change it, or set num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage",
+        )
+        return
+    for count in {per_stage, *given} if stages else set(given):
+        if count % virtual:
+            yield UserError(
+                f"the {count} layers of a stage cannot be split into VPP {virtual} chunks",
+                where=f"{_MEGATRON}.virtual_pipeline_model_parallel_size",
+                expected=f"a divisor of {count}",
+            )
+            return
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
