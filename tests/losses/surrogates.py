@@ -6,6 +6,7 @@ Each takes the unmasked tokens of one response and returns J, to be maximised, s
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def surrogate_gradient(
     log_probs = batch.leaf()
     scale = token_scale(batch, aggregation, length)
     loss = log_probs.new_zeros(())
-    for i, (start, stop) in enumerate(zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:])):
+    for i, (start, stop) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         index = torch.arange(start, stop)[batch.mask[start:stop]]
         if len(index) == 0:
             continue

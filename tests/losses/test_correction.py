@@ -105,7 +105,7 @@ def test_masked_tokens_neither_reject_nor_weigh():
 @pytest.mark.parametrize("name", objective_names())
 def test_a_combination_that_means_nothing_is_refused_with_the_reason(name):
     tis = CorrectionConfig("tis")
-    with pytest.raises(UserError, match="count the mismatch twice|there is no π_old"):
+    with pytest.raises(UserError, match=r"count the mismatch twice|there is no π_old"):
         PolicyLossConfig(name, behavior="rollout", correction=tis)
     if name in ("minirl", "decoupled_ppo"):
         with pytest.raises(UserError, match="behavior=recompute"):

@@ -108,6 +108,13 @@ def test_effective_sample_size_is_of_unclipped_weights_even_where_they_overflow(
     assert metrics["vespo/negative_large_w_phi_mean"] == 0.0
 
 
+def test_effective_sample_size_is_not_that_of_clamped_weights():
+    log_ratio = torch.tensor([30.0, 25.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    metrics = policy_loss(log_ratio, torch.zeros(4).double(), -torch.ones(4), torch.arange(5)).metrics.finalize()
+    assert metrics["vespo/ess"] == pytest.approx((1 + math.exp(-5)) ** 2 / (4 * (1 + math.exp(-10))))
+    assert metrics["vespo/ess_clamped"] == pytest.approx(0.5)
+
+
 def test_histograms_count_every_response_and_reach_tensorboard():
     batch = make_batch(4)
     metrics = run(batch, "vespo")[0].metrics

@@ -1,4 +1,4 @@
-"""The gradient of a mini-batch does not depend on how it is cut: micro-batches, data and context parallel, order, padding."""
+"""A gradient does not depend on how the mini-batch is cut: micro-batches, data and context parallel, order, padding."""
 
 import multiprocessing
 

@@ -11,7 +11,7 @@ NUM = 10_000
 
 
 def reference(log_ratio, advantages, mask):
-    """The padded reference: clamp tokens and S to ±20, W ≥ 1e-8, W^c1·e^(c2(1−W)), not finite → 0; all [B] or [B, T]."""
+    """The padded reference: tokens and S clamped to ±20, W ≥ 1e-8, W^c1·e^(c2(1−W)), not finite → 0; [B], [B, T]."""
     s = (log_ratio.clamp(-20, 20) * mask).sum(1).clamp(-20, 20)
     w = s.exp().clamp(min=1e-8)
     c1 = torch.where(advantages >= 0, 2.0, 3.0)

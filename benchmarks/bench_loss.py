@@ -1,0 +1,267 @@
+"""Forward and backward of the VESPO loss from per-token log-probs: ours, TRL's, and the plain padded formula.
+
+    pip install --no-deps "trl==1.16.*" accelerate datasets   # --no-deps: torch stays what it is
+    python benchmarks/bench_loss.py [--device cuda] [--record]
+
+TRL's is its own `GRPOTrainer._compute_loss`, on a stand-in trainer whose model pass returns the log-probs; the time of
+the two concatenations of token ids it does for that pass is measured apart and taken off. All sequences have the same
+length here, so that padding costs the others nothing. "Extra memory" is the peak above the inputs, the gradient
+included, measured in a process of its own. The last table grows the responses at a fixed number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import record  # noqa: E402
+from vespo_megatron.losses import LossInputs, Normalizer, PolicyLossConfig, compute_policy_loss  # noqa: E402
+from vespo_megatron.losses.sequence import PackedSequences  # noqa: E402
+
+Step = Callable[[], torch.Tensor]
+CASES = ("ours", "ours with full metrics", "TRL", "padded formula")
+
+
+def inputs(num_sequences: int, length: int, device: str) -> SimpleNamespace:
+    """Log-probs of `num_sequences` responses of `length` tokens, made without temporaries."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device=device).uniform_(-2, -0.1, generator=generator)
+
+    behavior = uniform(num_sequences * length)
+    log_probs = behavior.clone().add_(0.01).requires_grad_()
+    advantages = torch.randn(num_sequences, device=device, generator=generator)
+    return SimpleNamespace(
+        log_probs=log_probs, behavior=behavior, advantages=advantages, n=num_sequences, length=length
+    )
+
+
+def ours(data: SimpleNamespace, metrics: str) -> Step:
+    """`compute_policy_loss` on packed tensors."""
+    config = PolicyLossConfig("vespo", metrics=metrics)
+    normalizer = Normalizer(float(data.n * data.length), float(data.n))
+    cu_seqlens = torch.arange(0, data.n * data.length + 1, data.length)
+
+    def step() -> torch.Tensor:
+        given = LossInputs(data.log_probs, data.behavior, data.advantages, cu_seqlens, advantage_level="sequence")
+        return compute_policy_loss(given, config, normalizer).loss
+
+    return step
+
+
+def padded_formula(data: SimpleNamespace) -> Step:
+    """The formula as one would write it on [sequences, length] with a mask."""
+    mask = torch.ones(data.n, data.length, device=data.behavior.device)
+    behavior = data.behavior.view(data.n, data.length)
+    advantages = data.advantages[:, None]
+    c1 = torch.where(advantages >= 0, 2.0, 3.0)
+    c2 = torch.where(advantages >= 0, 3.0, 2.0)
+
+    def step() -> torch.Tensor:
+        log_probs = data.log_probs.view(data.n, data.length)
+        log_ratio = (log_probs - behavior).detach().clamp(-20, 20)
+        s = (log_ratio * mask).sum(1, keepdim=True).clamp(math.log(1e-8), 20)
+        phi = (c2 + c1 * s - c2 * s.exp()).exp().nan_to_num(0, 0, 0)
+        return (-phi * advantages * log_probs * mask).sum() / mask.sum()
+
+    return step
+
+
+def trl(data: SimpleNamespace) -> tuple[Step, Step]:
+    """TRL's loss, and the concatenations to take off it."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    device = data.behavior.device
+    shape = (data.n, data.length)
+    log_probs, behavior = data.log_probs.view(shape), data.behavior.view(shape)
+    entropies = torch.zeros(1, 1, device=device).expand(shape)
+    defaults = {f.name: f.default for f in GRPOConfig.__dataclass_fields__.values()}
+    names = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "use_bias_correction_kl", "delta")
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**{name: defaults[name] for name in names}, steps_per_generation=1),
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x),
+        model=SimpleNamespace(training=True),
+        loss_type="vespo",
+        importance_sampling_level="token",
+        beta=0.0,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, entropies, None),
+    )
+    given = {
+        "prompt_ids": torch.zeros(data.n, 1, dtype=torch.long, device=device),
+        "prompt_mask": torch.ones(data.n, 1, dtype=torch.long, device=device),
+        "completion_ids": torch.zeros(shape, dtype=torch.long, device=device),
+        "completion_mask": torch.ones(shape, dtype=torch.long, device=device),
+        "advantages": data.advantages,
+        "old_per_token_logps": behavior,
+        "num_items_in_batch": torch.tensor(float(data.n * data.length), device=device),
+    }
+
+    def concatenations() -> torch.Tensor:
+        ids = torch.cat([given["prompt_ids"], given["completion_ids"]], dim=1)
+        return ids[0, 0] + torch.cat([given["prompt_mask"], given["completion_mask"]], dim=1)[0, 0]
+
+    return lambda: GRPOTrainer._compute_loss(trainer, None, given), concatenations
+
+
+def step_of(case: str, data: SimpleNamespace) -> Step:
+    """The loss of a case."""
+    if case == "TRL":
+        return trl(data)[0]
+    if case == "padded formula":
+        return padded_formula(data)
+    return ours(data, "full" if "metrics" in case else "none")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device, where there is one to wait for."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object], device: str, repeats: int) -> float:
+    """Median time of a call, after two that are not counted."""
+    times = []
+    for number in range(repeats + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        if number >= 2:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def forward_backward(data: SimpleNamespace, step: Step) -> Callable[[], None]:
+    """A training step's worth: loss, gradient, gradient thrown away."""
+
+    def run() -> None:
+        data.log_probs.grad = None
+        step().backward()
+
+    return run
+
+
+def peak_extra_bytes(case: str, num_sequences: int, length: int, device: str) -> int:
+    """Peak memory above the inputs of one forward and backward; call it in a fresh process."""
+    small = inputs(2, 8, device)
+    forward_backward(small, step_of(case, small))()
+    data = inputs(num_sequences, length, device)
+    run = forward_backward(data, step_of(case, data))
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key: str) -> int:
+        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def measured_apart(case: str, arguments: argparse.Namespace) -> int:
+    """`peak_extra_bytes` in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", case, "--device", arguments.device]
+    command += ["--sequences", str(arguments.sequences), "--length", str(arguments.length)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure, print, and with --record write to RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
+    parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(peak_extra_bytes(arguments.memory_of, arguments.sequences, arguments.length, arguments.device))
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    tokens = arguments.sequences * arguments.length
+    data = inputs(arguments.sequences, arguments.length, arguments.device)
+    _, concatenations = trl(data)
+    overhead = seconds(concatenations, arguments.device, arguments.repeats)
+    time_of, memory_of, gradient_of = {}, {}, {}
+    for case in CASES:
+        run = forward_backward(data, step_of(case, data))
+        time_of[case] = seconds(run, arguments.device, arguments.repeats) - (overhead if case == "TRL" else 0.0)
+        gradient_of[case] = data.log_probs.grad.clone()
+        memory_of[case] = measured_apart(case, arguments)
+    for case in CASES:
+        torch.testing.assert_close(gradient_of[case], gradient_of["padded formula"], rtol=1e-3, atol=1e-12)
+    lines = [
+        f"{arguments.sequences} × {arguments.length} tokens, float32, {arguments.device}, "
+        f"{torch.get_num_threads()} threads, median of {arguments.repeats}; all gradients agree.",
+        "",
+        "| loss | time (ms) | M tokens/s | throughput / TRL's | peak extra memory (MiB) | memory / TRL's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        took, memory = time_of[case], memory_of[case]
+        lines.append(
+            f"| {case} | {took * 1e3:.2f} | {tokens / took / 1e6:.0f} | {time_of['TRL'] / took:.2f} "
+            f"| {memory / 2**20:.1f} | {memory / memory_of['TRL']:.2f} |"
+        )
+    source, target = torch.empty_like(data.behavior), torch.empty_like(data.behavior)
+    copy = seconds(lambda: target.copy_(source), arguments.device, arguments.repeats)
+    least = 12 * tokens  # read π and μ, write the gradient
+    lines += [
+        "",
+        f"Copy: {8 * tokens / copy / 1e9:.0f} GB/s. The loss must move 12 bytes per token (read log π and log μ, write "
+        f"the gradient): ours {least / time_of['ours'] / 1e9:.1f} GB/s, "
+        f"{least / time_of['ours'] / (8 * tokens / copy):.0%} of the copy.",
+        "",
+        "| response length | sequences | ours (ms) | sequence sums alone (ms) |",
+        "|---|---|---|---|",
+    ]
+    for length in (256, 1024, 4096, 16384, 65536):
+        if length > tokens:
+            continue
+        grown = inputs(tokens // length, length, arguments.device)
+        took = seconds(forward_backward(grown, ours(grown, "none")), arguments.device, arguments.repeats)
+        cu_seqlens = torch.arange(0, grown.n * length + 1, length)
+        packed = PackedSequences(cu_seqlens, grown.n * length, grown.behavior.device)
+        sums = seconds(lambda packed=packed, grown=grown: packed.local_sum(grown.behavior), arguments.device, 15)
+        lines.append(f"| {length} | {grown.n} | {took * 1e3:.2f} | {sums * 1e3:.2f} |")
+    text = "\n".join(lines)
+    print(text)
+    if arguments.record:
+        record(f"VESPO loss on {arguments.device}", text)
+
+
+if __name__ == "__main__":
+    main()
