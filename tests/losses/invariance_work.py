@@ -23,6 +23,8 @@ from vespo_megatron.losses import (
     objective_names,
 )
 
+CORRECTED = ("vespo", "grpo", "gspo", "topr")
+"""Objectives whose corrections and per-token advantages are tried on real processes too."""
 CORRECTIONS = (
     {"name": "tis", "cap": 1.05},
     {"name": "tis", "level": "sequence", "cap": 1.05},
@@ -104,8 +106,8 @@ def check_rank(rank: int, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> d
         for dp, cp in ((1, 2), (1, 4), (2, 2), (4, 1)):
             if dp * cp < 4 and rank >= 2:
                 continue
-            if (config.correction or per_token) and (dp, cp) in ((1, 2), (4, 1)):
-                continue  # the layouts with all of it are enough, and this is most of the time
+            if (config.correction or per_token) and ((dp, cp) != (2, 2) or config.name not in CORRECTED):
+                continue  # what corrections add to the sums is the same for the others, and takes most of the time
             data_rank, context_rank = divmod(rank, cp)
             group = groups[tuple(range(data_rank * cp, (data_rank + 1) * cp))] if cp > 1 else None
             # A data parallel rank's sequences, in another order, in micro-batches of two.
