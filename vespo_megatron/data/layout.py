@@ -130,6 +130,12 @@ class SequenceLayout:
         shard = self.num_local_tokens // self.tensor_parallel_size
         return slice(self.tensor_parallel_rank * shard, (self.tensor_parallel_rank + 1) * shard)
 
+    @cached_property
+    def is_real(self) -> np.ndarray:
+        """bool [T], False for padding."""
+        lengths = np.array([*self.lengths, 0])  # the tail, where there is one, has no real token
+        return self.position_ids < lengths[self.segment_ids[self.positions]]
+
     # ---- slices ------------------------------------------------------------------------------------------
 
     def _scatter(self, rows: Sequence[np.ndarray], fill: int, dtype: np.dtype) -> np.ndarray:
@@ -192,15 +198,27 @@ class SequenceLayout:
             merged[self.at(context_parallel_rank=rank)._response_index] = shard
         return np.split(merged, np.cumsum(response_lengths)[:-1])
 
-    def routes(self, routes: Sequence[np.ndarray], num_experts_per_token: int) -> tuple[np.ndarray, np.ndarray]:
-        """Routes of each sequence [rows_i ≤ length_i, layers, topk] → this tensor parallel shard's rows.
+    def routes(
+        self, routes: Sequence[np.ndarray], stale: Sequence[np.ndarray], topk: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Routes of each sequence → this tensor parallel shard's rows, as its routers see them.
 
-        Returns (routes [T / TP, layers, topk], live [T / TP] bool). `live` marks rows nobody recorded (the last
-        token of a sequence has no route) or that are padding; their routes are experts 0 … topk−1, valid and distinct.
+        Args:
+            routes: per sequence [rows_i ≤ length_i, layers, topk].
+            stale: per sequence bool [rows_i], routes not to be used.
+            topk: experts per token.
+
+        Returns:
+            routes [T / TP, layers, topk] and live bool [T / TP]: rows for the live router, stale ones and tokens nobody
+            recorded (a sequence's last). Padding is not live: it gets experts 0 … topk−1, valid and distinct.
         """
         packed = self._scatter(routes, 0, routes[0].dtype)
-        live = self._scatter([np.zeros(len(row), dtype=bool) for row in routes], True, np.dtype(bool))
-        packed[live] = np.arange(num_experts_per_token, dtype=routes[0].dtype)
+        live = np.zeros(self.num_global_tokens, dtype=bool)
+        recorded = np.zeros(self.num_global_tokens, dtype=bool)
+        for start, length, flags in zip(self.cu_seqlens, self.lengths, stale, strict=False):
+            recorded[start : start + len(flags)] = ~flags
+            live[start : start + length] = ~recorded[start : start + length]
+        packed[~recorded] = np.arange(topk, dtype=packed.dtype)
         local = self.positions[self.sequence_parallel_slice]
         return packed[local], live[local]
 

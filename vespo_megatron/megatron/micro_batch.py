@@ -13,6 +13,7 @@ from vespo_megatron.data.layout import SequenceLayout
 from vespo_megatron.megatron.logprobs import LogProbRequest
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
 from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.routing_replay.table import RouteTable
 
 
 @dataclass
@@ -41,18 +42,20 @@ class MicroBatch:
     """float32 [R], log π_old by the training engine, once a log-prob pass has run."""
     reference_log_probs: torch.Tensor | None = None
     """float32 [R], log π_ref."""
+    engine_routes: RouteTable | None = None
+    """What the rollout engine chose, for this rank's rows and layers."""
+    trainer_routes: RouteTable | None = None
+    """What the training engine chose at θ_old, once a pass has recorded it."""
 
 
-def prepare(
-    batches: Sequence[Batch], place: Place, *, temperature: float, chunk_tokens: int, padding_id: int = 0
-) -> list[MicroBatch]:
-    """Slice the micro-batches of one pass for this rank and move them to its device.
+def layouts(batches: Sequence[Batch], place: Place, padding_id: int = 0) -> list[SequenceLayout]:
+    """The layouts of one pass's micro-batches at a rank (any rank: slicing for others is done with this too).
 
     With pipeline parallelism all are padded to the longest one: stages then exchange tensors of one known size.
     (megatron-core's exchange of shapes mixes up its messages when previous and next stage are the same rank, as they
     are with two stages and virtual pipelining: p2p_communication.py:183.)
     """
-    layouts = [
+    result = [
         SequenceLayout.of_samples(
             batch.samples,
             context_parallel_size=place.context_size,
@@ -64,14 +67,35 @@ def prepare(
         for batch in batches
     ]
     if place.pipeline_size > 1:
-        longest = max(layout.num_global_tokens for layout in layouts)
-        layouts = [replace(layout, pad_to=longest) for layout in layouts]
+        longest = max(layout.num_global_tokens for layout in result)
+        result = [replace(layout, pad_to=longest) for layout in result]
+    return result
+
+
+def prepare(
+    batches: Sequence[Batch],
+    place: Place,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    routes: Sequence[RouteTable | None] | None = None,
+) -> list[MicroBatch]:
+    """Slice the micro-batches of one pass for this rank and move them to its device; `routes` are sliced already."""
+    tables = routes or [None] * len(batches)
     return [
-        _slice(batch, layout, place, temperature, chunk_tokens) for batch, layout in zip(batches, layouts, strict=True)
+        _slice(batch, layout, place, temperature, chunk_tokens, table)
+        for batch, layout, table in zip(batches, layouts(batches, place), tables, strict=True)
     ]
 
 
-def _slice(batch: Batch, layout: SequenceLayout, place: Place, temperature: float, chunk_tokens: int) -> MicroBatch:
+def _slice(
+    batch: Batch,
+    layout: SequenceLayout,
+    place: Place,
+    temperature: float,
+    chunk_tokens: int,
+    engine_routes: RouteTable | None,
+) -> MicroBatch:
     def to_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(place.device, non_blocking=True)
 
@@ -93,4 +117,5 @@ def _slice(batch: Batch, layout: SequenceLayout, place: Place, temperature: floa
         behavior_log_probs=to_device(layout.response_values([sample.log_probs for sample in batch.samples])),
         mask=to_device(layout.response_values([sample.loss_mask for sample in batch.samples])),
         advantages=to_device(batch.advantages.astype(np.float32)),
+        engine_routes=engine_routes,
     )

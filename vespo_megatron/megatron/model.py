@@ -66,7 +66,7 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(
-    shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype, router_replay: bool = False
+    shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype
 ) -> TransformerConfig:
     """megatron-core's configuration of this model in this layout.
 
@@ -91,7 +91,6 @@ def transformer_config(
         moe_router_dtype=megatron.moe_router_dtype,
         moe_token_dispatcher_type=megatron.moe_token_dispatcher_type,
         moe_permute_fusion=megatron.moe_permute_fusion,
-        moe_enable_routing_replay=router_replay,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=True,
@@ -131,7 +130,6 @@ def build_model(
     place: Place,
     *,
     dtype: torch.dtype,
-    router_replay: bool = False,
     with_gradients: bool = True,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or VPP many), uninitialised, wrapped in megatron-core's DDP.
@@ -139,7 +137,7 @@ def build_model(
     The weights are random until `hf_weights.load` has filled every one of them. (megatron-core marks parameters as
     tensor parallel only while it initialises them: layers.py:230, so initialisation is not skipped.)
     """
-    config = transformer_config(shape, megatron, dtype=dtype, router_replay=router_replay)
+    config = transformer_config(shape, megatron, dtype=dtype)
     layer_spec = choose_layer_spec(megatron.layer_spec, place.device.type)
     padded_vocab = -(-shape.vocab_size // place.tensor_size) * place.tensor_size
     chunks: list[torch.nn.Module] = []

@@ -124,3 +124,8 @@ def context_parallel_group() -> dist.ProcessGroup:
 def data_context_parallel_group() -> dist.ProcessGroup:
     """The data × context parallel ranks of this pipeline stage: those whose per-token metrics add up."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The stages one micro-batch passes through."""
+    return parallel_state.get_pipeline_model_parallel_group()

@@ -16,12 +16,27 @@ from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import Place
 from vespo_megatron.recipe.schema import PolicyConfig
+from vespo_megatron.routing_replay.replay import RouteReplay
+from vespo_megatron.routing_replay.table import RouteTable
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+@dataclass(frozen=True)
+class RouteUse:
+    """What a pass does with routes: 'off', 'record' or 'replay', and which tables of a micro-batch it works with.
+
+    `tables(micro_batch)` gives (the table to record into or replay, the table that takes the routers' own choices).
+    """
+
+    mode: str = "off"
+    tables: Callable[[MicroBatch], tuple[RouteTable | None, RouteTable | None]] = lambda micro_batch: (None, None)
+
+
+LIVE = RouteUse()
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
 """(log-probs [R], entropies [R], micro-batch) → (this rank's share of the global loss, anything to report)."""
@@ -48,7 +63,6 @@ class MegatronPolicy:
         place: Place,
         *,
         total_updates: int = 1,
-        router_replay: bool = False,
         model_folder: str | Path | None = None,
     ) -> None:
         self.place = place
@@ -56,31 +70,41 @@ class MegatronPolicy:
         self.model_folder = Path(model_folder or config.model_name)
         self.shape: Qwen3MoeShape = read_shape(self.model_folder)
         self.dtype = DTYPES[config.precision]
-        self.chunks = build_model(
-            self.shape, config.megatron_cfg, place, dtype=self.dtype, router_replay=router_replay
-        )
+        self.chunks = build_model(self.shape, config.megatron_cfg, place, dtype=self.dtype)
         hf_weights.load(self.chunks, self.model_folder, self.shape, place)
         self.optimizer, self.scheduler = build_optimizer(
             config.megatron_cfg, self.chunks, dtype=self.dtype, total_updates=total_updates
         )
-        get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
+        model_config = get_model_config(self.chunks[0])
+        model_config.grad_scale_func = self.optimizer.scale_loss
+        self.replay = RouteReplay(
+            [hf_weights.unwrap(chunk) for chunk in self.chunks],
+            num_experts=self.shape.num_experts,
+            topk=self.shape.num_experts_per_tok,
+            recomputes=model_config.recompute_granularity == "full",
+        )
         self.exporter = hf_weights.WeightExporter(
             self.chunks, self.shape, place, bucket_bytes=config.generation.sglang_cfg.weight_bucket_bytes
         )
 
-    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, routes: RouteUse = LIVE) -> list[torch.Tensor]:
         """Float32 [2, R] (log-probs, entropies) of each micro-batch; empty but on the last pipeline stage."""
         for chunk in self.chunks:
             chunk.eval()
         try:
             with torch.no_grad():
-                return self._run(micro_batches, lambda output, micro_batch, **_: output, forward_only=True)
+                return self._run(micro_batches, lambda output, micro_batch, **_: output, routes, forward_only=True)
         finally:
             for chunk in self.chunks:
                 chunk.train()
 
     def compute_gradients(
-        self, micro_batches: Sequence[MicroBatch], loss: LossFunction, *, everywhere: bool = False
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        routes: RouteUse = LIVE,
+        everywhere: bool = False,
     ) -> list[Any]:
         """The gradient of Σ over all ranks and micro-batches of `loss`, in `main_grad`; returns the loss's reports.
 
@@ -97,46 +121,65 @@ class MegatronPolicy:
             value, report = loss(output[0], output[1], micro_batch)
             return value * scale, report
 
-        return self._run(micro_batches, loss_function, forward_only=False, force_all_reduce=everywhere)
+        return self._run(micro_batches, loss_function, routes, forward_only=False, force_all_reduce=everywhere)
 
     def update(
         self,
         micro_batches: Sequence[MicroBatch],
         loss: LossFunction,
         *,
+        routes: RouteUse = LIVE,
         before_step: Callable[[list[Any]], None] = lambda reports: None,
     ) -> UpdateResult:
         """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share).
 
         `before_step` sees the reports and may raise before any weight has changed.
         """
-        reports = self.compute_gradients(micro_batches, loss)
+        reports = self.compute_gradients(micro_batches, loss, routes=routes)
         before_step(reports)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, **schedule: bool) -> list[Any]:
+    @property
+    def moe_layers(self) -> list[int]:
+        """This rank's MoE layers, counted among the model's MoE layers: its columns of the engine's routes."""
+        ordinal = {layer + 1: index for index, layer in enumerate(i for i, moe in enumerate(self.shape.is_moe_layer) if moe)}
+        return [ordinal[number] for number in self.replay.layer_numbers]
+
+    def empty_routes(self, micro_batch: MicroBatch) -> RouteTable:
+        """A table for this rank's rows and layers, to record into."""
+        rows = micro_batch.layout.num_local_tokens // self.place.tensor_size
+        return RouteTable.empty(rows, len(self.replay.hooks), self.shape.num_experts_per_tok, self.shape.num_experts)
+
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], loss_function: Callable, routes: RouteUse, **schedule: bool
+    ) -> list[Any]:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
-            output = model(
-                input_ids=micro_batch.input_ids,
-                position_ids=micro_batch.position_ids,
-                attention_mask=None,
-                labels=micro_batch.request,
-                packed_seq_params=micro_batch.packed_seq_params,
-            )
+            chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
+            table, observed = routes.tables(micro_batch)
+            with self.replay.forward(chunk, table, observed, self.place.device):
+                output = model(
+                    input_ids=micro_batch.input_ids,
+                    position_ids=micro_batch.position_ids,
+                    attention_mask=None,
+                    labels=micro_batch.request,
+                    packed_seq_params=micro_batch.packed_seq_params,
+                )
             return output, lambda tensor, **kwargs: loss_function(tensor, micro_batch, **kwargs)
 
         iterators = [iter(micro_batches) for _ in self.chunks]
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].layout.num_global_tokens,
-            micro_batch_size=1,
-            collect_non_loss_data=schedule["forward_only"],
-            **schedule,
-        )
+        backward = not schedule["forward_only"]
+        with self.replay.running(routes.mode, micro_batches=len(micro_batches), backward=backward):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(micro_batches),
+                seq_length=micro_batches[0].layout.num_global_tokens,
+                micro_batch_size=1,
+                collect_non_loss_data=schedule["forward_only"],
+                **schedule,
+            )

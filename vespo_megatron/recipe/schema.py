@@ -138,6 +138,7 @@ class RouterReplayConfig:
 
     mode: str = key("none", "none, R2 (the trainer's own routes at θ_old) or R3 (the rollout engine's).")
     on_stale_routes: str = key("error", "live, drop or error, for routes of another weight version than the log-probs.")
+    measure_agreement: bool = key(True, "(ours) Compare the trainer's routes with the engine's where those are returned.")
 
 
 @dataclass

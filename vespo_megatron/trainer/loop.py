@@ -19,6 +19,7 @@ from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.controller import Controller
 from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.routes import StepRoutes, held_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter, Share
 from vespo_megatron.trainer.timers import Timers
 
@@ -31,7 +32,7 @@ class Trainer:
             raise ValueError("rank 0 has the controller, the others have none")
         self.recipe, self.place, self.policy, self.controller = recipe, place, policy, controller
         self.objective = Objective(recipe.loss_fn)
-        self.scatter = Scatter(recipe, place)
+        self.scatter = Scatter(recipe, policy)
         self.timers = Timers()
 
     def train(self) -> None:
@@ -58,17 +59,29 @@ class Trainer:
         with self.timers("scatter"):
             share = self.scatter.batch(rollout.batch if rollout else None)
             mini_batches = self.prepare(share)
-        if self.objective.needs_old_log_probs:
+        everything = [micro_batch for micro_batches in mini_batches for micro_batch in micro_batches]
+        replay = self.recipe.policy.router_replay
+        routes = StepRoutes(replay.mode, self.policy, everything, replay.measure_agreement)
+        ran_log_prob_pass = self.objective.needs_old_log_probs or routes.needs_log_prob_pass
+        if ran_log_prob_pass:
             with self.timers("old_log_probs"):
-                self.fill_log_probs(mini_batches)
+                self.fill_old_log_probs(mini_batches, routes)
         results: list[UpdateResult] = []
         with self.timers("train"):
-            for micro_batches, normalizer in zip(mini_batches, share.normalizers, strict=True):
-                loss = self.objective.loss_function(normalizer)
-                results.append(self.policy.update(micro_batches, loss, before_step=self.objective.raise_if_bad))
+            for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
+                first = index == 0 and not ran_log_prob_pass
+                results.append(
+                    self.policy.update(
+                        micro_batches,
+                        self.objective.loss_function(normalizer),
+                        routes=routes.update_pass(first=first),
+                        before_step=self.objective.raise_if_bad,
+                    )
+                )
+                routes.after_update(micro_batches, first=first)
         with self.timers("sync_weights"):
             self.push_weights(version=step)
-        metrics = self.reduce(results)
+        metrics = self.reduce(results) | self.reduce_routes(routes, everything)
         if rollout is None:
             return {}
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
@@ -82,16 +95,19 @@ class Trainer:
                 self.place,
                 temperature=self.recipe.policy.generation.temperature,
                 chunk_tokens=self.recipe.policy.megatron_cfg.logprob_chunk_tokens,
+                routes=tables,
             )
-            for micro_batches in share.mini_batches
+            for micro_batches, tables in zip(share.mini_batches, share.routes, strict=True)
         ]
 
-    def fill_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
+    def fill_old_log_probs(self, mini_batches: list[list[MicroBatch]], routes: StepRoutes) -> None:
         """π_old: log-probs by the training engine under the weights the rollout batch starts with."""
         for micro_batches in mini_batches:
-            outputs = self.policy.log_probs(micro_batches)
-            for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
-                micro_batch.old_log_probs = None if output is None else output[0]
+            outputs = self.policy.log_probs(micro_batches, routes=routes.log_prob_pass())
+            routes.after_log_probs(micro_batches)
+            if self.objective.needs_old_log_probs:
+                for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
+                    micro_batch.old_log_probs = None if output is None else output[0]
 
     def push_weights(self, version: int) -> None:
         """Stream the policy's weights to the rollout engine, which answers with an agreed checksum."""
@@ -116,6 +132,11 @@ class Trainer:
         if shared[0] is not None:
             raise shared[0]
         return answer
+
+    def reduce_routes(self, routes: StepRoutes, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Route agreement and storage over all ranks; complete on rank 0, empty elsewhere."""
+        report = (routes.engine, routes.drift, *held_bytes(micro_batches, self.place))
+        return route_metrics(self.scatter.to_rank_zero(report))
 
     def reduce(self, results: list[UpdateResult]) -> dict[str, Any]:
         """Metrics of all mini-batches over all ranks; complete on rank 0, empty elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from vespo_megatron.data.layout import padded_length
 from vespo_megatron.data.packing import plan_mini_batches
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
+from vespo_megatron.megatron.micro_batch import layouts
 from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 
 
 @dataclass
@@ -25,6 +29,8 @@ class Share:
     """[mini-batch][micro-batch], the same counts on every rank."""
     normalizers: list[Normalizer]
     """Global counts of each mini-batch."""
+    routes: list[list[RouteTable | None]]
+    """[mini-batch][micro-batch], the engine's routes for the receiving rank alone; None where there are none."""
 
 
 class Scatter:
@@ -33,19 +39,19 @@ class Scatter:
     Ranks wait here while rank 0 generates, which may take longer than any other collective may.
     """
 
-    def __init__(self, recipe: Recipe, place: Place) -> None:
-        self.recipe, self.place = recipe, place
+    def __init__(self, recipe: Recipe, policy: MegatronPolicy) -> None:
+        self.recipe, self.place, self.shape = recipe, policy.place, policy.shape
         timeout = 600.0 + 4 * recipe.policy.generation.sglang_cfg.request_timeout
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-        self._data_rank_of: list[int] = [0] * place.world_size
-        dist.all_gather_object(self._data_rank_of, place.data_rank, group=self.group)
+        self._ranks: list[tuple[Place, list[int]]] = [(self.place, [])] * self.place.world_size
+        dist.all_gather_object(self._ranks, (self.place, policy.moe_layers), group=self.group)
 
     def batch(self, batch: Batch | UserError | None) -> Share:
         """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its share."""
         objects: list[Any] = [None] * self.place.world_size
         if isinstance(batch, Batch):
             shares = plan_shares(batch, self.recipe, self.place.data_size)
-            objects = [shares[data_rank] for data_rank in self._data_rank_of]
+            objects = [self._for_rank(shares[place.data_rank], place, layers) for place, layers in self._ranks]
         elif batch is not None:
             objects = [batch] * self.place.world_size
         received: list[Any] = [None]
@@ -54,11 +60,42 @@ class Scatter:
             raise received[0]
         return received[0]
 
+    def _for_rank(self, share: Share, place: Place, moe_layers: list[int]) -> Share:
+        """Cut the routes to what a rank uses, and send the samples without them."""
+        with_routes = all(sample.routes is not None for batches in share.mini_batches for b in batches for sample in b.samples)
+        wanted = self.recipe.policy.router_replay
+        if wanted.mode != "R3" and not (with_routes and wanted.measure_agreement):
+            tables = share.routes
+        else:
+            tables = [
+                [
+                    slice_routes(
+                        batch.samples,
+                        layout,
+                        moe_layers,
+                        topk=self.shape.num_experts_per_tok,
+                        num_experts=self.shape.num_experts,
+                    )
+                    for batch, layout in zip(micro_batches, layouts(micro_batches, place), strict=True)
+                ]
+                for micro_batches in share.mini_batches
+            ]
+        stripped = [[_without_routes(batch) for batch in micro_batches] for micro_batches in share.mini_batches]
+        return Share(stripped, share.normalizers, tables)
+
     def to_rank_zero(self, report: Any) -> list[Any]:
         """Every rank's report, in rank order, on rank 0; an empty list elsewhere."""
         gathered: list[Any] | None = [None] * self.place.world_size if self.place.rank == 0 else None
         dist.gather_object(report, gathered, dst=0, group=self.group)
         return gathered or []
+
+
+def _without_routes(batch: Batch) -> Batch:
+    samples = []
+    for sample in batch.samples:
+        samples.append(copy.copy(sample))
+        samples[-1].routes = None
+    return Batch(samples, batch.advantages)
 
 
 def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[Share]:
@@ -84,6 +121,7 @@ def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[S
         Share(
             [[batch.select(micro_batch) for micro_batch in mini_batch[rank]] for mini_batch in plan.mini_batches],
             normalizers,
+            [[None] * len(mini_batch[rank]) for mini_batch in plan.mini_batches],
         )
         for rank in range(data_parallel_size)
     ]

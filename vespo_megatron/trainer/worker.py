@@ -1,30 +1,34 @@
 """One trainer process, as torchrun starts it: `python -m vespo_megatron.trainer.worker <run_dir>`.
 
-An error a person can act on is written to `<run_dir>/errors/rank_<r>.txt` for the launcher to print once.
+Why a rank failed is written to `<run_dir>/errors/` for the launcher to print once. Workers end with torchrun, however
+it ends.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
-from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.process import die_with_parent, note_failure
+from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 
 def main(run_dir: Path) -> int:
-    """Train this rank's part of the run; 0, or 2 after an error that was explained."""
+    """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
+    die_with_parent(signal.SIGKILL)
     try:
-        train(load_recipe(run_dir / "recipe.yaml"), run_dir)
+        train(load_recipe(run_dir / RECIPE_FILE), run_dir)
         return 0
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        folder = run_dir / "errors"
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{rank}.txt").write_text(f"{error}\n")
-        return 2
+    except Exception as error:
+        code = note_failure(run_dir, int(os.environ.get("RANK", "0")), error)
+        # No clean-up at interpreter exit: peers wait in collectives that this rank will not join.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def train(recipe: Recipe, run_dir: Path) -> None:
@@ -33,10 +37,8 @@ def train(recipe: Recipe, run_dir: Path) -> None:
 
     device = parallel.pick_device(recipe.cluster.device)
     place = parallel.initialize(recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device)
-    try:
-        _train(recipe, run_dir, place)
-    finally:
-        parallel.finalize()
+    _train(recipe, run_dir, place)
+    parallel.finalize()  # not after a failure: peers may not be there to meet
 
 
 def _train(recipe: Recipe, run_dir: Path, place) -> None:

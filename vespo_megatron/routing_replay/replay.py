@@ -1,0 +1,198 @@
+"""Record and replay on live routers, over megatron-core's `RouterReplay` hook.
+
+megatron-core calls `router.router_replay.get_replay_topk(...)` where a router would take its top-k. Upstream's object
+keeps one global list in construction order, the last recording only, and a backward queue that only recompute drains
+(router_replay.py:26, 94, 88). Here one `RouteReplay` per policy owns a `LayerReplay` per router, found by walking the
+live model and known by its layer number; it serves each router the micro-batch at hand, and counts.
+
+Which micro-batch is at hand: inside `forward(...)` the one named there; outside, in a backward with activation
+recompute, the oldest whose forward this router has seen and not yet recomputed, since every schedule runs a chunk's
+backwards in the order of its forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router_replay import RouterReplay
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.routing_replay.table import RouteTable
+
+
+@dataclass
+class _InFlight:
+    """One micro-batch from its forward to its backward."""
+
+    table: RouteTable
+    """Written to when recording, read when replaying."""
+    experts: torch.Tensor | None = None
+    """The table on the device, when replaying: [rows, layers, topk]."""
+    live_rows: torch.Tensor | None = None
+    """int64 [n] on the device; None: there are none."""
+    observed: RouteTable | None = None
+    """Where to write what the live routers would have chosen; None: nobody wants to know."""
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Column → [rows, topk], to be written at the end of the forward."""
+
+    def write_back(self, target: RouteTable) -> None:
+        """One copy to the host for all layers of the chunk."""
+        if self.chosen:
+            stacked = torch.stack(list(self.chosen.values()), dim=1).to(torch.int32).cpu().numpy()
+            target.experts[:, list(self.chosen)] = stacked
+            self.chosen = {}
+
+
+class LayerReplay(RouterReplay):
+    """One router's hook; not registered in megatron-core's global list."""
+
+    def __init__(self, owner: RouteReplay, chunk: int, column: int, layer_number: int) -> None:
+        self.owner, self.chunk, self.column, self.layer_number = owner, chunk, column, layer_number
+        self.forwards = self.recomputes = 0
+        self.pending: deque[_InFlight] = deque()
+
+    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+        choose = partial(default_compute_topk, scores, topk, num_groups=num_groups, group_topk=group_topk)
+        return self.owner.route(self, scores, choose)
+
+
+class RouteReplay:
+    """Recording and replay for every router of this rank's model chunks.
+
+    Args:
+        chunks: unwrapped `PolicyModel`s.
+        num_experts, topk: of the model.
+        recomputes: whether activation recompute runs the routers again in the backward.
+
+    Raises:
+        UserError: a router computes its top-k in a way that passes the hook by.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, num_experts: int, topk: int, recomputes: bool) -> None:
+        self.num_experts, self.topk, self.recomputes = num_experts, topk, recomputes
+        self.hooks: list[LayerReplay] = []
+        for index, chunk in enumerate(chunks):
+            for layer in sorted(chunk.decoder.layers, key=lambda layer: layer.layer_number):
+                router = getattr(layer.mlp, "router", None)
+                if router is None:
+                    continue  # a dense layer
+                if getattr(router.config, "moe_router_fusion", False):
+                    raise UserError(
+                        f"layer {layer.layer_number} fuses its router", where="moe_router_fusion",
+                        expected="false with policy.router_replay: the fused kernel does not ask for replayed routes",
+                    )  # fmt: skip
+                hook = LayerReplay(self, index, len(self.hooks), layer.layer_number)
+                router.router_replay = hook
+                self.hooks.append(hook)
+        self._mode = "off"
+        self._current: _InFlight | None = None
+        self._chunk = -1
+
+    @property
+    def layer_numbers(self) -> list[int]:
+        """Global layer number (from 1) of each column of this rank's tables."""
+        return [hook.layer_number for hook in self.hooks]
+
+    @contextlib.contextmanager
+    def running(self, mode: str, *, micro_batches: int, backward: bool) -> Iterator[None]:
+        """One pass over `micro_batches` micro-batches: mode 'off', 'record' or 'replay'.
+
+        At the end every router must have used every micro-batch once, and once more where the backward recomputes;
+        whatever happens, state is reset.
+
+        Raises:
+            UserError: routes were not used, or used twice.
+        """
+        self._reset()
+        self._mode = mode
+        try:
+            yield
+            if mode != "off":
+                self._check_counts(micro_batches, micro_batches if backward and self.recomputes else 0)
+        finally:
+            self._reset()
+
+    @contextlib.contextmanager
+    def forward(self, chunk: int, table: RouteTable | None, observed: RouteTable | None, device: Any) -> Iterator[None]:
+        """The forward of one micro-batch through one model chunk; `observed` takes what the routers would choose."""
+        if self._mode == "off":
+            yield
+            return
+        if table is None:
+            raise UserError("has no routes", where="micro-batch", expected=f"a route table to {self._mode}")
+        self._current = _InFlight(table)
+        if self._mode == "replay":
+            # One copy per micro-batch; the layers read columns of it without waiting for anything.
+            experts = torch.from_numpy(table.experts).to(device, non_blocking=True)
+            live = torch.from_numpy(table.live_rows.astype("int64")).to(device, non_blocking=True)
+            self._current = _InFlight(table, experts, live if len(live) else None, observed)
+        self._chunk = chunk
+        try:
+            yield
+            self._current.write_back(table if self._mode == "record" else observed)
+        finally:
+            self._current, self._chunk = None, -1
+
+    def route(self, hook: LayerReplay, scores: torch.Tensor, choose: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (values, indices) [rows, topk] a router gets instead of its own top-k."""
+        if self._mode == "off":
+            return choose()
+        if self._current is not None:
+            batch = self._current
+            hook.forwards += 1
+            if hook.chunk != self._chunk:
+                raise UserError(
+                    f"the router of layer {hook.layer_number} ran in model chunk {self._chunk}",
+                    where="routing replay", expected=f"chunk {hook.chunk}, where it was found",
+                )  # fmt: skip
+            if self.recomputes:
+                hook.pending.append(batch)
+        else:
+            if not hook.pending:
+                raise UserError(
+                    f"layer {hook.layer_number} asks for routes more often than it ran forward", where="routing replay",
+                    expected="one recomputation per micro-batch",
+                )  # fmt: skip
+            batch = hook.pending.popleft()
+            hook.recomputes += 1
+        rows = len(batch.table.experts)
+        if scores.shape[0] != rows:
+            raise UserError(
+                f"layer {hook.layer_number} routes {scores.shape[0]} tokens", where="routing replay",
+                expected=f"{rows}, the rows of its route table",
+            )  # fmt: skip
+        if self._mode == "record":
+            values, indices = choose()
+            if batch is self._current:
+                batch.chosen[hook.column] = indices
+            return values, indices
+        indices = batch.experts[:, hook.column].long()
+        observe = batch is self._current and batch.observed is not None
+        if batch.live_rows is not None or observe:
+            own = choose()[1]
+            if observe:
+                batch.chosen[hook.column] = own
+            if batch.live_rows is not None:
+                indices = indices.index_copy(0, batch.live_rows, own.index_select(0, batch.live_rows))
+        return scores.gather(1, indices), indices
+
+    def _check_counts(self, forwards: int, recomputes: int) -> None:
+        left = forwards - recomputes if self.recomputes else 0
+        for hook in self.hooks:
+            if (hook.forwards, hook.recomputes, len(hook.pending)) != (forwards, recomputes, left):
+                raise UserError(
+                    f"layer {hook.layer_number} used {hook.forwards} route tables forward and {hook.recomputes} again "
+                    "in the backward", where="routing replay", expected=f"{forwards} and {recomputes}: each exactly once",
+                )  # fmt: skip
+
+    def _reset(self) -> None:
+        self._mode, self._current, self._chunk = "off", None, -1
+        for hook in self.hooks:
+            hook.forwards = hook.recomputes = 0
+            hook.pending.clear()

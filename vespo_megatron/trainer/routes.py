@@ -1,0 +1,119 @@
+"""What each pass of a step does with routes, and the agreement it measures on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.megatron.micro_batch import MicroBatch
+from vespo_megatron.megatron.parallel import Place, pipeline_group
+from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
+from vespo_megatron.routing_replay.agreement import Agreement
+from vespo_megatron.routing_replay.table import RouteTable
+
+
+class StepRoutes:
+    """Routes of one rollout batch on this rank.
+
+    R2 records in the log-prob pass at θ_old and replays that in every update. R3 replays the engine's routes in both.
+    Without replay, the first pass over the data records what the trainer chose, if the engine's routes are there to
+    compare with.
+    """
+
+    def __init__(self, mode: str, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], measure: bool) -> None:
+        self.mode, self.policy, self.place = mode, policy, policy.place
+        self.has_engine_routes = all(each.engine_routes is not None for each in micro_batches)
+        self.measure = measure and (self.has_engine_routes or mode == "R2")
+        self.engine, self.drift = Agreement(), Agreement()
+        self._observed: dict[int, RouteTable] = {}
+
+    @property
+    def needs_log_prob_pass(self) -> bool:
+        """R2 records there, whatever the objective needs."""
+        return self.mode == "R2"
+
+    def log_prob_pass(self) -> RouteUse:
+        """At θ_old, before any update."""
+        if self.mode == "R3":
+            return RouteUse("replay", lambda each: (each.engine_routes, self._observe(each)))
+        if self.mode == "R2" or (self.measure and self.has_engine_routes):
+            return RouteUse("record", lambda each: (self._record(each), None))
+        return LIVE
+
+    def update_pass(self, *, first: bool) -> RouteUse:
+        """An optimizer update; `first` is true for the first mini-batch when no log-prob pass has been run."""
+        if self.mode == "R2":
+            return RouteUse("replay", lambda each: (each.trainer_routes, self._observe(each)))
+        if self.mode == "R3":
+            return RouteUse("replay", lambda each: (each.engine_routes, self._observe(each) if first else None))
+        if first and self.measure and self.has_engine_routes:
+            return RouteUse("record", lambda each: (self._record(each), None))
+        return LIVE
+
+    def _record(self, micro_batch: MicroBatch) -> RouteTable:
+        if micro_batch.trainer_routes is None:  # model chunks of one rank share the table
+            micro_batch.trainer_routes = self.policy.empty_routes(micro_batch)
+        return micro_batch.trainer_routes
+
+    def _observe(self, micro_batch: MicroBatch) -> RouteTable | None:
+        if not self.measure:
+            return None
+        return self._observed.setdefault(id(micro_batch), self.policy.empty_routes(micro_batch))
+
+    def after_log_probs(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Compare the engine with the trainer at θ_old."""
+        self._compare_with_engine(micro_batches)
+
+    def after_update(self, micro_batches: Sequence[MicroBatch], *, first: bool) -> None:
+        """Compare θ_old with θ (R2), or engine with trainer where this was the first pass over the data."""
+        if first:
+            self._compare_with_engine(micro_batches)
+        elif self.mode == "R2" and self.measure:
+            pairs = [(each, each.trainer_routes, self._observed.get(id(each)), None) for each in micro_batches]
+            self._count(self.drift, pairs)
+        self._observed.clear()
+
+    def _compare_with_engine(self, micro_batches: Sequence[MicroBatch]) -> None:
+        if not (self.measure and self.has_engine_routes):
+            return
+        pairs = []
+        for each in micro_batches:
+            own = self._observed.get(id(each)) if self.mode == "R3" else each.trainer_routes
+            pairs.append((each, each.engine_routes, own, each.engine_routes.recorded))
+        self._count(self.engine, pairs)
+        self._observed.clear()
+
+    def _count(self, agreement: Agreement, pairs) -> None:
+        layers = self.policy.replay.layer_numbers
+        differs = []
+        for micro_batch, a, b, recorded in pairs:
+            rows = micro_batch.layout.is_real[micro_batch.layout.sequence_parallel_slice]
+            rows = rows if recorded is None else rows & recorded
+            differs.append(agreement.add(layers, a.experts[rows], b.experts[rows]))
+        differs = np.concatenate(differs) if differs else np.zeros(0, dtype=bool)
+        if self.place.pipeline_size > 1:  # a token differs when it does in any stage's layers
+            anywhere = torch.from_numpy(differs.astype(np.uint8)).to(self.place.device)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=pipeline_group())
+            differs = anywhere.cpu().numpy().astype(bool)
+        if self.place.pipeline_rank == 0:
+            agreement.add_tokens(differs)
+
+
+def route_metrics(reports: Sequence[tuple[Agreement, Agreement, int, int]]) -> dict[str, float]:
+    """From every rank's (engine agreement, drift agreement, route bytes, tokens) to metrics."""
+    metrics = Agreement.sum(report[0] for report in reports).metrics("routes/")
+    metrics |= Agreement.sum(report[1] for report in reports).metrics("routes/drift_")
+    held, tokens = sum(report[2] for report in reports), sum(report[3] for report in reports)
+    if held:
+        metrics["routes/bytes_per_token"] = held / tokens
+    return metrics
+
+
+def held_bytes(micro_batches: Sequence[MicroBatch], place: Place) -> tuple[int, int]:
+    """(bytes of routes this rank holds, tokens it accounts for: each token once over all ranks)."""
+    held = sum(table.nbytes for each in micro_batches for table in (each.engine_routes, each.trainer_routes) if table)
+    tokens = sum(each.layout.num_local_tokens // place.tensor_size for each in micro_batches)
+    return held, tokens if place.pipeline_rank == 0 else 0
