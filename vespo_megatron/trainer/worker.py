@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from vespo_megatron.recipe.loader import load_recipe
@@ -20,6 +21,8 @@ from vespo_megatron.trainer.run_directory import RECIPE_FILE
 def main(run_dir: Path) -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
     die_with_parent(signal.SIGKILL)
+    # Deprecations among the parts this stands on are for its developers (the tests show them), not for who trains.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         train(load_recipe(run_dir / RECIPE_FILE), run_dir)
         return 0
@@ -113,8 +116,9 @@ def describe_trainer(recipe: Recipe, place) -> str:
 
     layers = choose_layer_spec(recipe.policy.megatron_cfg.layer_spec, place.device.type)
     return (
-        f"megatron-core {megatron.core.__version__}, {layers} layers, {place.world_size} processes on {place.device.type}: "
-        f"TP{place.tensor_size} PP{place.pipeline_size} CP{place.context_size} EP{place.expert_size} DP{place.data_size}"
+        f"megatron-core {megatron.core.__version__}, {layers} layers, {place.world_size} processes on "
+        f"{place.device.type}: TP{place.tensor_size} PP{place.pipeline_size} CP{place.context_size} "
+        f"EP{place.expert_size} DP{place.data_size}"
     )
 
 

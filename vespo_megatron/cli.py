@@ -1,0 +1,147 @@
+"""`vespo-megatron`: parse and call. Whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 unexplained failure, 2 `UserError`, 130 Ctrl-C, 143 SIGTERM."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(parsed, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    from vespo_megatron.errors import UserError
+    from vespo_megatron.trainer.process import Stopped
+
+    try:
+        return parsed.run(parsed, rest) or 0
+    except UserError as error:
+        print(f"vespo-megatron: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"vespo-megatron: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("vespo-megatron: stopped by SIGINT", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="vespo-megatron", description="RL training of Mixture-of-Experts models: Megatron-core, SGLang, VESPO."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a recipe says: starts SGLang and torchrun, or joins torchrun")
+    _add_recipe(train)
+    train.set_defaults(run=_train)
+
+    recipe = commands.add_parser("recipe", help="look at recipes").add_subparsers(required=True, metavar="ACTION")
+    show = recipe.add_parser("show", help="every key with its value, defaults and overrides applied")
+    _add_recipe(show)
+    show.set_defaults(run=_recipe_show)
+    check = recipe.add_parser("check", help="everything that can be found wrong without starting a process")
+    _add_recipe(check)
+    check.set_defaults(run=_recipe_check)
+    diff = recipe.add_parser("diff", help="the keys in which two recipes differ")
+    diff.add_argument("left", metavar="RECIPE")
+    diff.add_argument("right", metavar="RECIPE")
+    diff.set_defaults(run=_recipe_diff)
+    keys = recipe.add_parser("keys", help="every key and its meaning")
+    keys.add_argument("filter", nargs="?", default="", help="only keys that contain this")
+    keys.set_defaults(run=_recipe_keys)
+
+    serve = commands.add_parser("serve", help="start a recipe's SGLang servers and keep them")
+    _add_recipe(serve)
+    serve.set_defaults(run=_serve)
+
+    report = commands.add_parser("report", help="one HTML page with the curves of one run or several")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the run directory, or here for several"
+    )
+    report.set_defaults(run=_report)
+
+    kernels = commands.add_parser("kernels", add_help=False, help="φ(W) of the objectives, as a picture and a table")
+    kernels.set_defaults(run=_kernels, takes_rest=True)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
+
+
+def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.trainer import launch
+
+    try:
+        run_dir = launch.train(parsed.recipe, parsed.overrides)
+    except launch.TrainingFailed as failure:
+        print(f"vespo-megatron: {failure}", file=sys.stderr)
+        return 1
+    if run_dir is not None:
+        from vespo_megatron.study.report import write_report
+
+        print(f"report: {write_report([run_dir], run_dir / 'report.html')}")
+    return 0
+
+
+def _recipe_show(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.recipe.loader import load_recipe, to_yaml
+
+    print(to_yaml(load_recipe(parsed.recipe, parsed.overrides)), end="")
+
+
+def _recipe_check(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.recipe.loader import load_recipe
+    from vespo_megatron.trainer import preflight
+
+    preflight.check(load_recipe(parsed.recipe, parsed.overrides))
+    print(f"{parsed.recipe}: nothing wrong found")
+
+
+def _recipe_diff(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.recipe.loader import differences, load_recipe
+
+    for name, (left, right) in differences(load_recipe(parsed.left), load_recipe(parsed.right)).items():
+        print(f"{name}: {left!r} -> {right!r}")
+
+
+def _recipe_keys(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.recipe.loader import documentation
+
+    for name, meaning in documentation().items():
+        if parsed.filter in name:
+            print(f"{name}: {meaning}" if meaning else name)
+
+
+def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.trainer import launch
+
+    launch.serve(parsed.recipe, parsed.overrides)
+
+
+def _report(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from pathlib import Path
+
+    from vespo_megatron.study.report import write_report
+
+    folder = Path(parsed.runs[0]) if len(parsed.runs) == 1 else Path()
+    print(write_report(parsed.runs, parsed.output or folder / "report.html"))
+
+
+def _kernels(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.losses import kernels_command
+
+    parser = argparse.ArgumentParser(prog="vespo-megatron kernels", description=kernels_command.__doc__)
+    kernels_command.add_arguments(parser)
+    return kernels_command.run(parser.parse_args(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""`vespo-megatron train` and `serve`: start what a recipe asks for, watch it, and leave nothing running.
+
+Outside torchrun: checks, run directory, SGLang servers, then torchrun with one worker per process of `cluster`. Under
+torchrun (RANK is set) this process is one of the workers and joins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.validate import validate
+from vespo_megatron.trainer import preflight
+from vespo_megatron.trainer.process import clear_failures, read_failure, stop_on_signals
+from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
+
+_AGENT_GRACE_S = 10.0
+"""torchrun has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
+_POLL_S = 0.2
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class TrainingFailed(Exception):
+    """A trainer process failed in a way nobody explained; the message holds what there is."""
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path | None:
+    """Run the recipe to its end. Returns the run directory (None on ranks other than 0 under torchrun).
+
+    Raises:
+        UserError: a mistake or fault that was explained, here, by a server or by a trainer process.
+        TrainingFailed: any other failure of a trainer process.
+        Stopped: SIGINT, SIGTERM or SIGHUP. Whatever is raised, all processes started here have ended.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    if "RANK" in os.environ:
+        return join(recipe)
+    if recipe.cluster.num_nodes > 1:
+        raise UserError(
+            f"is {recipe.cluster.num_nodes}; this command starts processes on this machine only",
+            where="cluster.num_nodes",
+            fix="start it with torchrun on every node: torchrun --nnodes … -m vespo_megatron.cli train …",
+        )
+    with stop_on_signals():
+        preflight.check(recipe)
+        run_dir = make_run_directory(recipe.exp_manager)
+        clear_failures(run_dir)
+        print(f"run directory: {run_dir}", flush=True)
+        with _servers(recipe, run_dir) as servers:
+            recipe.policy.generation.sglang_cfg.urls = servers.urls
+            save_recipe(recipe, run_dir / RECIPE_FILE)
+            with _agent(recipe, run_dir) as agent:
+                _watch(agent, servers)
+            if agent.returncode != 0:
+                servers.check()  # a dead server is why the trainer failed
+                raise _failure(run_dir, agent.returncode)
+    return run_dir
+
+
+def join(recipe: Recipe) -> Path | None:
+    """Be one of torchrun's workers. Rank 0 makes the run directory, and starts the servers when none are given."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world != recipe.world_size:
+        raise UserError(
+            f"torchrun started {world} processes", where="cluster", expected=f"{recipe.world_size} as the recipe says"
+        )
+    if world > 1 and recipe.exp_manager.version is None:
+        raise UserError(
+            "has no value; under torchrun every process must know the run directory",
+            where="exp_manager.version",
+            fix="name it, for instance exp_manager.version=$SLURM_JOB_ID",
+        )
+    from vespo_megatron.trainer import worker
+
+    validate(recipe)
+    if rank != 0:
+        config = recipe.exp_manager
+        worker.train(recipe, Path(config.exp_dir) / config.name / str(config.version))
+        return None
+    with stop_on_signals():
+        preflight.check(recipe)
+        run_dir = make_run_directory(recipe.exp_manager)
+        with _servers(recipe, run_dir) as servers:
+            recipe.policy.generation.sglang_cfg.urls = servers.urls
+            save_recipe(recipe, run_dir / RECIPE_FILE)
+            worker.train(recipe, run_dir)
+    return run_dir
+
+
+def serve(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Start the recipe's SGLang servers and keep them until a signal. Raises as `train` does."""
+    from vespo_megatron.rollout_sglang.server import launch_servers
+
+    recipe = load_recipe(recipe_path, overrides)
+    validate(recipe)
+    with stop_on_signals():
+        run_dir = make_run_directory(recipe.exp_manager)
+        with launch_servers(recipe, run_dir) as servers:
+            print(f"policy.generation.sglang_cfg.urls=[{','.join(servers.urls)}]", flush=True)
+            while True:
+                servers.check()
+                time.sleep(_POLL_S)
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+class _NoServers:
+    """Stands for servers where there are none to watch."""
+
+    urls: list[str] = []  # noqa: RUF012
+
+    def check(self) -> None:
+        """Nothing can be wrong."""
+
+
+def _servers(recipe: Recipe, run_dir: Path) -> Any:
+    """A context with `urls` and `check()`: the servers that are started, or none with an in-process engine."""
+    if recipe.policy.generation.backend != "sglang":
+        return nullcontext(_NoServers())
+    from vespo_megatron.rollout_sglang.server import launch_servers
+
+    config = recipe.policy.generation.sglang_cfg
+    if not config.urls:
+        print(f"starting {config.num_servers} SGLang server(s), logs in {run_dir / 'servers'}", flush=True)
+    return launch_servers(recipe, run_dir)
+
+
+@contextmanager
+def _agent(recipe: Recipe, run_dir: Path) -> Iterator[subprocess.Popen]:
+    """torchrun and its workers, in a session of their own; ended when the block is left, however."""
+    process = subprocess.Popen(
+        agent_command(recipe, run_dir), env=agent_environment(recipe, os.environ), start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_AGENT_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(_AGENT_GRACE_S)
+
+
+def agent_command(recipe: Recipe, run_dir: Path) -> list[str]:
+    """The command line of torchrun for this run: one node, the loopback interface, no restarts."""
+    return [
+        sys.executable, "-m", "vespo_megatron.trainer.agent", str(os.getpid()),
+        "--nnodes=1", f"--nproc-per-node={recipe.cluster.gpus_per_node}", "--max-restarts=0",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={run_dir.name}", "--local-addr=127.0.0.1",
+        "-m", "vespo_megatron.trainer.worker", str(run_dir),
+    ]  # fmt: skip
+
+
+def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str]) -> dict[str, str]:
+    """The workers' environment; what the user has set stays."""
+    environment = dict(base)
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // recipe.cluster.gpus_per_node)))
+    hosts = {urlsplit(url).hostname for url in recipe.policy.generation.sglang_cfg.urls}
+    if hosts <= set(_LOOPBACK):
+        # gloo otherwise looks the machine's name up, which has no address in many containers.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Megatron-core's overlap of communication and computation relies on the order of kernel launches.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return environment
+
+
+def _watch(agent: subprocess.Popen, servers: Any) -> None:
+    """Wait for torchrun; raises `UserError` as soon as a server dies while it runs."""
+    while agent.poll() is None:
+        servers.check()
+        try:
+            agent.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            pass
+
+
+def _failure(run_dir: Path, returncode: int) -> Exception:
+    found = read_failure(run_dir)
+    if found is None:
+        return TrainingFailed(
+            f"a trainer process ended without a word (torchrun's status: {returncode}); see {run_dir}"
+        )
+    text, explained = found
+    return UserError(text) if explained else TrainingFailed(text)

@@ -1,0 +1,110 @@
+"""What processes of a run owe each other: to end with their parent, to stop on a signal, to say why they failed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vespo_megatron.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end. Not an `Exception`: no handler of failures may swallow it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP raises `Stopped`; later ones do not interrupt the clean-up.
+
+    Does nothing outside the main thread, where Python lets no handler be set.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    try:
+        previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def die_with_parent(signum: int, parent: int | None = None) -> None:
+    """Have the kernel send `signum` to this process when the thread that started it ends, even by SIGKILL.
+
+    Args:
+        parent: process id of the expected parent; when it is gone already, this process ends at once.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signum)
+
+
+# ---- why a trainer process failed --------------------------------------------------------------------------------
+
+
+def note_failure(run_dir: Path, rank: int, error: BaseException) -> int:
+    """Write why this rank failed where the launcher looks; returns the exit code, 2 for a `UserError`, else 1."""
+    folder = run_dir / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    explained = isinstance(error, UserError)
+    text = f"{error}\n" if explained else "".join(traceback.format_exception(error))
+    name = f"rank_{rank}.txt" if explained else f"rank_{rank}.traceback.txt"
+    partial = folder / f".{name}"
+    partial.write_text(text)
+    partial.replace(folder / name)
+    return 2 if explained else 1
+
+
+def read_failure(run_dir: Path) -> tuple[str, bool] | None:
+    """What to show of a failed run, and whether it is an explained `UserError`; None when no rank left a note.
+
+    An explained error is the cause of the tracebacks beside it, which other ranks have because it took their peer away.
+    """
+    folder = run_dir / "errors"
+    for pattern, explained in (("rank_*[0-9].txt", True), ("rank_*.traceback.txt", False)):
+        notes = sorted(folder.glob(pattern), key=lambda note: note.stat().st_mtime_ns)
+        if notes:
+            rank = notes[0].name.removeprefix("rank_").split(".")[0]
+            text = notes[0].read_text().rstrip()
+            return (text if explained else f"rank {rank} failed:\n{text}", explained)
+    return None
+
+
+def clear_failures(run_dir: Path) -> None:
+    """Remove the notes of an earlier attempt."""
+    for note in (run_dir / "errors").glob("*rank_*"):
+        note.unlink(missing_ok=True)
+
+
+# ---- waiting -----------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, timeout_s: float, interval_s: float = 0.05) -> bool:
+    """Poll until `condition()` is true; False at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(interval_s)
+    return True
