@@ -26,7 +26,7 @@ def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: 
         with _OPENER.open(request, timeout=timeout_s) as response:
             text = response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
-        raise UserError(f"answered {error.code}: {_message(error.read())}", where=where) from error
+        raise UserError(f"answered {error.code}: {message_of(error.read())}", where=where) from error
     except TimeoutError as error:
         raise UserError(f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log") from error
     except (urllib.error.URLError, ConnectionError, OSError) as error:
@@ -45,7 +45,7 @@ def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: 
     return reply
 
 
-def _message(raw: bytes) -> str:
+def message_of(raw: bytes) -> str:
     """The human part of an error reply, at most 500 characters."""
     text = raw.decode(errors="replace")
     try:

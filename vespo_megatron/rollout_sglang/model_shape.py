@@ -38,7 +38,8 @@ class ModelShape:
         except ValueError as error:
             raise UserError(f"is not JSON ({error})", where=str(path)) from error
         try:
-            layers, experts = config["num_hidden_layers"], config.get("num_experts", 0)
+            layers = config["num_hidden_layers"]
+            experts = config.get("num_experts", config.get("num_local_experts", 0))  # transformers 5 writes the latter
             dense = set(config.get("mlp_only_layers") or [])
             step = config.get("decoder_sparse_step", 1)
             sparse = [i for i in range(layers) if experts > 0 and i not in dense and (i + 1) % step == 0]

@@ -1,4 +1,4 @@
-"""Start and stop SGLang servers: each in a process group of its own, its log in the run directory, nothing left over."""
+"""Start and stop SGLang servers: a process group each, logs in the run directory, nothing left over."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vespo_megatron.rollout_sglang.http_control import call
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server_flags import Environment, build_environment, build_flags, check_server_args
 
-_GRACE_S = 5.0
-"""SIGTERM lets SGLang drain; what runs is the trainer's, which is stopping too."""
+_GRACE_S = 1.0
+"""SGLang 0.5.23 looks for SIGTERM every 5 s and then drains; what it runs is ours, and we are stopping too."""
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, sys
 found = util.find_spec("sglang")

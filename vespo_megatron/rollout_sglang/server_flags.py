@@ -15,6 +15,9 @@ STUBS = Path(__file__).parent / "stubs"
 _CPU_KV_BYTES = 512 * 2**20
 """KV cache of a CPU server when the recipe does not say: SGLang would take most of the machine's memory."""
 
+_CONTEXT_MARGIN = 8
+"""SGLang 0.5.23 refuses a prompt within 6 tokens of its context; the client holds to the real length."""
+
 _OWNED = {
     "model-path": "policy.model_name",
     "model": "policy.model_name",
@@ -91,7 +94,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
         "device": environment.device,
         "dtype": dtype,
         "tensor-parallel-size": config.tensor_parallel_size,
-        "context-length": context,
+        "context-length": context + _CONTEXT_MARGIN,
         "skip-tokenizer-init": True,  # token ids in, token ids out: nothing is ever tokenised twice
         "random-seed": recipe.grpo.seed + index,
         "weight-version": 0,
@@ -142,6 +145,7 @@ def build_environment(
         name: value for name, value in base.items() if name not in foreign and not name.startswith("TORCHELASTIC_")
     }
     result["PYTHONUNBUFFERED"] = "1"
+    result["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the margin of the context
     if environment.device != "cpu":
         return result
     cores = sorted(os.sched_getaffinity(0))
@@ -152,6 +156,7 @@ def build_environment(
         "SGLANG_PLATFORM": "vespo_cpu",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(unused_model_files(environment.sglang_folder, shape.architecture)),
         "OMP_NUM_THREADS": str(share),
+        "GLOO_SOCKET_IFNAME": base.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     if tensor_parallel_size > 1:
         groups = [cores[rank * share % len(cores) :][:share] for rank in range(tensor_parallel_size)]

@@ -1,0 +1,141 @@
+"""A broadcast group of this process and the servers, apart from the trainer's own `torch.distributed` groups.
+
+The default group and everything registered with it belong to megatron-core. This group has its own TCP store, is
+registered nowhere, and works whether or not a default group exists. The servers join through
+`/init_weights_update_group`, where SGLang runs `init_custom_process_group` (sglang/srt/utils/common.py); the store's
+key prefixes here are those that torch's `_new_process_group_helper` gives that call.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.errors import UserError
+
+
+class BroadcastGroup:
+    """Rank 0 of a group that broadcasts to servers. Create it with `join`, from the thread that will use it."""
+
+    def __init__(self, backend: Any, store: dist.Store, name: str, world_size: int, timeout_s: float) -> None:
+        self._backend, self._store = backend, store
+        self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        name: str,
+        backend: str,
+        master_address: str,
+        world_size: int,
+        timeout_s: float,
+        invite: Callable[[int], None],
+        failed: Callable[[], None],
+    ) -> BroadcastGroup:
+        """Open a store on a free port of `master_address`, let `invite(port)` tell the servers, and wait for them.
+
+        Args:
+            backend: "gloo" or "nccl".
+            invite: must return at once (the servers answer only when the group stands).
+            failed: called while waiting; raises when a server has refused.
+
+        Raises `UserError` when the group does not stand within `timeout_s`, and whatever `failed` raises.
+        """
+        store = _open_store(master_address, world_size, timeout_s)
+        prefixed = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
+        made: queue.Queue[Any] = queue.Queue()
+
+        def make() -> None:  # blocks until all are there, and cannot be interrupted
+            try:
+                made.put(_make_backend(backend, prefixed, world_size, timeout_s, master_address))
+            except Exception as error:
+                made.put(error)
+
+        invite(store.port)
+        threading.Thread(target=make, name=f"join {name}", daemon=True).start()
+        deadline = time.monotonic() + timeout_s + 5
+        while True:
+            failed()
+            try:
+                result = made.get(timeout=0.02)
+                break
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    result = TimeoutError(f"no answer within {timeout_s:g} s")
+                    break
+        if isinstance(result, Exception):
+            raise UserError(
+                f"the servers did not join: {result}",
+                where=f"weight group {name}",
+                fix=f"see the servers' logs; they must be able to connect to {master_address}",
+            ) from result
+        return cls(result, store, name, world_size, timeout_s)
+
+    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        """Start sending `tensor` to all; it must not change until the returned work is waited for."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=self.timeout_s)
+        return self._backend.broadcast([tensor], options)
+
+    def close(self) -> None:
+        """Leave; what is under way fails."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            for method in ("abort", "shutdown"):
+                try:
+                    getattr(backend, method)()
+                except (AttributeError, RuntimeError):
+                    continue
+        self._store = None
+
+
+def local_address_towards(url: str) -> str:
+    """The address of this host that a server at `url` can reach it by; loopback stays loopback."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return probe.getsockname()[0]
+
+
+def _open_store(address: str, world_size: int, timeout_s: float) -> dist.TCPStore:
+    """A store that listens on `address` alone, not on every interface."""
+    listener = socket.socket()
+    listener.bind((address, 0))
+    listener.listen(128)
+    return dist.TCPStore(
+        address,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=True,
+    )
+
+
+def _make_backend(backend: str, store: dist.Store, world_size: int, timeout_s: float, address: str) -> Any:
+    device = next(iter(dist.BackendConfig(dist.Backend(backend)).get_device_backend_map()))
+    store = dist.PrefixStore(f"{device}/", store)
+    if backend == "gloo":
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        result = dist.ProcessGroupGloo(store, 0, world_size, options)
+    else:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        result = dist.ProcessGroupNCCL(store, 0, world_size, options)
+    result._set_sequence_number_for_group()
+    return result

@@ -1,0 +1,201 @@
+"""SGLang's `/generate`: the request body and the checked reply, both pure functions (contract of 0.5.23)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.rollout_sglang.model_shape import ModelShape
+
+_LOG_PROB_SLACK = 1e-3
+"""A log-prob above zero by rounding alone stays below this."""
+
+
+def check_request(request: GenerationRequest, shape: ModelShape, context_length: int) -> None:
+    """Raise `UserError` for what would fail on the server, or kill it (a token id outside the vocabulary does)."""
+    where, sampling = f"request {request.request_id}", request.sampling
+    length = len(request.prompt_ids)
+    if not 0 < length < context_length:
+        raise UserError(
+            f"{length} prompt tokens",
+            where=where,
+            expected=f"1 to {context_length - 1} of them",
+            fix="shorten the prompt or raise policy.max_total_sequence_length",
+        )
+    for token in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token < shape.vocab_size:
+            raise UserError(
+                f"token id {token}",
+                where=where,
+                expected=f"0 to {shape.vocab_size - 1}",
+                fix="use the tokenizer that belongs to the model",
+            )
+    checks = [
+        (sampling.max_new_tokens >= 1, f"max_new_tokens {sampling.max_new_tokens}", "at least 1"),
+        (sampling.temperature >= 0, f"temperature {sampling.temperature}", "at least 0"),
+        (0 < sampling.top_p <= 1, f"top_p {sampling.top_p}", "above 0, at most 1"),
+        (sampling.top_k == -1 or sampling.top_k >= 1, f"top_k {sampling.top_k}", "-1 for all, or at least 1"),
+    ]
+    for good, what, expected in checks:
+        if not good:
+            raise UserError(what, where=where, expected=expected)
+
+
+def build_body(requests: Sequence[GenerationRequest], context_length: int, return_routes: bool) -> dict[str, Any]:
+    """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try."""
+    return {
+        "input_ids": [list(request.prompt_ids) for request in requests],
+        "sampling_params": [_sampling_params(request, context_length) for request in requests],
+        "rid": [f"{request.request_id}#{uuid.uuid4().hex[:8]}" for request in requests],
+        "return_logprob": True,
+        "return_routed_experts": return_routes,
+        "stream": False,
+    }
+
+
+def _sampling_params(request: GenerationRequest, context_length: int) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "max_new_tokens": min(sampling.max_new_tokens, context_length - len(request.prompt_ids)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "stop_token_ids": list(sampling.stop_token_ids) or None,
+        # With stop ids SGLang also stops at the model's own end-of-sequence token; without any, at nothing.
+        "ignore_eos": not sampling.stop_token_ids,
+    }
+
+
+def parse_reply(
+    reply: Any, request: GenerationRequest, shape: ModelShape, *, server: str, return_routes: bool, context_length: int
+) -> GenerationResult:
+    """One element of a `/generate` reply as a `GenerationResult`.
+
+    Every length, id, shape and range is checked; raises `UserError` naming request and server for whatever differs.
+    Routes computed under more than one weight version are dropped (`extra["routes_dropped"]`): no single version
+    could be named for them.
+    """
+    check = _Check(f"reply of server {server} to request {request.request_id}")
+    meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
+    prompt_length = len(request.prompt_ids)
+    output_ids = check.token_ids(reply.get("output_ids"), shape.vocab_size)
+    length = len(output_ids)
+    check.equal(meta.get("completion_tokens", length), length, "completion_tokens")
+    check.equal(meta.get("prompt_tokens", prompt_length), prompt_length, "prompt_tokens")
+    limit = min(request.sampling.max_new_tokens, context_length - prompt_length)
+    check.that(length <= limit, f"{length} tokens", f"at most {limit}")
+    finish_reason = _finish_reason(meta.get("finish_reason"), check)
+    check.that(length > 0 or finish_reason == "abort", "no token", "at least one, unless aborted")
+    log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check)
+    versions = _weight_versions(meta, length, check)
+    extra = {"cached_tokens": float(meta.get("cached_tokens") or 0)}
+    routes, routes_version = None, None
+    if return_routes and length > 0:
+        routes = _routes(meta.get("routed_experts"), prompt_length + length - 1, shape, check)
+        routes_version = int(versions[0])
+        if not (versions == versions[0]).all():
+            routes, routes_version, extra["routes_dropped"] = None, None, 1.0
+    return GenerationResult(
+        request_id=request.request_id,
+        output_ids=output_ids,
+        log_probs=log_probs,
+        weight_versions=versions,
+        finish_reason=finish_reason,
+        routes=routes,
+        routes_version=routes_version,
+        extra=extra,
+    )
+
+
+class _Check:
+    """Raises `UserError` with one `where`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def that(self, good: bool, what: str, expected: str) -> None:
+        if not good:
+            raise UserError(what, where=self.where, expected=expected, fix="see the server's log")
+
+    def equal(self, value: Any, expected: Any, name: str) -> None:
+        self.that(value == expected, f"{name} is {value!r}", repr(expected))
+
+    def dictionary(self, value: Any, name: str) -> dict[str, Any]:
+        self.that(isinstance(value, dict), f"{name} is a {type(value).__name__}", "an object")
+        return value
+
+    def token_ids(self, value: Any, vocab_size: int) -> np.ndarray:
+        good = isinstance(value, list) and all(type(token) is int for token in value)
+        self.that(good, "output_ids is not a list of integers", "a list of token ids")
+        ids = np.array(value, dtype=np.int64)
+        self.that(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id outside the vocabulary", f"< {vocab_size}")
+        return ids
+
+
+def _finish_reason(value: Any, check: _Check) -> str:
+    reason = value.get("type") if isinstance(value, dict) else value
+    check.that(reason in FINISH_REASONS, f"finish_reason {value!r}", f"one of {FINISH_REASONS}")
+    return reason
+
+
+def _log_probs(value: Any, output_ids: np.ndarray, check: _Check) -> np.ndarray:
+    """float32 [R] out of `[[log_prob, token id, text], …]`."""
+    rows = value if isinstance(value, list) else []
+    check.that(len(rows) == len(output_ids), f"{len(rows)} log-probs", f"{len(output_ids)}, one per output token")
+    good = all(
+        isinstance(row, (list, tuple)) and len(row) >= 2 and isinstance(row[0], (int, float)) and row[1] == token
+        for row, token in zip(rows, output_ids.tolist(), strict=True)
+    )
+    check.that(good, "log-probs that do not belong to the output tokens", "[log_prob, token id] per output token")
+    log_probs = np.array([row[0] for row in rows], dtype=np.float32)
+    sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
+    check.that(bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
+    return log_probs
+
+
+def _weight_versions(meta: dict[str, Any], length: int, check: _Check) -> np.ndarray:
+    """int64 [R] out of spans that must cover the response exactly."""
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
+    versions = np.empty(length, dtype=np.int64)
+    position = 0
+    for span in spans:
+        try:
+            start, end, version = int(span["start"]), int(span["end"]), int(span["version"])
+        except (TypeError, ValueError, KeyError):
+            check.that(False, f"weight version span {span!r}", "start, end and a whole number as version")
+            raise
+        check.that(start == position <= end <= length, f"weight version spans {spans!r}", f"spans that cover {length}")
+        versions[start:end] = version
+        position = end
+    check.that(position == length, f"weight version spans {spans!r}", f"spans that cover {length} tokens")
+    return versions
+
+
+def _routes(value: Any, rows: int, shape: ModelShape, check: _Check) -> np.ndarray:
+    """Smallest unsigned integer [rows, sparse layers, topk] out of base64 int32 [rows, all layers, topk]."""
+    check.that(isinstance(value, str), "no routed_experts", "routes: start it with --enable-return-routed-experts")
+    try:
+        flat = np.frombuffer(base64.b64decode(value, validate=True), dtype="<i4")
+    except (binascii.Error, ValueError):
+        check.that(False, "routed_experts that are not base64 of int32", "base64 of int32")
+        raise
+    expected = (rows, shape.num_layers, shape.topk)
+    check.that(flat.size == np.prod(expected), f"routes of {flat.size} numbers", f"{expected}")
+    routes = flat.reshape(expected)[:, list(shape.sparse_layers)]
+    check.that(
+        routes.size == 0 or (routes.min() >= 0 and routes.max() < shape.num_experts),
+        "an expert that is not there",
+        f"0 to {shape.num_experts - 1}",
+    )
+    ordered = np.sort(routes, axis=-1)
+    check.that(not bool((ordered[..., 1:] == ordered[..., :-1]).any()), "one expert twice for a token", "distinct ones")
+    return routes.astype(smallest_int_dtype(shape.num_experts))
