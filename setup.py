@@ -1,14 +1,99 @@
-"""Package metadata; SGLang finds its CPU platform and the weight checksum through the entry points."""
+"""Package metadata. Pinned sets that were run together are in requirements/; extras here say what a feature needs.
+
+NVIDIA Apex is never a dependency: PyPI's `apex` is an unrelated Pyramid toolkit. SGLang's own requirements pin a CUDA
+torch, so `sglang-cpu` lists what its server needs on a CPU, and SGLang itself is installed without dependencies:
+`pip install --no-deps -r requirements/sglang-cpu.txt`.
+"""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXTRAS = {
+    "sglang-cpu": [
+        "aiohttp",
+        "apache-tvm-ffi==0.1.11",
+        "compressed-tensors==0.18.0",
+        "dill",
+        "distro",
+        "einops",
+        "fastapi",
+        "gguf",
+        "httpx",
+        "interegular",
+        "ipython",
+        "jsonschema",
+        "llguidance<2",
+        "loguru",
+        "msgspec",
+        "openai==2.8.0",
+        "orjson",
+        "packaging",
+        "partial-json-parser",
+        "pillow",
+        "prometheus-client",
+        "psutil",
+        "pybase64",
+        "pydantic",
+        "python-multipart",
+        "pyzmq",
+        "regex",
+        "requests",
+        "scipy",
+        "sentencepiece",
+        "setproctitle",
+        "soundfile",
+        "tiktoken",
+        "triton",
+        "uvicorn",
+        "uvloop",
+        "watchfiles",
+        "xgrammar==0.2.7",
+        "xxhash",
+        "zstandard",
+    ],
+    # The bare transformer-engine imports with a RuntimeError that megatron-core does not catch.
+    "te": ["transformer-engine[pytorch,core_cu12]>=2.9,<2.12"],
+    "nemo": ["nemo-toolkit[core]==3.0.0", "einops", "sentencepiece", "pandas"],
+    "dev": ["accelerate", "hypothesis", "import-linter", "pytest>=8", "pytest-timeout", "ruff"],
+    "bench": ["trl==1.16.0"],
+}
 
 setup(
     name="vespo-megatron",
     version="0.1.0",
+    description="RL training of Mixture-of-Experts models: Megatron-core trains, SGLang generates, VESPO corrects",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vespo_megatron", "vespo_megatron.*"]),
-    package_data={"vespo_megatron.rollout_sglang": ["stubs/**/*.py"]},
+    package_data={"vespo_megatron": ["rollout_sglang/stubs/**/*.py", "study/templates/*"]},
+    install_requires=[
+        "aiohttp",
+        "datasets>=5",
+        "jinja2",
+        "math-verify==0.9.0",
+        "matplotlib",
+        "megatron-core==0.16.1",
+        "numpy",
+        "omegaconf>=2.4",
+        "psutil",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "torch>=2.9",
+        "tqdm",
+        "transformers>=5",
+    ],
+    extras_require=EXTRAS,
     entry_points={
+        "console_scripts": ["vespo-megatron = vespo_megatron.cli:main"],
+        # SGLang loads these in its own processes: the CPU platform (it stands aside where CUDA is present) and the
+        # checksum of its weights.
         "sglang.srt.platforms": ["vespo_cpu = vespo_megatron.rollout_sglang.cpu_platform:activate"],
         "sglang.srt.plugins": ["vespo_weights = vespo_megatron.rollout_sglang.server_weights:register"],
     },

@@ -1,0 +1,49 @@
+# Linux, Python 3.11 or newer and a network for the first time; no GPU.
+#
+#   make train   install into .venv, make the tiny example, train it (ARGS="grpo.seed=7" overrides the recipe)
+#   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
+#   make lint    ruff and the import contract
+#   make venv    install only
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXAMPLE := examples/tiny_moe
+# The first Python that is new enough and can make virtual environments; PYTHON=… chooses another.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& echo $$python && break; done)
+# PyPI's torch for Linux brings 3 GB of CUDA libraries; this index has the same version without them.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.PHONY: train test lint venv example clean
+.DELETE_ON_ERROR:
+
+train: example
+	$(BIN)/vespo-megatron train $(EXAMPLE)/vespo.yaml $(ARGS)
+
+test: example
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+
+venv: $(STAMP)
+
+example: $(STAMP)
+	$(BIN)/python $(EXAMPLE)/prepare.py --output $(EXAMPLE)/build
+
+$(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.txt setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found" \
+		"(Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
+	$(PIP) -r requirements/cpu.txt
+	$(PIP) --no-deps -r requirements/sglang-cpu.txt
+	$(PIP) --no-deps --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(EXAMPLE)/build .pytest_cache .ruff_cache .import_linter_cache
