@@ -9,11 +9,13 @@ import torch
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import hf_weights, parallel
-from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
-from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron.micro_batch import MicroBatch, layouts, prepare
+from vespo_megatron.megatron.policy import MegatronPolicy, RouteUse
 from vespo_megatron.recipe.schema import LossConfig, PolicyConfig
+from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 from vespo_megatron.trainer.objective import Objective
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
@@ -130,3 +132,158 @@ def round_trip(folder: str, layout: dict[str, Any], store: str, target: str | No
         hf_weights.save(policy.exporter, target, copy_from=folder, shard_bytes=64 << 10)
         return {}
     return {name: tensor.clone() for name, tensor in policy.exporter.stream()}
+
+
+# ---- routing replay ------------------------------------------------------------------------------------------------
+
+NUM_EXPERTS, TOPK, MOE_LAYERS = 8, 2, 3  # of `conftest.make_checkpoint`: four layers, the second dense
+
+
+def with_random_routes(batch: Batch, seed: int = 5) -> Batch:
+    """Routes that no router would choose: a slice taken from the wrong place changes every gradient."""
+    generator = np.random.default_rng(seed)
+    for sample in batch.samples:
+        rows = sample.num_tokens - 1
+        order = generator.random((rows, MOE_LAYERS, NUM_EXPERTS)).argsort(axis=-1)
+        sample.routes, sample.routes_version = order[..., :TOPK].astype(np.uint8), 0
+    return batch
+
+
+def routed_micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[MicroBatch]:
+    """`micro_batches`, with the samples' routes sliced for this rank."""
+    place = policy.place
+    mine = list(range(len(batch)))[place.data_rank :: place.data_size]
+    parts = [batch.select(mine[index::count]) for index in range(count)]
+    tables = [
+        slice_routes(part.samples, layout, policy.moe_layers, topk=TOPK, num_experts=NUM_EXPERTS)
+        for part, layout in zip(parts, layouts(parts, place), strict=True)
+    ]
+    return prepare(parts, place, temperature=0.9, chunk_tokens=16, routes=tables)
+
+
+def replayed_gradients(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
+    """Gradients with replay: R3 with random routes; R2 with routes recorded before an update that moved the weights."""
+    policy = build(folder, layout, store)
+    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
+    engine = RouteUse("replay", lambda each: (each.engine_routes, None))
+    trainer = RouteUse("replay", lambda each: (each.trainer_routes, None))
+
+    def gradients(use: RouteUse) -> dict[str, Any]:
+        reports = policy.compute_gradients(batches, weighted_loss, routes=use, everywhere=True)
+        named = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
+        share = sum(reports) if reports and policy.place.tensor_rank == 0 else torch.zeros(())
+        return {"loss": float(share), "gradients": named}
+
+    answers = {"R3": gradients(engine)}
+    for each in batches:
+        each.trainer_routes = policy.empty_routes(each)
+    policy.log_probs(batches, routes=RouteUse("record", trainer.tables))
+    policy.update(batches, weighted_loss, routes=trainer)
+    return answers | {"R2": gradients(trainer)}
+
+
+def replay_at_theta_old(folder: str, layout: dict[str, Any], store: str) -> bool | None:
+    """Whether live, recorded and replayed log-probs are the same to the last bit."""
+    policy = build(folder, layout, store)
+    batches = micro_batches(policy, ragged_batch())
+    for each in batches:
+        each.trainer_routes = policy.empty_routes(each)
+    table = lambda each: (each.trainer_routes, None)  # noqa: E731
+    live = policy.log_probs(batches)
+    recorded = policy.log_probs(batches, routes=RouteUse("record", table))
+    replayed = policy.log_probs(batches, routes=RouteUse("replay", table))
+    if not live:
+        return None
+    return all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(live, recorded, replayed, strict=True))
+
+
+def routers_after_an_update(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
+    """What routers do under R2 once the weights have moved: their choices, their gates, their gradient."""
+    policy = build(folder, layout, store)
+    policy.optimizer.param_groups[0]["lr"] = 0.05
+    batches = micro_batches(policy, ragged_batch())
+    for each in batches:
+        each.trainer_routes = policy.empty_routes(each)
+    record = RouteUse("record", lambda each: (each.trainer_routes, None))
+    replay = RouteUse("replay", lambda each: (each.trainer_routes, None))
+    seen: dict[int, list] = {}
+
+    def remember(router, inputs, output):
+        seen.setdefault(router.layer_number, []).append((output[0].detach().clone(), output[1].clone()))
+
+    model = hf_weights.unwrap(policy.chunks[0])
+    handles = [layer.mlp.router.register_forward_hook(remember) for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+    policy.log_probs(batches, routes=record)
+    before, seen = dict(seen), {}
+    policy.update(batches, weighted_loss)  # live routes: the weights move freely
+    seen = {}
+    policy.log_probs(batches, routes=replay)
+    after, seen = seen, {}
+    policy.log_probs(batches)
+    live = seen
+    for handle in handles:
+        handle.remove()
+    policy.compute_gradients(batches, weighted_loss, routes=replay, everywhere=True)
+    gradients = [layer.mlp.router.weight.main_grad for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+    pairs = [(layer, index) for layer in before for index in range(len(batches))]
+    chosen = {}
+    for column, layer in enumerate(policy.replay.layer_numbers):
+        for index, each in enumerate(batches):
+            chosen[layer, index] = torch.zeros(after[layer][index][1].shape, dtype=torch.bool).scatter_(
+                1, torch.from_numpy(each.trainer_routes.experts[:, column].astype(np.int64)), True
+            )
+    return {
+        "layers": policy.replay.layer_numbers,
+        "replayed_is_recorded": all(torch.equal(after[l][i][1], chosen[l, i]) for l, i in pairs),
+        "live_moved": any(not torch.equal(live[l][i][1], before[l][i][1]) for l, i in pairs),
+        "gates_moved": all(not torch.equal(after[l][i][0], before[l][i][0]) for l, i in pairs),
+        "gradient_norms": [float(gradient.norm()) for gradient in gradients],
+    }
+
+
+def router_gradient(folder: str, layout: dict[str, Any], store: str) -> dict[str, float]:
+    """A router's gates and gradient under replay against the dense formula g = I·e^s / Σ I·e^s, in float64."""
+    policy = build(folder, layout | {"moe_router_dtype": "fp64"}, store)
+    router = hf_weights.unwrap(policy.chunks[0]).decoder.layers[0].mlp.router.double()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 1, 64, dtype=torch.float64, generator=generator)
+    weights = torch.randn(10, NUM_EXPERTS, dtype=torch.float64, generator=generator)
+    table = RouteTable.empty(10, len(policy.replay.hooks), TOPK, NUM_EXPERTS)
+    table.experts[:] = np.random.default_rng(0).random((10, len(policy.replay.hooks), NUM_EXPERTS)).argsort(-1)[..., :TOPK]
+    policy.replay._mode = "replay"
+    with policy.replay.forward(0, table, None, "cpu"):
+        gates, _ = router(hidden)
+    policy.replay._mode = "off"
+    (ours,) = torch.autograd.grad((gates * weights).sum(), router.weight)
+
+    weight = router.weight.detach().clone().requires_grad_()
+    mask = torch.zeros(10, NUM_EXPERTS, dtype=torch.float64).scatter_(1, torch.from_numpy(table.experts[:, 0].astype(np.int64)), 1.0)
+    exponentials = mask * (hidden[:, 0] @ weight.t()).exp()
+    dense = exponentials / exponentials.sum(-1, keepdim=True)
+    (expected,) = torch.autograd.grad((dense * weights).sum(), weight)
+    return {"gates": float((gates - dense).abs().max()), "gradient": float((ours - expected).abs().max()), "norm": float(ours.norm())}
+
+
+def broken_replay(folder: str, layout: dict[str, Any], store: str, fault: str) -> str:
+    """The message of the error a fault in replay ends with; whether the state was restored is checked on the way."""
+    policy = build(folder, layout, store)
+    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
+    use = RouteUse("replay", lambda each: (each.engine_routes, None))
+    model = hf_weights.unwrap(policy.chunks[0])
+    first = model.decoder.layers[0].mlp.router
+    if fault == "orphan":
+        first.router_replay = None
+    elif fault == "twice":
+        call = first.forward
+        first.forward = lambda *inputs: (call(*inputs), call(*inputs))[1]
+    elif fault == "rows":
+        batches[0].engine_routes = batches[2].engine_routes
+    elif fault == "missing":
+        batches[2].engine_routes = None
+    try:
+        policy.compute_gradients(batches, weighted_loss, routes=use)
+    except UserError as error:
+        assert policy.replay._mode == "off" and policy.replay._current is None
+        assert all(not hook.pending and not hook.forwards for hook in policy.replay.hooks)
+        return str(error)
+    return "no error"

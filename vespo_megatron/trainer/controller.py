@@ -21,6 +21,7 @@ from vespo_megatron.losses import compute_advantages, resolve_estimator
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool, RewardRequest
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
+from vespo_megatron.routing_replay.table import apply_stale_policy
 from vespo_megatron.trainer.logging import LoggedSample, RunLogger
 
 if TYPE_CHECKING:
@@ -92,6 +93,28 @@ class Controller:
             use_leave_one_out_baseline=recipe.grpo.use_leave_one_out_baseline,
         )
         self.weight_version = 0
+
+    def probe_routes(self, num_layers: int, topk: int) -> None:
+        """One short request: does the engine return routes, and of this model's shape?
+
+        Raises:
+            UserError: no routes, or another number of layers or experts per token.
+        """
+        record = self.prompts.records[0]
+        request = GenerationRequest("probe", tuple(record.prompt_ids), replace(self.sampling, max_new_tokens=2))
+        routes = self.thread.run(self.engine.generate([request]))[0].routes
+        where = self.engine.description
+        if routes is None:
+            raise UserError(
+                "returns no routes", where=where, expected="the experts of every token: policy.router_replay.mode is R3",
+                fix="set policy.generation.sglang_cfg.enable_return_routed_experts=true "
+                "(the server's flag is --enable-return-routed-experts)",
+            )  # fmt: skip
+        if routes.shape[1:] != (num_layers, topk):
+            raise UserError(
+                f"returns routes of {routes.shape[1]} layers and {routes.shape[2]} experts per token", where=where,
+                expected=f"{num_layers} MoE layers and {topk}, as the trainer's model has",
+            )  # fmt: skip
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
@@ -171,6 +194,8 @@ class Controller:
         )
         for sample, score in zip(samples, scores, strict=True):
             sample.reward, sample.reward_parts = score.reward, dict(score.parts)
+        if self.recipe.policy.router_replay.mode == "R3":
+            apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
         return samples, bad
 
     def _reward_request(self, record: PromptRecord, sample: Sample) -> RewardRequest:

@@ -25,6 +25,7 @@ from vespo_megatron.trainer import preflight
 from vespo_megatron.trainer.process import clear_failures, read_failure, stop_on_signals
 from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
 
+WORKER_MODULE = "vespo_megatron.trainer.worker"
 _AGENT_GRACE_S = 10.0
 """torchrun has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
 _POLL_S = 0.2
@@ -161,7 +162,7 @@ def agent_command(recipe: Recipe, run_dir: Path) -> list[str]:
         sys.executable, "-m", "vespo_megatron.trainer.agent", str(os.getpid()),
         "--nnodes=1", f"--nproc-per-node={recipe.cluster.gpus_per_node}", "--max-restarts=0",
         "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={run_dir.name}", "--local-addr=127.0.0.1",
-        "-m", "vespo_megatron.trainer.worker", str(run_dir),
+        "-m", WORKER_MODULE, str(run_dir),
     ]  # fmt: skip
 
 

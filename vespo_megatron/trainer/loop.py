@@ -39,6 +39,9 @@ class Trainer:
         """All steps, with evaluation and logging; rank 0 writes."""
         schedule = self.recipe.grpo
         self.push_weights(version=0)
+        if self.recipe.policy.router_replay.mode == "R3":
+            shape = self.policy.shape
+            self.on_controller(lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok))
         if schedule.val_at_start and schedule.val_period:
             self.on_controller(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(1, schedule.max_num_steps + 1):
@@ -89,6 +92,9 @@ class Trainer:
 
     def prepare(self, share: Share) -> list[list[MicroBatch]]:
         """Slice every micro-batch for this rank."""
+        for tables in share.routes:
+            for table in filter(None, tables):
+                table.check(self.policy.shape.num_experts, where=f"rank {self.place.rank}")
         return [
             prepare(
                 micro_batches,

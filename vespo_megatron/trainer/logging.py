@@ -1,0 +1,273 @@
+"""What a run leaves behind and shows meanwhile: `metrics.jsonl`, TensorBoard, samples to read, a progress bar.
+
+Only global rank 0 makes a `RunLogger`. In the run directory::
+
+    metrics.jsonl    one JSON object per step, with `step`; resuming drops the steps after the checkpoint
+    tensorboard/     the same numbers as scalars, and histograms
+    samples/         step_<n>.jsonl and the same as step_<n>.md
+    summary.json     first and last values of what matters, times, versions
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+PROGRESS_METRICS: tuple[tuple[str, str, str], ...] = (
+    ("reward/mean", "reward", ".3f"),
+    ("vespo/w_mean", "W", ".3f"),
+    ("vespo/phi_mean", "φ", ".3f"),
+    ("vespo/ess", "ESS", ".2f"),
+    ("throughput/tokens_per_second", "tok/s", ",.0f"),
+)
+"""Metric, its label in the progress bar, and its format."""
+
+
+@dataclass(frozen=True)
+class LoggedSample:
+    """One response as it is written to `samples/`."""
+
+    prompt: str
+    response: str
+    reward: float
+    ground_truth: str = ""
+    finish_reason: str = ""
+    prompt_id: str = ""
+
+
+def to_number(value: Any) -> float | int | None:
+    """A Python number for JSON; None for what is not finite, since JSON has no NaN. Takes 0-d tensors and arrays."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+class RunLogger:
+    """Writes one run's record and shows its progress.
+
+    Args:
+        run_dir: the run directory; made if need be.
+        total_steps: steps the run will take, for the progress bar.
+        tensorboard: write TensorBoard events.
+        progress: show a bar where `stream` is a terminal; elsewhere each step is one plain line.
+        start_step: the step a resumed run continues after; later lines of `metrics.jsonl` are dropped.
+        stream: where progress goes; None is standard error.
+
+    It is a context manager; `close` is idempotent and safe in the middle of a step.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        tensorboard: bool = True,
+        progress: bool = True,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.total_steps = total_steps
+        self._stream = stream or sys.stderr
+        self._started = time.monotonic()
+        self._history: list[dict[str, Any]] = _keep_until(self.run_dir / METRICS_FILE, start_step)
+        self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = self._open_tensorboard(start_step) if tensorboard else None
+        self._bar = self._open_bar(start_step) if progress and self._stream.isatty() else None
+        self._closed = False
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """Every step logged so far, those before a resume included."""
+        return self._history
+
+    def log_step(
+        self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record one step (one rollout batch, or an evaluation before the first one as step 0).
+
+        Args:
+            step: rises from call to call.
+            metrics: `area/name` → number, 0-d tensor or array; what is not finite is written as null.
+            histograms: `area/name` → values of any shape, or `(edges [bins + 1], counts float64 [bins])` as in
+                `losses.metrics.MetricSums`; to TensorBoard alone.
+        """
+        record: dict[str, Any] = {"step": step, "wall_time": round(time.monotonic() - self._started, 3)}
+        record.update({name: to_number(value) for name, value in metrics.items()})
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        self._metrics.flush()  # a crash leaves every finished step on disk
+        self._history.append(record)
+        if self._tensorboard is not None:
+            from vespo_megatron.losses.diagnostics import log_histograms
+            from vespo_megatron.losses.metrics import MetricSums
+
+            for name, value in record.items():
+                if name not in ("step", "wall_time") and value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+            for name, values in (histograms or {}).items():
+                if isinstance(values, tuple):
+                    log_histograms(self._tensorboard, MetricSums(histograms={name: values}), step)
+                elif len(finite := _finite_values(values)):
+                    self._tensorboard.add_histogram(name, finite, step)
+        self._show(step, record)
+
+    def log_samples(self, step: int, samples: Iterable[LoggedSample], *, name: str = "") -> Path:
+        """Write some responses as JSON lines and as markdown; `name` sets evaluations apart. Returns the markdown."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        stem = f"step_{step:06d}" + (f"_{name}" if name else "")
+        rows = list(samples)
+        with (folder / f"{stem}.jsonl").open("w", encoding="utf-8") as file:
+            for row in rows:
+                values = {**vars(row), "reward": to_number(row.reward)}
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        path = folder / f"{stem}.md"
+        path.write_text(f"# Step {step} {name}\n".rstrip() + "\n" + "".join(map(_sample_markdown, rows)), "utf-8")
+        return path
+
+    def print(self, text: str) -> None:
+        """A line for people, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def summary(self, extra: Mapping[str, Any] | None = None) -> str:
+        """Write `summary.json` and return the same as a few lines to print.
+
+        Args:
+            extra: facts to keep with it, for instance `{"engine": "SGLang 0.5.23 …", "trainer": "megatron-core …"}`.
+        """
+        values = summarise(self._history)
+        values["facts"] = dict(extra or {})
+        values["run_dir"] = str(self.run_dir)
+        values["seconds"] = round(time.monotonic() - self._started, 1)
+        (self.run_dir / SUMMARY_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        lines = [f"{name}: {value}" for name, value in values["facts"].items()]
+        for name, (first, last) in values["first_last"].items():
+            lines.append(f"{name}: {first:.4g} → {last:.4g}")
+        lines.append(f"{values['steps']} steps in {values['seconds']:.0f} s")
+        return "\n".join([*lines, f"run directory: {self.run_dir}"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _open_tensorboard(self, start_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = start_step + 1 if start_step else None
+        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
+
+    def _open_bar(self, start_step: int) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=self.total_steps, initial=start_step, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def _show(self, step: int, record: Mapping[str, Any]) -> None:
+        shown = [
+            f"{label} {format(record[metric], spec)}"
+            for metric, label, spec in PROGRESS_METRICS
+            if record.get(metric) is not None
+        ]
+        shown += [
+            f"{name.removeprefix('eval/')} {value:.3f}"
+            for name, value in record.items()
+            if name.startswith("eval/") and "/avg@" in name and value is not None
+        ]
+        if self._bar is not None:
+            self._bar.set_postfix_str(" · ".join(shown), refresh=False)
+            self._bar.update(max(step - self._bar.n, 0))
+            self._bar.refresh()
+        else:
+            print(f"step {step}/{self.total_steps} · " + " · ".join(shown), file=self._stream, flush=True)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The steps in a run's `metrics.jsonl`, in order; empty when there is none.
+
+    A last line cut short by a crash is left out, and of a step written twice the later one holds.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    records: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number of steps, and the first and last value of the reward and of every evaluation."""
+    first_last: dict[str, tuple[float, float]] = {}
+    for record in history:
+        for name, value in record.items():
+            wanted = name == "reward/mean" or (name.startswith("eval/") and "/avg@" in name)
+            if wanted and value is not None:
+                first_last[name] = (first_last.get(name, (value,))[0], value)
+    evaluations_first = dict(sorted(first_last.items(), key=lambda item: (not item[0].startswith("eval/"), item[0])))
+    return {"steps": max((record["step"] for record in history), default=0), "first_last": evaluations_first}
+
+
+def _keep_until(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """Drop the lines a resumed run will write again; a fresh run (`start_step` 0) drops them all. Returns the rest."""
+    kept = [record for record in read_metrics(path.parent) if start_step and record["step"] <= start_step]
+    if path.exists():
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        fresh.replace(path)
+    return kept
+
+
+def _finite_values(values: Any) -> Any:
+    """A flat float64 array of the finite values."""
+    import numpy as np
+
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+    flat = np.asarray(values, dtype=np.float64).reshape(-1)
+    return flat[np.isfinite(flat)]
+
+
+def _sample_markdown(sample: LoggedSample) -> str:
+    """One response; the fence is longer than any run of backticks inside it."""
+    text = sample.prompt + sample.response
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    fence = "`" * max(3, longest + 1)
+    facts = [f"reward {sample.reward:g}"]
+    facts += [f"expected `{sample.ground_truth}`"] if sample.ground_truth else []
+    facts += [f"ended by {sample.finish_reason}"] if sample.finish_reason else []
+    title = f"\n## {sample.prompt_id or 'response'}: {', '.join(facts)}\n"
+    return f"{title}\n{fence}\n{sample.prompt}\n{fence}\n\n{fence}\n{sample.response}\n{fence}\n"
