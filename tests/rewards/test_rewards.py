@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +69,48 @@ def test_hostile_mathematics_does_not_hang():
     started = time.monotonic()
     assert [result.reward for result in score(env, *texts)] == [0.0] * len(texts)
     assert time.monotonic() - started < 60
+
+
+def test_a_hanging_worker_does_not_outlive_a_pool_that_was_killed(tmp_path):
+    code = (
+        "import asyncio, multiprocessing, sys\n"
+        "from vespo_megatron.recipe.schema import EnvConfig\n"
+        "from vespo_megatron.rewards import RewardPool, RewardRequest\n"
+        "if __name__ == '__main__':\n"
+        "    pool = RewardPool(EnvConfig(reward='endless:endless', timeout=1.0))\n"
+        "    asyncio.run(pool.score([RewardRequest('s', sys.argv[1], '4')]))\n"
+    )
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        "def endless(data_source, solution_str, ground_truth, extra_info):\n"
+        "    pathlib.Path(solution_str).write_text(str(os.getpid()))\n"
+        "    while True: pass\n"
+    )
+    (tmp_path / "pool.py").write_text(code)
+    note = tmp_path / "pid"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pool = subprocess.Popen([sys.executable, tmp_path / "pool.py", str(note)], env=environment)
+    try:
+        assert wait_for(lambda: note.exists() and note.read_text(), 60)
+    finally:
+        pool.kill()
+        pool.wait(10)
+    worker = int(note.read_text())
+    assert wait_for(lambda: not is_running(worker), 20), worker
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_an_unknown_reward_is_refused_at_once():

@@ -38,8 +38,11 @@ def exact_match(data_source: str, solution_str: str, ground_truth: Any, extra_in
 
 def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
     """1 when Math-Verify finds the response's answer equal to the ground truth. Runs only under a deadline."""
+    import logging
+
     from math_verify import parse, verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the deadline it is not given, once per text
     gold = parse(rf"\boxed{{{ground_truth}}}", parsing_timeout=None)
     answer = parse(solution_str[-_TAIL:], parsing_timeout=None)
     return float(bool(gold) and verify(gold, answer, timeout_seconds=None))
@@ -60,8 +63,11 @@ def find(name: str) -> RewardFunction:
         return BUILT_IN[name]
     module, _, function = name.partition(":")
     if not function:
-        raise UserError(f"is {name!r}", where="env.reward", expected=f"{', '.join(BUILT_IN)}, or package.module:function")
+        known = f"{', '.join(BUILT_IN)}, or package.module:function"
+        raise UserError(f"is {name!r}", where="env.reward", expected=known)
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{name!r} cannot be imported ({error})", where="env.reward", expected="package.module:function") from None
+        raise UserError(
+            f"{name!r} cannot be imported ({error})", where="env.reward", expected="package.module:function"
+        ) from None

@@ -9,6 +9,7 @@ import asyncio
 import math
 import multiprocessing
 import queue
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from vespo_megatron.rewards import functions
 
 _START_TIMEOUT = 120.0
 """Seconds a worker has to import its reward."""
+_ORPHAN_GRACE = 2.0
+"""Seconds after the deadline at which a worker that nobody has ended ends itself."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
-        arguments = (theirs, self._env.reward, dict(self._env.reward_kwargs))
+        arguments = (theirs, self._env.reward, dict(self._env.reward_kwargs), self._env.timeout)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -101,7 +104,9 @@ class _Worker:
             try:
                 self._connection.recv()
             except EOFError:
-                raise UserError("ended at once", where=f"reward {self._env.reward}", fix="run the function by hand") from None
+                raise UserError(
+                    "ended at once", where=f"reward {self._env.reward}", fix="run the function by hand"
+                ) from None
             self._ready = True
         try:
             self._connection.send(request)
@@ -120,7 +125,9 @@ class _Worker:
         self._process.join(5)
 
 
-def _serve(connection, name: str, arguments: dict[str, Any]) -> None:
+def _serve(connection, name: str, arguments: dict[str, Any], timeout: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     function = functions.find(name)
     if name == "math":
         import math_verify  # noqa: F401  (seconds: before "ready", not inside the first deadline)
@@ -130,7 +137,11 @@ def _serve(connection, name: str, arguments: dict[str, Any]) -> None:
             request = connection.recv()
         except EOFError:
             return
-        connection.send(_score(function, arguments, request))
+        # The kernel ends a score that hangs even when the pool that would is gone.
+        signal.setitimer(signal.ITIMER_REAL, timeout + _ORPHAN_GRACE)
+        result = _score(function, arguments, request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(result)
 
 
 def _score(function: functions.RewardFunction, arguments: Mapping[str, Any], request: RewardRequest) -> RewardResult:
