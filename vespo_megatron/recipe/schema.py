@@ -33,7 +33,7 @@ class GRPOConfig:
     normalize_rewards: bool = key(True, "Divide group advantages by the group's standard deviation.")
     use_leave_one_out_baseline: bool = key(False, "Baseline from the other responses of the group.")
     use_dynamic_sampling: bool = key(False, "Drop groups whose rewards are all equal (DAPO).")
-    advantage_estimator: str = key("auto", "(ours) auto follows the two switches above; else a name of losses.advantages.")
+    advantage_estimator: str = key("auto", "(ours) auto: as the two switches above; else a name of losses.advantages.")
     val_period: int = key(10, "Evaluate every so many steps; 0 never.")
     val_at_start: bool = key(True, "Evaluate before the first step.")
     val_at_end: bool = key(True, "Evaluate after the last step.")
@@ -51,7 +51,7 @@ class LossConfig:
     aggregation: str = key("token-mean", "(ours) token-mean, seq-mean-token-sum, seq-mean-token-mean, token-sum-norm.")
     aggregation_length: int | None = key(None, "(ours) The constant length of token-sum-norm.")
     behavior: str = key("rollout", "(ours) rollout: μ is the engine's log-probs; recompute: π_old by the trainer.")
-    correction: dict[str, Any] = key({}, "(ours) Train-inference correction: {name: tis|icepop|mis|…, …}; empty is none.")
+    correction: dict[str, Any] = key({}, "(ours) Train-inference correction: {name: tis|icepop|mis|…}; empty is none.")
     reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.")
     reference_policy_kl_type: str = key("k3", "k1, k2 or k3.")
     entropy_coefficient: float = key(0.0, "(ours) Weight of the entropy bonus.")
@@ -107,7 +107,7 @@ class MegatronConfig:
     context_parallel_size: int = key(1, "CP.")
     expert_model_parallel_size: int = key(1, "EP.")
     expert_tensor_parallel_size: int = key(1, "ETP: tensor parallel size inside one expert.")
-    sequence_parallel: bool = key(False, "Shard the sequence where TP replicates it; needs TP > 1, and MoE with TP > 1 needs it.")
+    sequence_parallel: bool = key(False, "Shard the sequence where TP replicates it; TP > 1 needs it with MoE.")
     layer_spec: str = key("auto", "(ours) auto, te (Transformer Engine) or native (plain PyTorch).")
     activation_checkpointing: bool = key(False, "Full recompute, one layer at a time (uniform).")
     recompute_granularity: str | None = key(None, "(ours) full or selective; overrides activation_checkpointing.")
@@ -115,7 +115,7 @@ class MegatronConfig:
     moe_token_dispatcher_type: str = key("alltoall", "alltoall, allgather, flex.")
     moe_permute_fusion: bool = key(False, "Fused permutation (needs Transformer Engine).")
     apply_rope_fusion: bool = key(False, "Fused rotary embedding (needs Transformer Engine).")
-    moe_grouped_gemm: bool = key(True, "(ours) Experts by grouped matmul instead of one by one, where the layer spec has it.")
+    moe_grouped_gemm: bool = key(True, "(ours) Experts by grouped matmul, where the layer spec has it.")
     logprob_chunk_tokens: int = key(1024, "(ours) Tokens whose logits exist at one time.")
     distributed_timeout: float = key(600.0, "(ours) Deadline of a collective, in seconds.")
     optimizer: OptimizerConfig = key(OptimizerConfig)
@@ -127,7 +127,7 @@ class MegatronConfig:
 class SequencePackingConfig:
     """`policy.sequence_packing`."""
 
-    enabled: bool = key(True, "Pack sequences into micro-batches; off: one padded micro-batch of train_micro_batch_size.")
+    enabled: bool = key(True, "Pack micro-batches up to a token budget; off: train_micro_batch_size sequences each.")
     train_mb_tokens: int = key(16384, "Token budget of a training micro-batch, for the whole context-parallel group.")
     logprob_mb_tokens: int = key(16384, "The same for passes without gradient.")
 
@@ -137,8 +137,8 @@ class RouterReplayConfig:
     """`policy.router_replay`."""
 
     mode: str = key("none", "none, R2 (the trainer's own routes at θ_old) or R3 (the rollout engine's).")
-    on_stale_routes: str = key("error", "live, drop or error, for routes of another weight version than the log-probs.")
-    measure_agreement: bool = key(True, "(ours) Compare the trainer's routes with the engine's where those are returned.")
+    on_stale_routes: str = key("error", "live, drop or error: routes of another weight version than the log-probs.")
+    measure_agreement: bool = key(True, "(ours) Compare the trainer's routes with the engine's, where it returns them.")
 
 
 @dataclass
@@ -193,7 +193,7 @@ class PolicyConfig:
 
     model_name: str = key(MISSING, "Hugging Face folder with config.json and safetensors.")
     tokenizer: TokenizerConfig = key(TokenizerConfig)
-    train_global_batch_size: int = key(256, "Responses per optimizer update; staleness N is the rollout batch over this.")
+    train_global_batch_size: int = key(256, "Responses per optimizer update: N is the rollout batch over this.")
     train_micro_batch_size: int = key(4, "Sequences per micro-batch when sequence packing is off.")
     logprob_batch_size: int = key(4, "The same for passes without gradient.")
     max_total_sequence_length: int = key(1024, "Prompt and response together.")
