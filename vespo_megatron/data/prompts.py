@@ -63,18 +63,19 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
             if recipe.data.on_long_prompt == "drop":
                 continue
             raise UserError(
-                f"the prompt has {len(ids)} tokens", where=where, expected=f"at most {limit}, data.max_input_seq_length",
+                f"the prompt has {len(ids)} tokens",
+                where=where,
+                expected=f"at most {limit}, data.max_input_seq_length",
                 fix="raise the limit (and policy.max_total_sequence_length), or set data.on_long_prompt=drop",
-            )  # fmt: skip
+            )
         if vocab_size is not None and max(ids) >= vocab_size:
             raise UserError(
                 f"the prompt has token id {max(ids)}", where=where, expected=f"ids below the model's {vocab_size}",
                 fix="the tokenizer is not this model's: check policy.tokenizer.name",
             )  # fmt: skip
         extra = row.get("extra_info") or {}
-        records.append(
-            PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], _ground_truth(row, where), dict(extra))
-        )
+        truth = _ground_truth(row, where)
+        records.append(PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], truth, dict(extra)))
     if not records:
         raise UserError("every prompt is too long", where=str(path), expected=f"prompts of at most {limit} tokens")
     return records
@@ -92,13 +93,14 @@ def _read(path: Path):
         return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every parser's own exceptions
         cause = error.__cause__ or error
-        raise UserError(f"cannot be read ({cause})", where=str(path), expected=f"a {path.suffix} file with rows") from None
+        expected = f"a {path.suffix} file with rows"
+        raise UserError(f"cannot be read ({cause})", where=str(path), expected=expected) from None
 
 
 def _tokenise(prompt: Any, tokenizer, chat_template: bool, where: str) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(part, dict) and "content" in part for part in prompt):
+    elif isinstance(prompt, Sequence) and prompt and all(_is_message(part) for part in prompt):
         if chat_template and tokenizer.chat_template:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
         else:
@@ -108,6 +110,10 @@ def _tokenise(prompt: Any, tokenizer, chat_template: bool, where: str) -> list[i
     if not ids:
         raise UserError("the prompt is empty", where=where, expected="at least one token")
     return list(ids)
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, dict) and "content" in part
 
 
 def _ground_truth(row: dict[str, Any], where: str) -> Any:
@@ -125,7 +131,7 @@ def _vocab_size(recipe: Recipe) -> int | None:
 
 
 class PromptStream:
-    """Prompts without end: epoch after epoch, each shuffled by (seed, epoch) alone, from a position that can be saved."""
+    """Prompts without end: epoch after epoch, shuffled by (seed, epoch) alone, from a position that can be saved."""
 
     def __init__(self, records: Sequence[PromptRecord], *, seed: int, shuffle: bool = True) -> None:
         self.records, self.seed, self.shuffle = records, seed, shuffle
@@ -146,7 +152,9 @@ class PromptStream:
         """
         if count > len(self.records):
             raise UserError(
-                f"is {count}", where="grpo.num_prompts_per_step", expected=f"at most the {len(self.records)} training prompts"
+                f"is {count}",
+                where="grpo.num_prompts_per_step",
+                expected=f"at most the {len(self.records)} training prompts",
             )
         taken: list[PromptRecord] = []
         names: set[str] = set()
@@ -170,6 +178,8 @@ class PromptStream:
         """Continue where `state` was taken; raises `UserError` when the dataset has changed size since."""
         if state["count"] != len(self.records):
             raise UserError(
-                f"holds {len(self.records)} prompts", where="data.train", expected=f"{state['count']}, as when the run was saved"
+                f"holds {len(self.records)} prompts",
+                where="data.train",
+                expected=f"{state['count']}, as when the run was saved",
             )
         self.epoch, self.position, self._order = state["epoch"], state["position"], list(state["order"])
