@@ -29,16 +29,18 @@ class Stopped(BaseException):
 def stop_on_signals() -> Iterator[None]:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP raises `Stopped`; later ones do not interrupt the clean-up.
 
-    Does nothing outside the main thread, where Python lets no handler be set.
+    SIGHUP stays ignored under nohup. Does nothing outside the main thread, where Python lets no handler be set.
     """
 
     def stop(signum: int, frame: object) -> None:
-        for number in _STOP_SIGNALS:
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise Stopped(signum)
 
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in _STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
     try:
-        previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+        previous = {number: signal.signal(number, stop) for number in numbers}
     except ValueError:
         yield
         return
