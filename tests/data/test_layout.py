@@ -30,7 +30,7 @@ def rows(layout: SequenceLayout, *trailing: int) -> list[np.ndarray]:
     """Distinct values for every real token of every sequence."""
     starts = np.concatenate([[0], np.cumsum(layout.lengths)])
     flat = np.arange(starts[-1] * int(np.prod(trailing, dtype=int))).reshape(-1, *trailing)
-    return [flat[start : start + length] for start, length in zip(starts, layout.lengths)]
+    return [flat[start : start + length] for start, length in zip(starts, layout.lengths, strict=False)]
 
 
 @given(layouts())
@@ -48,7 +48,7 @@ def test_every_token_is_held_once_and_ranks_hold_equal_shares(layout):
 def test_gathering_the_shards_undoes_the_zigzag(layout):
     tokens = rows(layout)
     gathered = np.concatenate([rank.token_ids(tokens) for rank in every_rank(layout)])[layout.gather_order]
-    for start, row in zip(layout.cu_seqlens, tokens):
+    for start, row in zip(layout.cu_seqlens, tokens, strict=False):
         assert (gathered[start : start + len(row)] == row).all()
 
 
@@ -70,7 +70,7 @@ def test_positions_increase_inside_a_sequence_and_match_the_token(layout):
 @settings(max_examples=300, deadline=None)
 def test_every_response_token_is_predicted_once_from_the_token_before_it(layout):
     tokens = rows(layout)
-    values = [row[prompt:] * 10 for row, prompt in zip(tokens, layout.prompt_lengths)]
+    values = [row[prompt:] * 10 for row, prompt in zip(tokens, layout.prompt_lengths, strict=False)]
     shards = []
     for rank in every_rank(layout):
         targets = rank.targets(tokens)
@@ -93,13 +93,18 @@ def test_routes_follow_their_token_and_padding_gets_a_valid_distinct_route(layou
     stale = [np.array([random.random() < 0.2 for _ in row], dtype=bool) for row in routes]
     tokens = rows(layout)
     usable = np.zeros(sum(layout.lengths), dtype=bool)
-    for row, flags in zip(tokens, stale):
+    for row, flags in zip(tokens, stale, strict=False):
         usable[row[:-1]] = ~flags
     held, asked = 0, 0
     for rank in every_rank(layout):
-        ids, real = rank.token_ids(tokens), rank.position_ids < np.array([*layout.lengths, 0])[rank.segment_ids[rank.positions]]
-        pieces = [rank.at(tensor_parallel_rank=tp).routes(routes, stale, topk) for tp in range(layout.tensor_parallel_size)]
-        sliced, live = (np.concatenate(part) for part in zip(*pieces))
+        ids, real = (
+            rank.token_ids(tokens),
+            rank.position_ids < np.array([*layout.lengths, 0])[rank.segment_ids[rank.positions]],
+        )
+        pieces = [
+            rank.at(tensor_parallel_rank=tp).routes(routes, stale, topk) for tp in range(layout.tensor_parallel_size)
+        ]
+        sliced, live = (np.concatenate(part) for part in zip(*pieces, strict=False))
         expected = ids[:, None, None] * layers * topk + np.arange(layers * topk).reshape(layers, topk)
         assert (live == (real & ~usable[ids])).all(), "live: stale rows and last tokens, no padding"
         replayed = real & ~live

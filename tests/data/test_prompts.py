@@ -43,7 +43,10 @@ def load(tmp_path):
 
 
 def test_text_and_chat_prompts_load_as_they_are(load):
-    text, chat = load([row(), row([{"role": "user", "content": "hi"}])])[0], load([row([{"role": "user", "content": "hi"}])])[0]
+    text, chat = (
+        load([row(), row([{"role": "user", "content": "hi"}])])[0],
+        load([row([{"role": "user", "content": "hi"}])])[0],
+    )
     assert bytes(text.prompt_ids) == b"2+2=" and text.ground_truth == "4" and text.prompt_id == "train/0"
     assert bytes(chat.prompt_ids) == b"[hi]"
 

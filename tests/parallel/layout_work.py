@@ -20,8 +20,8 @@ from vespo_megatron.trainer.objective import Objective
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
 # a prompt longer than its response, and lengths that no parallel size divides.
-LENGTHS = ((5, 7), (3, 1), (20, 41), (1, 9), (9, 13), (2, 30), (17, 3), (4, 4), (6, 11), (1, 1), (8, 19), (3, 23), (2, 2),
-           (12, 5), (7, 6), (5, 17))  # fmt: skip
+LENGTHS = ((5, 7), (3, 1), (20, 41), (1, 9), (9, 13), (2, 30), (17, 3), (4, 4), (6, 11), (1, 1), (8, 19), (3, 23),
+           (2, 2), (12, 5), (7, 6), (5, 17))  # fmt: skip
 VOCAB = 126
 
 
@@ -66,7 +66,9 @@ def micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[
     """This data parallel rank's share of the batch in `count` micro-batches."""
     place = policy.place
     mine = list(range(len(batch)))[place.data_rank :: place.data_size]
-    return prepare([batch.select(mine[index::count]) for index in range(count)], place, temperature=0.9, chunk_tokens=16)
+    return prepare(
+        [batch.select(mine[index::count]) for index in range(count)], place, temperature=0.9, chunk_tokens=16
+    )
 
 
 def weighted_loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch):
@@ -102,6 +104,7 @@ def gradients_and_update(
         def loss(log_probs, entropies, micro_batch):
             value, _ = objective_loss(log_probs, entropies, micro_batch)
             return value, value.detach().clone()
+
     reports = policy.compute_gradients(batches, loss, everywhere=True)
     gradients = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
     result = policy.update(batches, loss)
@@ -122,7 +125,10 @@ def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | 
     outputs = policy.log_probs(batches)
     if not policy.place.reports:
         return None
-    return [(batch.layout, [s.sample_id for s in batch.batch.samples], out.numpy()) for batch, out in zip(batches, outputs)]
+    return [
+        (batch.layout, [s.sample_id for s in batch.batch.samples], out.numpy())
+        for batch, out in zip(batches, outputs, strict=False)
+    ]
 
 
 def round_trip(folder: str, layout: dict[str, Any], store: str, target: str | None = None) -> dict[str, torch.Tensor]:
@@ -212,7 +218,11 @@ def routers_after_an_update(folder: str, layout: dict[str, Any], store: str) -> 
         seen.setdefault(router.layer_number, []).append((output[0].detach().clone(), output[1].clone()))
 
     model = hf_weights.unwrap(policy.chunks[0])
-    handles = [layer.mlp.router.register_forward_hook(remember) for layer in model.decoder.layers if hasattr(layer.mlp, "router")]
+    handles = [
+        layer.mlp.router.register_forward_hook(remember)
+        for layer in model.decoder.layers
+        if hasattr(layer.mlp, "router")
+    ]
     policy.log_probs(batches, routes=record)
     before, seen = dict(seen), {}
     policy.update(batches, weighted_loss)  # live routes: the weights move freely
@@ -234,9 +244,9 @@ def routers_after_an_update(folder: str, layout: dict[str, Any], store: str) -> 
             )
     return {
         "layers": policy.replay.layer_numbers,
-        "replayed_is_recorded": all(torch.equal(after[l][i][1], chosen[l, i]) for l, i in pairs),
-        "live_moved": any(not torch.equal(live[l][i][1], before[l][i][1]) for l, i in pairs),
-        "gates_moved": all(not torch.equal(after[l][i][0], before[l][i][0]) for l, i in pairs),
+        "replayed_is_recorded": all(torch.equal(after[layer][i][1], chosen[layer, i]) for layer, i in pairs),
+        "live_moved": any(not torch.equal(live[layer][i][1], before[layer][i][1]) for layer, i in pairs),
+        "gates_moved": all(not torch.equal(after[layer][i][0], before[layer][i][0]) for layer, i in pairs),
         "gradient_norms": [float(gradient.norm()) for gradient in gradients],
     }
 
@@ -249,7 +259,9 @@ def router_gradient(folder: str, layout: dict[str, Any], store: str) -> dict[str
     hidden = torch.randn(10, 1, 64, dtype=torch.float64, generator=generator)
     weights = torch.randn(10, NUM_EXPERTS, dtype=torch.float64, generator=generator)
     table = RouteTable.empty(10, len(policy.replay.hooks), TOPK, NUM_EXPERTS)
-    table.experts[:] = np.random.default_rng(0).random((10, len(policy.replay.hooks), NUM_EXPERTS)).argsort(-1)[..., :TOPK]
+    table.experts[:] = (
+        np.random.default_rng(0).random((10, len(policy.replay.hooks), NUM_EXPERTS)).argsort(-1)[..., :TOPK]
+    )
     policy.replay._mode = "replay"
     with policy.replay.forward(0, table, None, "cpu"):
         gates, _ = router(hidden)
@@ -257,11 +269,17 @@ def router_gradient(folder: str, layout: dict[str, Any], store: str) -> dict[str
     (ours,) = torch.autograd.grad((gates * weights).sum(), router.weight)
 
     weight = router.weight.detach().clone().requires_grad_()
-    mask = torch.zeros(10, NUM_EXPERTS, dtype=torch.float64).scatter_(1, torch.from_numpy(table.experts[:, 0].astype(np.int64)), 1.0)
+    mask = torch.zeros(10, NUM_EXPERTS, dtype=torch.float64).scatter_(
+        1, torch.from_numpy(table.experts[:, 0].astype(np.int64)), 1.0
+    )
     exponentials = mask * (hidden[:, 0] @ weight.t()).exp()
     dense = exponentials / exponentials.sum(-1, keepdim=True)
     (expected,) = torch.autograd.grad((dense * weights).sum(), weight)
-    return {"gates": float((gates - dense).abs().max()), "gradient": float((ours - expected).abs().max()), "norm": float(ours.norm())}
+    return {
+        "gates": float((gates - dense).abs().max()),
+        "gradient": float((ours - expected).abs().max()),
+        "norm": float(ours.norm()),
+    }
 
 
 def broken_replay(folder: str, layout: dict[str, Any], store: str, fault: str) -> str:

@@ -94,6 +94,8 @@ def test_a_truncated_file_is_named(checkpoint, tmp_path):
 )
 def test_a_model_this_project_does_not_train_is_refused(change, message, checkpoint, tmp_path):
     config = json.loads(open(f"{checkpoint[0]}/config.json").read()) | change
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
     with pytest.raises(UserError, match=message):
         read_shape(tmp_path)

@@ -111,12 +111,12 @@ def test_log_probs_equal_transformers(name, workers, checkpoint):
     worst = 0.0
     data_size = len(shards) // layout.get(CP, 1)
     assert data_size == 1
-    for per_rank in zip(*shards):
+    for per_rank in zip(*shards, strict=False):
         layout_of_batch = per_rank[0][0]
         ranked = sorted(per_rank, key=lambda shard: shard[0].context_parallel_rank)
         log_probs = layout_of_batch.merge_response_values([out[0] for _, _, out in ranked])
         entropies = layout_of_batch.merge_response_values([out[1] for _, _, out in ranked])
-        for sample_id, log_prob, entropy in zip(per_rank[0][1], log_probs, entropies):
+        for sample_id, log_prob, entropy in zip(per_rank[0][1], log_probs, entropies, strict=False):
             sample = samples.pop(sample_id)
             with torch.no_grad():
                 logits = checkpoint[1](torch.from_numpy(sample.token_ids)[None]).logits[0] / 0.9

@@ -30,7 +30,9 @@ def test_a_table_takes_a_byte_per_route_and_little_else():
     held = table(samples)
     routes = sum(s.num_tokens for s in samples) * 2 * 4
     assert held.experts.nbytes == routes
-    longer = RouteTable(np.zeros((4096, 48, 8), np.uint8), np.arange(4, dtype=np.int32))  # four sequences at 30B's shape
+    longer = RouteTable(
+        np.zeros((4096, 48, 8), np.uint8), np.arange(4, dtype=np.int32)
+    )  # four sequences at 30B's shape
     assert longer.nbytes <= 1.05 * 4096 * 48 * 8
 
 

@@ -222,11 +222,15 @@ class SequenceLayout:
         local = self.positions[self.sequence_parallel_slice]
         return packed[local], live[local]
 
-    def at(self, *, context_parallel_rank: int | None = None, tensor_parallel_rank: int | None = None) -> SequenceLayout:
+    def at(
+        self, *, context_parallel_rank: int | None = None, tensor_parallel_rank: int | None = None
+    ) -> SequenceLayout:
         """The same micro-batch on another rank."""
         return replace(
             self,
-            context_parallel_rank=self.context_parallel_rank if context_parallel_rank is None else context_parallel_rank,
+            context_parallel_rank=self.context_parallel_rank
+            if context_parallel_rank is None
+            else context_parallel_rank,
             tensor_parallel_rank=self.tensor_parallel_rank if tensor_parallel_rank is None else tensor_parallel_rank,
         )
 

@@ -90,7 +90,12 @@ def _import_without_compiling() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # six warnings that Apex and Transformer Engine are not installed
             importlib.import_module("megatron.core.jit").disable_jit_fuser()
-            for name in (*_MODULES_THAT_NAME_CUDA, "models.gpt.gpt_layer_specs", "optimizer.distrib_optimizer", "distributed"):
+            for name in (
+                *_MODULES_THAT_NAME_CUDA,
+                "models.gpt.gpt_layer_specs",
+                "optimizer.distrib_optimizer",
+                "distributed",
+            ):
                 importlib.import_module(f"megatron.core.{name}")
     finally:
         torch.compile = compile_function

@@ -59,12 +59,12 @@ def read_shape(model_folder: str | Path) -> Qwen3MoeShape:
     _refuse(path, rope_type != "default", f"asks for rotary embedding {rope_type!r}", "plain rotary embedding")
     _refuse(path, config.get("attention_bias", False), "has attention_bias", "no bias in attention")
     _refuse(path, config.get("use_sliding_window", False), "uses a sliding window", "full attention")
-    _refuse(
-        path, config.get("hidden_act", "silu") != "silu", f"has hidden_act {config.get('hidden_act')!r}", "'silu'"
-    )
+    _refuse(path, config.get("hidden_act", "silu") != "silu", f"has hidden_act {config.get('hidden_act')!r}", "'silu'")
     try:
         num_layers = config["num_hidden_layers"]
-        num_experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 5
+        num_experts = (
+            config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+        )  # transformers 5
         step, dense = config.get("decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
         return Qwen3MoeShape(
             num_hidden_layers=num_layers,
@@ -87,7 +87,9 @@ def read_shape(model_folder: str | Path) -> Qwen3MoeShape:
             ),
         )
     except KeyError as error:
-        raise UserError(f"lacks the key {error}", where=str(path), expected="a complete Qwen3-MoE configuration") from None
+        raise UserError(
+            f"lacks the key {error}", where=str(path), expected="a complete Qwen3-MoE configuration"
+        ) from None
 
 
 def _refuse(path: Path, condition: bool, what: str, expected: str) -> None:

@@ -84,7 +84,9 @@ class SafetensorsFolder:
             actual = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
             if actual != wanted:
                 raise UserError(
-                    f"{name} has shape {list(actual)}", where=str(self.folder), expected=f"{list(wanted)}, from config.json"
+                    f"{name} has shape {list(actual)}",
+                    where=str(self.folder),
+                    expected=f"{list(wanted)}, from config.json",
                 )
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -130,7 +132,9 @@ def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, pl
                 if rule.is_expert
                 else (place.tensor_rank, place.tensor_size)
             )
-            result.append(LocalParameter(rule, parameter, rank if rule.is_sharded else 0, size if rule.is_sharded else 1))
+            result.append(
+                LocalParameter(rule, parameter, rank if rule.is_sharded else 0, size if rule.is_sharded else 1)
+            )
     return result
 
 
@@ -171,7 +175,7 @@ class WeightExporter:
 
     @cached_property
     def _buckets(self) -> list[list[tuple[str, _Entry]]]:
-        """Parameters in checkpoint order, cut where the senders change or the bucket is full; agreed on by all ranks."""
+        """Parameters in checkpoint order, cut where the senders change or a bucket is full; agreed on by all."""
         mine = [(key, local.shard, local.rule, local.parameter.shape) for key, local in self._local.items()]
         everyone: list = [None] * self.place.world_size
         dist.all_gather_object(everyone, mine)

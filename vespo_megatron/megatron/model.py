@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
-from vespo_megatron.megatron.parallel import Place
-from vespo_megatron.recipe.schema import MegatronConfig
-
 # isort: split  (parallel installs the CPU runtime before megatron-core is imported)
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,8 +13,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.recipe.schema import MegatronConfig
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # moe_utils.py:34 imports it with Transformer Engine and moe_utils.py:1192 reads it without.
@@ -65,9 +64,7 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(
-    shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype
-) -> TransformerConfig:
+def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of this model in this layout.
 
     NVIDIA's settings for RL throughout: router in fp32 (or fp64), no load balancing, no auxiliary loss, no bias update.

@@ -1,4 +1,4 @@
-"""`MegatronPolicy`: what the trainer does to the policy, whatever the parallel layout: log-probs, an update, weights out."""
+"""`MegatronPolicy`: what the trainer does to the policy in any parallel layout: log-probs, an update, weights out."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
 
 @dataclass(frozen=True)
 class RouteUse:
@@ -98,6 +99,30 @@ class MegatronPolicy:
             for chunk in self.chunks:
                 chunk.train()
 
+    def keep_reference(self) -> None:
+        """Remember the weights as they are now, in host memory, for `reference_log_probs`."""
+        self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+
+    @torch.no_grad()
+    def reference_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """`log_probs` under the weights `keep_reference` remembered; the policy's own come back, whatever happens."""
+        own = [parameter.detach().clone() for parameter in self._parameters()]
+        try:
+            for parameter, value in zip(self._parameters(), self._reference, strict=True):
+                parameter.copy_(value)
+            return self.log_probs(micro_batches)
+        finally:
+            for parameter, value in zip(self._parameters(), own, strict=True):
+                parameter.copy_(value)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rate of the next update only; the schedule sets it anew after that."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
     def compute_gradients(
         self,
         micro_batches: Sequence[MicroBatch],
@@ -145,7 +170,9 @@ class MegatronPolicy:
     @property
     def moe_layers(self) -> list[int]:
         """This rank's MoE layers, counted among the model's MoE layers: its columns of the engine's routes."""
-        ordinal = {layer + 1: index for index, layer in enumerate(i for i, moe in enumerate(self.shape.is_moe_layer) if moe)}
+        ordinal = {
+            layer + 1: index for index, layer in enumerate(i for i, moe in enumerate(self.shape.is_moe_layer) if moe)
+        }
         return [ordinal[number] for number in self.replay.layer_numbers]
 
     def empty_routes(self, micro_batch: MicroBatch) -> RouteTable:

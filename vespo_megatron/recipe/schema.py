@@ -55,6 +55,8 @@ class LossConfig:
     reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.")
     reference_policy_kl_type: str = key("k3", "k1, k2 or k3.")
     entropy_coefficient: float = key(0.0, "(ours) Weight of the entropy bonus.")
+    ess_learning_rate: str = key("none", "(ours) Scale the learning rate by the ESS of W (VCPO): none, sqrt or linear.")
+    ess_base: float = key(1.0, "(ours) The ESS, as a share of the mini-batch, at which the scale is 1.")
     on_bad_sample: str = key("error", "(ours) error or drop, for samples whose numbers are not finite.")
 
 

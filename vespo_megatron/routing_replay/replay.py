@@ -188,7 +188,9 @@ class RouteReplay:
             if (hook.forwards, hook.recomputes, len(hook.pending)) != (forwards, recomputes, left):
                 raise UserError(
                     f"layer {hook.layer_number} used {hook.forwards} route tables forward and {hook.recomputes} again "
-                    "in the backward", where="routing replay", expected=f"{forwards} and {recomputes}: each exactly once",
+                    "in the backward",
+                    where="routing replay",
+                    expected=f"{forwards} and {recomputes}: each exactly once",
                 )  # fmt: skip
 
     def _reset(self) -> None:

@@ -106,7 +106,9 @@ class Controller:
         where = self.engine.description
         if routes is None:
             raise UserError(
-                "returns no routes", where=where, expected="the experts of every token: policy.router_replay.mode is R3",
+                "returns no routes",
+                where=where,
+                expected="the experts of every token: policy.router_replay.mode is R3",
                 fix="set policy.generation.sglang_cfg.enable_return_routed_experts=true "
                 "(the server's flag is --enable-return-routed-experts)",
             )  # fmt: skip

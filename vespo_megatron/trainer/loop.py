@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import MetricSums
+from vespo_megatron.losses import MetricSums, learning_rate_scale
 from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.parallel import Place, data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
@@ -38,10 +39,14 @@ class Trainer:
     def train(self) -> None:
         """All steps, with evaluation and logging; rank 0 writes."""
         schedule = self.recipe.grpo
+        if self.objective.needs_reference:
+            self.policy.keep_reference()
         self.push_weights(version=0)
         if self.recipe.policy.router_replay.mode == "R3":
             shape = self.policy.shape
-            self.on_controller(lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok))
+            self.on_controller(
+                lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok)
+            )
         if schedule.val_at_start and schedule.val_period:
             self.on_controller(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(1, schedule.max_num_steps + 1):
@@ -69,6 +74,9 @@ class Trainer:
         if ran_log_prob_pass:
             with self.timers("old_log_probs"):
                 self.fill_old_log_probs(mini_batches, routes)
+        if self.objective.needs_reference:
+            with self.timers("reference_log_probs"):
+                self.fill_reference_log_probs(mini_batches)
         results: list[UpdateResult] = []
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
@@ -78,7 +86,7 @@ class Trainer:
                         micro_batches,
                         self.objective.loss_function(normalizer),
                         routes=routes.update_pass(first=first),
-                        before_step=self.objective.raise_if_bad,
+                        before_step=self.before_step,
                     )
                 )
                 routes.after_update(micro_batches, first=first)
@@ -114,6 +122,28 @@ class Trainer:
             if self.objective.needs_old_log_probs:
                 for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
                     micro_batch.old_log_probs = None if output is None else output[0]
+
+    def fill_reference_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
+        """π_ref: log-probs under the weights the run started with."""
+        for micro_batches in mini_batches:
+            outputs = self.policy.reference_log_probs(micro_batches)
+            for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
+                micro_batch.reference_log_probs = None if output is None else output[0]
+
+    def before_step(self, reports: list[Any]) -> None:
+        """Between gradients and step: refuse numbers that are not finite, scale the learning rate by the ESS (VCPO)."""
+        self.objective.raise_if_bad(reports)
+        rule = self.recipe.loss_fn.ess_learning_rate
+        if rule == "none":
+            return
+        ess = torch.zeros(1, device=self.place.device)
+        if self.place.is_last_stage:
+            metrics = self.objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
+            ess += metrics["vespo/ess"] / self.place.tensor_size
+        # Ranks of other stages hold 0, replicas along DP, CP and TP the same value: the mean over the last stage's.
+        dist.all_reduce(ess)
+        share = ess.item() / (self.place.data_size * self.place.context_size)
+        self.policy.scale_learning_rate(learning_rate_scale(share, rule, self.recipe.loss_fn.ess_base))
 
     def push_weights(self, version: int) -> None:
         """Stream the policy's weights to the rollout engine, which answers with an agreed checksum."""
@@ -162,15 +192,19 @@ class Trainer:
         if not reports:
             return {}
         merged, histograms = reports[0]
-        return merged | {
-            "loss/policy": merged["loss/policy"] / len(results),
-            "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
-            "loss/grad_norm_max": max(result.grad_norm for result in results),
-            "loss/skipped_updates": float(sum(not result.succeeded for result in results)),
-            "loss/learning_rate": results[-1].learning_rate,
-            "loss/updates": float(len(results)),
-            "histograms": histograms,
-        }
+        terms = ("loss/policy", "loss/kl", "loss/entropy")  # shares of one mini-batch each, hence their mean
+        return (
+            merged
+            | {name: merged[name] / len(results) for name in terms if name in merged}
+            | {
+                "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
+                "loss/grad_norm_max": max(result.grad_norm for result in results),
+                "loss/skipped_updates": float(sum(not result.succeeded for result in results)),
+                "loss/learning_rate": results[-1].learning_rate,
+                "loss/updates": float(len(results)),
+                "histograms": histograms,
+            }
+        )
 
 
 def _spread(per_update: list[dict[str, float]]) -> dict[str, float]:

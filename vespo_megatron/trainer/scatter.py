@@ -62,7 +62,9 @@ class Scatter:
 
     def _for_rank(self, share: Share, place: Place, moe_layers: list[int]) -> Share:
         """Cut the routes to what a rank uses, and send the samples without them."""
-        with_routes = all(sample.routes is not None for batches in share.mini_batches for b in batches for sample in b.samples)
+        with_routes = all(
+            sample.routes is not None for batches in share.mini_batches for b in batches for sample in b.samples
+        )
         wanted = self.recipe.policy.router_replay
         if wanted.mode != "R3" and not (with_routes and wanted.measure_agreement):
             tables = share.routes

@@ -49,9 +49,7 @@ def _train(recipe: Recipe, run_dir: Path, place) -> None:
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.loop import Trainer
 
-    policy = MegatronPolicy(
-        recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches
-    )
+    policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     controller = build_controller(recipe, run_dir, place) if place.rank == 0 else None
     try:
         Trainer(recipe, place, policy, controller).train()

@@ -59,9 +59,7 @@ def packed_seq_params(layout: SequenceLayout, device: torch.device) -> NativePac
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         classes=tuple(_length_classes(layout, device)),
-        gather_order=(
-            torch.from_numpy(layout.gather_order).to(device) if layout.context_parallel_size > 1 else None
-        ),
+        gather_order=(torch.from_numpy(layout.gather_order).to(device) if layout.context_parallel_size > 1 else None),
     )
 
 
@@ -156,7 +154,9 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: NativePackedSeqParams | None = None,
     ) -> torch.Tensor:
         if not isinstance(packed_seq_params, NativePackedSeqParams):
-            raise ValueError("the native attention runs packed sequences; build packed_seq_params from a SequenceLayout")
+            raise ValueError(
+                "the native attention runs packed sequences; build packed_seq_params from a SequenceLayout"
+            )
         if self.context_parallel_group.size() > 1:
             both = torch.stack([key, value], dim=1)
             both = _GatherOverContextParallel.apply(both, self.context_parallel_group)

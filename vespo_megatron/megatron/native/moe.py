@@ -1,4 +1,4 @@
-"""The MoE layer of the native spec: megatron-core's own, made right for tensor parallelism without sequence parallelism.
+"""The MoE layer of the native spec: megatron-core's own, made right for TP without sequence parallelism.
 
 megatron-core refuses to train MoE with TP > 1 and no sequence parallelism (moe_layer.py:398): every tensor parallel
 rank would dispatch the same tokens, and experts would count them TP times. Here the tokens are sharded for the length
@@ -73,4 +73,6 @@ class NativeMoELayer(MoELayer):
             return super().forward(hidden_states, *args, **kwargs)
         shard = scatter_to_sequence_parallel_region(hidden_states, group=self.tp_group)
         output, bias = super().forward(shard, *args, **kwargs)
-        return gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False, group=self.tp_group), bias
+        return gather_from_sequence_parallel_region(
+            output, tensor_parallel_output_grad=False, group=self.tp_group
+        ), bias
