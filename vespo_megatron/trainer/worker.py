@@ -21,8 +21,6 @@ from vespo_megatron.trainer.run_directory import RECIPE_FILE
 def main(run_dir: Path) -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
     die_with_parent(signal.SIGKILL)
-    # Deprecations among the parts this stands on are for its developers (the tests show them), not for who trains.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         train(load_recipe(run_dir / RECIPE_FILE), run_dir)
         return 0
@@ -36,6 +34,8 @@ def main(run_dir: Path) -> int:
 
 def train(recipe: Recipe, run_dir: Path) -> None:
     """Build everything, train, write what remains, and leave nothing behind."""
+    # Deprecations among the parts this stands on are for its developers (the tests show them), not for who trains.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from vespo_megatron.megatron import parallel
 
     device = parallel.pick_device(recipe.cluster.device)
