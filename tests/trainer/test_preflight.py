@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,29 @@ def test_names_that_no_table_has_are_refused(recipe, change, message):
     change(recipe)
     with pytest.raises(UserError, match=message):
         preflight.check(recipe)
+
+
+# ---- through the command line ------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, folder: Path, *overrides: str) -> int:
+    from vespo_megatron.cli import main
+    from vespo_megatron.recipe.loader import save_recipe
+
+    save_recipe(recipe, folder / "recipe.yaml")
+    return main(["train", str(folder / "recipe.yaml"), f"exp_manager.exp_dir={folder / 'runs'}", *overrides])
+
+
+def test_a_refused_recipe_leaves_no_run_directory(recipe, tmp_path, capsys):
+    weights(recipe).write_bytes(b"short")
+    assert train(recipe, tmp_path) == 2
+    assert capsys.readouterr().err.startswith("vespo-megatron: ") and not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_named_at_once(recipe, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert train(recipe, tmp_path, f"policy.generation.sglang_cfg.port={port}", "cluster.device=cpu") == 2
+    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
