@@ -58,3 +58,14 @@ class ModelShape:
             )
         except KeyError as error:
             raise UserError(f"has no {error.args[0]}", where=str(path), expected="a Qwen3-MoE config.json") from error
+
+    def check_served_by_sglang(self, where: str) -> None:
+        """Raise `UserError` for a model that SGLang 0.5.23 would serve with other layers than it has."""
+        if self.num_experts > 0 and len(self.sparse_layers) != self.num_layers:
+            dense = sorted(set(range(self.num_layers)) - set(self.sparse_layers))
+            raise UserError(
+                f"layers {dense} are dense, and SGLang 0.5.23 builds every layer of a Qwen3-MoE as a mixture of experts",
+                where=where,
+                expected="no mlp_only_layers, and decoder_sparse_step 1",
+                fix="set policy.generation.backend=in_process, or use another model",
+            )

@@ -156,6 +156,7 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         return ServerGroup([], [url.rstrip("/") for url in config.urls])
     check_server_args(config.server_args)
     shape = ModelShape.from_folder(recipe.policy.model_name)
+    shape.check_served_by_sglang(recipe.policy.model_name)
     ports = choose_ports(config.host, config.port, config.num_servers)
     python = config.python or sys.executable
     found = probe_environment(python, device or recipe.cluster.device)

@@ -156,6 +156,8 @@ def build_environment(
         "SGLANG_PLATFORM": "vespo_cpu",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(unused_model_files(environment.sglang_folder, shape.architecture)),
         "OMP_NUM_THREADS": str(share),
+        # Threads that spin at a barrier cost a server that shares its cores with a trainer most of its speed.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "GLOO_SOCKET_IFNAME": base.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     if tensor_parallel_size > 1:

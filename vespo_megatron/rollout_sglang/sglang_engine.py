@@ -43,6 +43,7 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
     if not urls:
         raise UserError("no server", where="policy.generation.sglang_cfg.urls", fix="launch servers or give their URLs")
     shape = ModelShape.from_folder(recipe.policy.model_name)
+    shape.check_served_by_sglang(recipe.policy.model_name)
     context = context_length(recipe, shape)
     clients = [
         SGLangClient(
@@ -92,7 +93,11 @@ class SGLangEngine:
         self._closed = False
         self._broken = ""
         self._paused = False
-        self._probe()
+        if self.shape.tie_word_embeddings and self.weight_version == 0:
+            # SGLang 0.5.23 gives a Qwen3-MoE a head of its own and finds nothing for it in a tied checkpoint.
+            self._broken = "SGLang does not load the tied output head of this checkpoint"
+        else:
+            self._probe()
 
     async def generate(
         self,

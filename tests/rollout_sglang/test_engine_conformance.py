@@ -1,0 +1,205 @@
+"""What every `RolloutEngine` promises, held against each: SGLang's real server and the in-process engine."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+
+import numpy as np
+import pytest
+from rollout_helpers import generate, make_requests
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.checksum import WeightChecksum
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
+
+TOLERANCE = 1e-4
+_seeds = count(1)
+
+
+def fresh_weights(engine, reference, scale=0.1):
+    """Give the engine weights no earlier test gave it; returns a reference that holds them, and their version."""
+    seed, version = next(_seeds), engine.weight_version + 1
+    engine.update_weights(reference.named_tensors(scale, seed), version)
+    return reference.with_weights(reference.named_tensors(scale, seed)), version
+
+
+def test_results_come_in_order_with_one_number_of_each_kind_per_token(engine):
+    requests = make_requests(24, max_new_tokens=9)
+    arrived = []
+    results = generate(engine, requests, on_result=arrived.append)
+    assert [result.request_id for result in results] == [request.request_id for request in requests]
+    assert sorted(result.request_id for result in arrived) == sorted(request.request_id for request in requests)
+    for request, result in zip(requests, results, strict=True):
+        assert result.output_ids.dtype == np.int64 and result.log_probs.dtype == np.float32
+        assert len(result.output_ids) == len(result.log_probs) == len(result.weight_versions) == 9
+        assert result.finish_reason == "length"
+        assert result.routes.dtype == np.uint8
+        assert result.routes.shape == (len(request.prompt_ids) + 9 - 1, 3, 2)
+        assert (result.weight_versions == engine.weight_version).all()
+        assert result.routes_version == engine.weight_version
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_and_routes_are_those_of_transformers_for_the_same_weights(engine, reference, temperature):
+    expected, version = fresh_weights(engine, reference)
+    requests = make_requests(12, temperature=temperature)
+    for request, result in zip(requests, generate(engine, requests), strict=True):
+        log_probs, routes = expected.score(request, result, temperature)
+        np.testing.assert_allclose(result.log_probs, log_probs, atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
+        assert (result.weight_versions == version).all()
+
+
+def test_an_update_changes_log_probs_though_prompts_were_cached(engine, reference):
+    """The prefix cache of the old weights must not survive them."""
+    request = make_requests(1, group_size=1, max_new_tokens=4, temperature=0.0)
+    for _ in range(2):
+        expected, _ = fresh_weights(engine, reference, scale=0.3)
+        for _ in range(2):  # the second time from the cache
+            (result,) = generate(engine, request)
+            log_probs, routes = expected.score(request[0], result)
+            np.testing.assert_allclose(result.log_probs, log_probs, atol=TOLERANCE, rtol=0)
+            np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
+
+
+def test_the_checksum_is_that_of_the_streamed_tensors(engine, reference):
+    total = WeightChecksum()
+    for name, tensor in reference.named_tensors(0.1, seed=77):
+        total.add(name, tensor)
+    checksum = engine.update_weights(reference.named_tensors(0.1, seed=77), engine.weight_version + 1)
+    assert checksum == total.hexdigest()
+
+
+def test_the_stream_is_consumed_once_and_never_collected(engine, reference):
+    """A tensor is free to be reused by the trainer as soon as the next one is asked for."""
+    import weakref
+
+    alive = []
+
+    def stream():
+        for name, tensor in reference.named_tensors():
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            assert sum(ref() is not None for ref in alive) <= 2, "the engine keeps tensors it was given"
+
+    engine.update_weights(stream(), engine.weight_version + 1)
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "twice"])
+def test_an_incomplete_update_is_an_error_and_nothing_is_sampled_until_one_succeeds(engine, reference, fault):
+    def stream():
+        tensors = list(reference.named_tensors())
+        name, tensor = tensors[7]
+        if fault == "missing":
+            del tensors[7]
+        elif fault == "extra":
+            tensors.insert(7, ("model.layers.9.nothing.weight", tensor))
+        elif fault == "misshapen":
+            tensors[7] = (name, tensor.flatten()[1:])
+        else:
+            tensors.insert(8, (name, tensor))
+        yield from tensors
+
+    with pytest.raises(UserError):
+        engine.update_weights(stream(), engine.weight_version + 1)
+    with pytest.raises(UserError):
+        generate(engine, make_requests(1))
+    assert not asyncio.run(engine.health())
+    engine.update_weights(reference.named_tensors(), engine.weight_version + 1)
+    assert asyncio.run(engine.health())
+    assert len(generate(engine, make_requests(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ((3, 128), {}, "token id 128"),
+        ((3, -1), {}, "token id -1"),
+        ((), {}, "0 prompt tokens"),
+        ((3,) * 128, {}, "128 prompt tokens"),
+        ((3,), {"max_new_tokens": 0}, "max_new_tokens 0"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_by_name_and_the_engine_lives_on(engine, prompt, sampling, says):
+    bad = GenerationRequest("the-bad-one", prompt, SamplingParams(**({"max_new_tokens": 4} | sampling)))
+    with pytest.raises(UserError, match=says) as caught:
+        generate(engine, [*make_requests(2), bad])
+    assert "the-bad-one" in str(caught.value)
+    assert len(generate(engine, make_requests(2))) == 2
+
+
+def test_a_response_is_cut_at_the_context(engine):
+    requests = [
+        GenerationRequest(f"p{length}", (5,) * length, SamplingParams(max_new_tokens=1000)) for length in (120, 127)
+    ]
+    results = generate(engine, requests)
+    assert [len(result.output_ids) for result in results] == [8, 1]
+    assert [result.finish_reason for result in results] == ["length", "length"]
+
+
+def test_a_stop_token_ends_a_response_and_stays_in_it(engine):
+    stops = tuple(range(2, 128, 3))
+    results = generate(engine, make_requests(16, max_new_tokens=30, stop_token_ids=stops))
+    assert {result.finish_reason for result in results} >= {"stop"}
+    for result in results:
+        ends = {*stops, 1}  # SGLang also stops at the model's own end-of-sequence token
+        assert not ends & set(result.output_ids[:-1].tolist()) - {1}
+        if result.finish_reason == "stop":
+            assert result.output_ids[-1] in ends
+            assert len(result.log_probs) == len(result.output_ids)
+
+
+def test_without_stop_tokens_nothing_stops_a_response(engine):
+    results = generate(engine, make_requests(32, max_new_tokens=40))
+    assert {len(result.output_ids) for result in results} == {40}
+
+
+def test_greedy_is_repeatable(engine):
+    requests = make_requests(4, temperature=0.0)
+    first, second = generate(engine, requests), generate(engine, requests)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.output_ids, b.output_ids)
+
+
+def test_pause_ends_what_runs_as_abort_and_holds_back_what_comes(engine):
+    async def scenario():
+        running = asyncio.create_task(engine.generate(make_requests(16, max_new_tokens=80)))
+        await asyncio.sleep(0.15)
+        await asyncio.wait_for(engine.pause(), 60)
+        ended = await asyncio.wait_for(running, 60)
+        waiting = asyncio.create_task(engine.generate(make_requests(2, max_new_tokens=4)))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        await engine.resume()
+        return ended, await asyncio.wait_for(waiting, 60)
+
+    ended, later = asyncio.run(scenario())
+    for result in ended:
+        assert result.finish_reason in ("abort", "length")
+        assert len(result.log_probs) == len(result.output_ids)
+    assert [result.finish_reason for result in later] == ["length", "length"]
+
+
+def test_weights_can_be_updated_while_paused_and_serve_after_resume(engine, reference):
+    asyncio.run(engine.pause())
+    expected, version = fresh_weights(engine, reference)
+    asyncio.run(engine.resume())
+    requests = make_requests(2)
+    for request, result in zip(requests, generate(engine, requests), strict=True):
+        np.testing.assert_allclose(result.log_probs, expected.score(request, result)[0], atol=TOLERANCE, rtol=0)
+        assert (result.weight_versions == version).all()
+
+
+def test_an_update_waits_for_running_requests(engine, reference):
+    async def scenario():
+        running = asyncio.create_task(engine.generate(make_requests(8, max_new_tokens=60)))
+        await asyncio.sleep(0.1)
+        before = engine.weight_version
+        await asyncio.to_thread(engine.update_weights, reference.named_tensors(0.1, next(_seeds)), before + 1)
+        return before, await running
+
+    before, results = asyncio.run(scenario())
+    for result in results:
+        assert (result.weight_versions == before).all() and result.finish_reason == "length"
