@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     f"{_GENERATION}.sglang_cfg.weight_transport": ("distributed", "tensor", "disk"),
     f"{_GENERATION}.sglang_cfg.dtype": ("auto", "float32", "bfloat16", "float16"),
     "loss_fn.behavior": ("rollout", "recompute"),
+    "loss_fn.ess_learning_rate": ("none", "sqrt", "linear"),
     "loss_fn.on_bad_sample": ("error", "drop"),
     "loss_fn.reference_policy_kl_type": ("k1", "k2", "k3"),
     "data.on_long_prompt": ("error", "drop"),
@@ -80,6 +81,7 @@ POSITIVE = (
     f"{_GENERATION}.sglang_cfg.startup_timeout",
     f"{_GENERATION}.sglang_cfg.request_timeout",
     "env.timeout",
+    "loss_fn.ess_base",
 )
 
 NOT_NEGATIVE = (
