@@ -1,0 +1,150 @@
+"""The tiny example: its tokenizer, its prompts and its recipes. The warm start itself is not run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_moe"
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    spec = importlib.util.spec_from_file_location("tiny_moe_prepare", EXAMPLE / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepare, tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    prepare.build_tokenizer().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def data(prepare, tmp_path_factory):
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare.write_data(folder)
+    return {split: pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "validation")}
+
+
+def digits_of(row):
+    return [int(piece) for piece in row["prompt"][0]["content"].split(":")[1].split() if piece != "-"]
+
+
+def test_text_survives_the_tokenizer_and_the_box_is_one_token(prepare, tokenizer):
+    texts = ["".join(map(chr, range(32, 127))) + "\n", " 3 1 2\\boxed{2}", prepare.prompt_text([1, 2, 3], polite=True)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("\\boxed{")["input_ids"]) == 1
+    assert len(tokenizer) <= prepare.VOCAB_SIZE
+    assert prepare.VOCAB_SIZE % 64 == 0
+    assert tokenizer.unk_token_id not in tokenizer("".join(texts))["input_ids"]
+
+
+def test_the_chat_template_ends_where_the_response_begins(prepare, tokenizer, data):
+    row = data["validation"][0]
+    ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(ids) == "<|user|>" + row["prompt"][0]["content"] + "<|assistant|>"
+    answered = [*row["prompt"], {"role": "assistant", "content": " 1\\boxed{1}"}]
+    assert tokenizer.apply_chat_template(answered)["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def test_prompts_are_in_verl_schema_with_the_right_answers_and_disjoint_splits(data, prepare):
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 4096, "validation": 256}
+    for split, rows in data.items():
+        for row in rows:
+            assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
+            assert row["extra_info"]["split"] == split
+            digits = digits_of(row)
+            assert prepare.MIN_DIGITS <= len(digits) <= prepare.COLUMNS
+            assert row["reward_model"] == {"style": "rule", "ground_truth": str(sum(digits) % 10)}
+    problems = {split: {tuple(digits_of(row)) for row in rows} for split, rows in data.items()}
+    assert len(problems["train"]) == 4096
+    assert not problems["train"] & problems["validation"]
+
+
+def test_the_same_data_is_made_every_time(prepare, data, tmp_path):
+    import pyarrow.parquet as pq
+
+    prepare.write_data(tmp_path)
+    assert pq.read_table(tmp_path / "train.parquet").to_pylist() == data["train"]
+
+
+def test_clean_demonstrations_are_right_and_noisy_ones_about_a_third_of_the_time(prepare, tokenizer):
+    generator = np.random.default_rng(0)
+    clean = noisy = 0
+    lengths = []
+    for _ in range(2000):
+        digits = prepare.draw_digits(generator)
+        answer = f"\\boxed{{{sum(digits) % 10}}}"
+        clean += prepare.response_text(prepare.demonstration(digits, generator, 0.0)).endswith(answer)
+        text = prepare.response_text(prepare.demonstration(digits, generator, prepare.STEP_NOISE))
+        noisy += text.endswith(answer)
+        lengths.append(len(tokenizer(text)["input_ids"]) + 1)
+    assert clean == 2000
+    assert 0.27 < noisy / 2000 < 0.39
+    assert (min(lengths), max(lengths)) == (12, 18)
+
+
+def test_warm_start_batches_ask_only_for_the_response_and_never_for_a_held_out_problem(prepare, tokenizer):
+    first = prepare.draw_digits(np.random.default_rng(5))
+    held_out = {tuple(first)}
+    input_ids, labels = prepare.demonstration_batch(tokenizer, np.random.default_rng(5), 16, 0.0, held_out)
+    for ids, wanted in zip(input_ids.tolist(), labels.tolist(), strict=True):
+        asked = [token for token in wanted if token != -100]
+        assert asked[-1] == tokenizer.eos_token_id
+        start = ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
+        assert ids[start : start + len(asked)] == asked
+        assert f"{' '.join(map(str, first))} " not in tokenizer.decode(ids)
+
+
+def test_preparing_again_changes_nothing(prepare, tmp_path, monkeypatch):
+    made = {"fingerprint": prepare.fingerprint(), "warm_start_steps": 3, "accuracy": 0.3}
+    (tmp_path / "prepared.json").write_text(json.dumps(made))
+    monkeypatch.setattr(prepare, "write_data", lambda folder: pytest.fail("made again"))
+    assert prepare.prepare(tmp_path, steps=3) == made
+
+
+def test_a_prepared_folder_is_a_checkpoint_with_experts_named_one_by_one(prepare, tmp_path):
+    from safetensors import safe_open
+
+    made = prepare.prepare(tmp_path, steps=2)
+    assert made["parameters"] <= 2_000_000
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.layers.2.mlp.experts.7.gate_proj.weight" in names
+    assert "lm_head.weight" in names
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["num_experts"], config["num_experts_per_tok"], config["vocab_size"]) == (8, 2, 128)
+
+
+def test_every_recipe_uses_known_keys_and_a_layout_its_processes_can_hold():
+    from omegaconf import OmegaConf
+
+    from vespo_megatron.recipe.schema import Recipe
+
+    recipes = sorted(EXAMPLE.glob("*.yaml"))
+    assert {path.name for path in recipes} == {"vespo.yaml", "pp2.yaml", "cp2.yaml", "dp2.yaml", "in_process.yaml"}
+    for path in recipes:
+        own = OmegaConf.load(path)
+        parts = [OmegaConf.structured(Recipe)]
+        if parent := own.pop("defaults", None):
+            parts.append(OmegaConf.load(EXAMPLE / parent))
+        recipe = OmegaConf.to_object(OmegaConf.merge(*parts, own))
+        assert recipe.world_size % recipe.model_parallel_size == 0, path.name
+        assert recipe.num_mini_batches == 4, path.name
+        assert recipe.rollout_batch_size % recipe.policy.train_global_batch_size == 0

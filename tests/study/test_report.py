@@ -1,0 +1,105 @@
+"""The report: one file, no network, whatever a run directory lacks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.study.report import PANELS, load_runs, write_report
+
+
+def make_run(folder, *, steps=6, offset=0.0, extra=None):
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(steps + 1):
+            share = min(1.0, 0.3 + 0.1 * step + offset)
+            record = {
+                "step": step,
+                "reward/mean": share if step else None,
+                "vespo/w_mean": 1.0 + 0.01 * step,
+                "vespo/phi_mean": 1.0 - 0.01 * step,
+                "vespo/ess": 0.9,
+                "loss/grad_norm": 0.5 / (step + 1),
+                "mismatch/k3": 1e-6 * step,
+                "time/generate": 1.0,
+                "time/train": 2.0,
+                "throughput/tokens_per_second": 4000.0,
+                "rollout/response_length_mean": 15.0,
+            }
+            if step % 3 == 0:
+                record["eval/validation/avg@1"] = share
+            file.write(json.dumps({**record, **(extra or {})}) + "\n")
+    return folder
+
+
+def pictures(page):
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+
+
+def test_a_report_is_one_file_with_its_pictures_inside_and_asks_nothing_of_the_network(tmp_path):
+    run = make_run(tmp_path / "vespo" / "version_0")
+    (run / "recipe.yaml").write_text("grpo: {seed: 7}\nloss_fn: {name: vespo}\n")
+    (run / "summary.json").write_text(json.dumps({"facts": {"rollout": "SGLang 0.5.23"}}))
+    page = write_report([run], tmp_path / "out" / "report.html").read_text()
+    assert len(pictures(page)) == 10
+    assert all(png.startswith(b"\x89PNG") for png in pictures(page))
+    without_pictures = re.sub(r"data:image/png;base64,[^\"]+", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", without_pictures)
+    assert "SGLang 0.5.23" in page
+    assert "grpo.seed" in page
+    assert ">0.300<" in page and ">0.900<" in page
+    assert 'name="viewport"' in page
+
+
+def test_metrics_that_are_missing_leave_their_panels_out(tmp_path):
+    run = tmp_path / "bare"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5, "vespo/ess": null}\n{"step": 2, "rewa')
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert len(pictures(page)) == 1
+    assert "Reward" in page
+    assert "Effective sample size" not in page
+    assert "Settings" not in page
+
+
+def test_runs_are_compared_under_labels_that_tell_them_apart(tmp_path):
+    runs = [make_run(tmp_path / name / "version_0", offset=offset) for name, offset in (("vespo", 0.1), ("grpo", 0.0))]
+    runs.append(make_run(tmp_path / "other" / "vespo" / "version_0", steps=0))
+    assert len({run.label for run in load_runs(runs)}) == 3
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "vespo/version_0" in page and "grpo/version_0" in page
+
+
+def test_what_a_model_wrote_cannot_change_the_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "samples").mkdir()
+    (run / "samples" / "step_000003.md").write_text("<script>alert(1)</script>")
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_broken_recipes_and_summaries_do_not_stop_a_report(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text("a: [")
+    (run / "summary.json").write_text("{")
+    write_report([run], tmp_path / "report.html")
+
+
+def test_a_report_of_nothing_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="no such run directory"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished step"):
+        write_report([tmp_path / "empty"], tmp_path / "report.html")
+    with pytest.raises(UserError, match="no run directory given"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_every_panel_says_what_its_numbers_are():
+    for panel in PANELS:
+        assert panel.caption.endswith(".")
