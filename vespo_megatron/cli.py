@@ -40,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(train)
     train.set_defaults(run=_train)
 
+    mismatch = commands.add_parser("mismatch", help="how far engine and trainer are apart, with R3 and without")
+    _add_recipe(mismatch)
+    mismatch.add_argument("--batches", type=int, default=3, help="rollout batches to measure (default 3)")
+    mismatch.set_defaults(run=_mismatch)
+
     recipe = commands.add_parser("recipe", help="look at recipes").add_subparsers(required=True, metavar="ACTION")
     show = recipe.add_parser("show", help="every key with its value, defaults and overrides applied")
     _add_recipe(show)
@@ -88,6 +93,22 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
         from vespo_megatron.study.report import write_report
 
         print(f"report: {write_report([run_dir], run_dir / 'report.html')}")
+    return 0
+
+
+def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.trainer import launch
+    from vespo_megatron.trainer.mismatch_table import table
+
+    try:
+        run_dir = launch.train(
+            parsed.recipe, [*parsed.overrides, f"grpo.max_num_steps={parsed.batches}"], work="mismatch"
+        )
+    except launch.TrainingFailed as failure:
+        print(f"vespo-megatron: {failure}", file=sys.stderr)
+        return 1
+    if run_dir is not None:
+        print(table(run_dir))
     return 0
 
 

@@ -45,7 +45,7 @@ def train(recipe, run_dir):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(300)
 
-worker.train = train
+worker.run = lambda recipe, run_dir, work: train(recipe, run_dir)
 sys.exit(worker.main(Path(sys.argv[1])))
 """
 

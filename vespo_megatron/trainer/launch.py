@@ -36,8 +36,10 @@ class TrainingFailed(Exception):
     """A trainer process failed in a way nobody explained; the message holds what there is."""
 
 
-def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path | None:
+def train(recipe_path: str | Path, overrides: Sequence[str] = (), *, work: str = "train") -> Path | None:
     """Run the recipe to its end. Returns the run directory (None on ranks other than 0 under torchrun).
+
+    `work` is what the processes do once everything is up: 'train', or 'mismatch' (measure and change nothing).
 
     Raises:
         UserError: a mistake or fault that was explained, here, by a server or by a trainer process.
@@ -46,7 +48,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path | None
     """
     recipe = load_recipe(recipe_path, overrides)
     if "RANK" in os.environ:
-        return join(recipe)
+        return join(recipe, work)
     if recipe.cluster.num_nodes > 1:
         raise UserError(
             f"is {recipe.cluster.num_nodes}; this command starts processes on this machine only",
@@ -61,7 +63,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path | None
         with _servers(recipe, run_dir) as servers:
             recipe.policy.generation.sglang_cfg.urls = servers.urls
             save_recipe(recipe, run_dir / RECIPE_FILE)
-            with _agent(recipe, run_dir) as agent:
+            with _agent(recipe, run_dir, work) as agent:
                 _watch(agent, servers)
             if agent.returncode != 0:
                 servers.check()  # a dead server is why the trainer failed
@@ -69,7 +71,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Path | None
     return run_dir
 
 
-def join(recipe: Recipe) -> Path | None:
+def join(recipe: Recipe, work: str = "train") -> Path | None:
     """Be one of torchrun's workers. Rank 0 makes the run directory, and starts the servers when none are given."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != recipe.world_size:
@@ -87,7 +89,7 @@ def join(recipe: Recipe) -> Path | None:
     validate(recipe)
     if rank != 0:
         config = recipe.exp_manager
-        worker.train(recipe, Path(config.exp_dir) / config.name / str(config.version))
+        worker.run(recipe, Path(config.exp_dir) / config.name / str(config.version), work)
         return None
     with stop_on_signals():
         preflight.check(recipe)
@@ -95,7 +97,7 @@ def join(recipe: Recipe) -> Path | None:
         with _servers(recipe, run_dir) as servers:
             recipe.policy.generation.sglang_cfg.urls = servers.urls
             save_recipe(recipe, run_dir / RECIPE_FILE)
-            worker.train(recipe, run_dir)
+            worker.run(recipe, run_dir, work)
     return run_dir
 
 
@@ -139,10 +141,10 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
 
 
 @contextmanager
-def _agent(recipe: Recipe, run_dir: Path) -> Iterator[subprocess.Popen]:
+def _agent(recipe: Recipe, run_dir: Path, work: str) -> Iterator[subprocess.Popen]:
     """torchrun and its workers, in a session of their own; ended when the block is left, however."""
     process = subprocess.Popen(
-        agent_command(recipe, run_dir), env=agent_environment(recipe, os.environ), start_new_session=True
+        agent_command(recipe, run_dir, work), env=agent_environment(recipe, os.environ), start_new_session=True
     )
     try:
         yield process
@@ -156,13 +158,13 @@ def _agent(recipe: Recipe, run_dir: Path) -> Iterator[subprocess.Popen]:
                 process.wait(_AGENT_GRACE_S)
 
 
-def agent_command(recipe: Recipe, run_dir: Path) -> list[str]:
+def agent_command(recipe: Recipe, run_dir: Path, work: str = "train") -> list[str]:
     """The command line of torchrun for this run: one node, the loopback interface, no restarts."""
     return [
         sys.executable, "-m", "vespo_megatron.trainer.agent", str(os.getpid()),
         "--nnodes=1", f"--nproc-per-node={recipe.cluster.gpus_per_node}", "--max-restarts=0",
         "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={run_dir.name}", "--local-addr=127.0.0.1",
-        "-m", WORKER_MODULE, str(run_dir),
+        "-m", WORKER_MODULE, str(run_dir), work,
     ]  # fmt: skip
 
 

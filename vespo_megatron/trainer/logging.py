@@ -102,9 +102,7 @@ class RunLogger:
         """Every step logged so far, those before a resume included."""
         return self._history
 
-    def log_step(
-        self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Any] | None = None
-    ) -> None:
+    def log_step(self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Any] | None = None) -> None:
         """Record one step (one rollout batch, or an evaluation before the first one as step 0).
 
         Args:

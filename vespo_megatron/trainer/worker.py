@@ -1,4 +1,4 @@
-"""One trainer process, as torchrun starts it: `python -m vespo_megatron.trainer.worker <run_dir>`.
+"""One trainer process, as torchrun starts it: `python -m vespo_megatron.trainer.worker <run_dir> <work>`.
 
 Why a rank failed is written to `<run_dir>/errors/` for the launcher to print once. Workers end with torchrun, however
 it ends.
@@ -18,11 +18,11 @@ from vespo_megatron.trainer.process import die_with_parent, note_failure
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 
-def main(run_dir: Path) -> int:
+def main(run_dir: Path, work: str = "train") -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
     die_with_parent(signal.SIGKILL)
     try:
-        train(load_recipe(run_dir / RECIPE_FILE), run_dir)
+        run(load_recipe(run_dir / RECIPE_FILE), run_dir, work)
         return 0
     except Exception as error:
         code = note_failure(run_dir, int(os.environ.get("RANK", "0")), error)
@@ -32,7 +32,7 @@ def main(run_dir: Path) -> int:
         os._exit(code)
 
 
-def train(recipe: Recipe, run_dir: Path) -> None:
+def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
     """Build everything, train, write what remains, and leave nothing behind."""
     # Deprecations among the parts this stands on are for its developers (the tests show them), not for who trains.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
@@ -40,19 +40,24 @@ def train(recipe: Recipe, run_dir: Path) -> None:
 
     device = parallel.pick_device(recipe.cluster.device)
     place = parallel.initialize(recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device)
-    _train(recipe, run_dir, place)
+    _run(recipe, run_dir, place, work)
     parallel.finalize()  # not after a failure: peers may not be there to meet
 
 
-def _train(recipe: Recipe, run_dir: Path, place) -> None:
+def _run(recipe: Recipe, run_dir: Path, place, work: str) -> None:
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.loop import Trainer
+    from vespo_megatron.trainer.mismatch import measure
 
     policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     controller = build_controller(recipe, run_dir, place) if place.rank == 0 else None
     try:
-        Trainer(recipe, place, policy, controller).train()
+        trainer = Trainer(recipe, place, policy, controller)
+        if work == "mismatch":
+            measure(trainer, run_dir)
+            return
+        trainer.train()
         if recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
         if controller is not None:
@@ -121,4 +126,4 @@ def describe_trainer(recipe: Recipe, place) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
