@@ -103,3 +103,14 @@ def test_a_report_of_nothing_says_what_is_missing(tmp_path):
 def test_every_panel_says_what_its_numbers_are():
     for panel in PANELS:
         assert panel.caption.endswith(".")
+
+
+def test_the_step_as_a_whole_is_not_stacked_on_its_phases(tmp_path, monkeypatch):
+    from vespo_megatron.study import report
+
+    drawn = []
+    monkeypatch.setattr(report, "_draw_stacked", lambda axes, run, names: drawn.append(list(names)))
+    record = {"step": 1, "time/generate": 1.0, "time/train": 2.0, "time/step": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    report.write_report([tmp_path], tmp_path / "report.html")
+    assert drawn == [["time/generate", "time/train"]]

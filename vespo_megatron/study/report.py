@@ -171,7 +171,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
     axes = figure.add_subplot()
     several_names = len({name for _, name in lines}) > 1
     if panel.stacked and len(runs) == 1:
-        _draw_stacked(axes, runs[0], [name for _, name in lines])
+        _draw_stacked(axes, runs[0], [name for _, name in lines if name != "time/step"])  # the whole, not a part
     else:
         for run, name in lines:
             steps, values = run.series(name)
