@@ -228,8 +228,8 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
             value: Any = run.recipe
             for part in path.split("."):
                 value = value.get(part) if isinstance(value, Mapping) else None
-            values.append("–" if value is None else str(value))
-        if any(value != "–" for value in values):
+            values.append("-" if value is None else str(value))
+        if any(value != "-" for value in values):
             rows.append((title, path, values))
     return rows
 
