@@ -5,6 +5,13 @@ from __future__ import annotations
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """A server that starts beside other work takes minutes where it takes 20 s alone."""
+    for item in items:
+        if item.get_closest_marker("sglang") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(420))
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen3_moe_folder(tmp_path_factory):
     """A random Qwen3-MoE (3 layers, hidden 64, 8 experts top-2, vocabulary 128) as transformers saves it.

@@ -34,6 +34,17 @@ def _allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: str, **_ign
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def _leave_sizes_alone() -> None:
+    """No padding of experts to multiples of 32 per rank, which only SGLang's AMX kernels need.
+
+    `ModelRunner` pads on every CPU (`adjust_config_with_unaligned_cpu_tp`), but 0.5.23 fills the padding with zeros
+    only on its own CPU platform: here it would be uninitialised memory inside the model.
+    """
+    from sglang.srt.model_executor import model_runner
+
+    model_runner.adjust_config_with_unaligned_cpu_tp = lambda model_config, load_config, tp_size: model_config
+
+
 def _platform_class() -> type:
     from sglang.srt.platforms.cpu import CpuDeviceMixin
     from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -58,6 +69,7 @@ def _platform_class() -> type:
             from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
             ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+            _leave_sizes_alone()
 
     return VespoCpuPlatform
 

@@ -64,7 +64,7 @@ class ModelShape:
         if self.num_experts > 0 and len(self.sparse_layers) != self.num_layers:
             dense = sorted(set(range(self.num_layers)) - set(self.sparse_layers))
             raise UserError(
-                f"layers {dense} are dense, and SGLang 0.5.23 builds every layer of a Qwen3-MoE as a mixture of experts",
+                f"layers {dense} are dense, and SGLang 0.5.23 gives every layer of a Qwen3-MoE experts",
                 where=where,
                 expected="no mlp_only_layers, and decoder_sparse_step 1",
                 fix="set policy.generation.backend=in_process, or use another model",

@@ -104,11 +104,12 @@ class ServerProcess:
         try:
             self._process.wait(_GRACE_S + 5)
         except subprocess.TimeoutExpired:
-            try:
-                os.killpg(self.process_group, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self._process.wait(5)
+            pass
+        try:  # the supervisor has done this, unless it was killed itself
+            os.killpg(self.process_group, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._process.wait(5)
 
 
 class ServerGroup:

@@ -26,6 +26,7 @@ import torch
 
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
 
+ERROR_KEY = "error"
 MANIFEST_ACTION = "vespo_manifest"
 CHECKSUM_ACTION = "vespo_checksum"
 
@@ -55,20 +56,26 @@ def register() -> None:
 def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
     if action not in (MANIFEST_ACTION, CHECKSUM_ACTION):
         return original(checker, action, *args, **kwargs)
-    slices = list(held_slices(checker._get_model()))
-    if action == MANIFEST_ACTION:
-        values = {held.name: held.describe() for held in slices}
-        digest = ""
-    else:
-        total = WeightChecksum()
-        values = {}
-        for held in slices:
+    try:
+        values, digest = _answer(action, checker._get_model())
+    except Exception as error:  # raised, it would leave the other ranks waiting in SGLang's gather of the answers
+        values, digest = {ERROR_KEY: f"{type(error).__name__}: {error}"}, ""
+    info = checker._parallelism_info(role=kwargs["role"]).model_dump()
+    return {"checksums": values, "per_gpu_checksum": digest, "parallelism_info": info}
+
+
+def _answer(action: str, model: torch.nn.Module) -> tuple[dict[str, str], str]:
+    """The values by Hugging Face name, and their digest."""
+    values: dict[str, str] = {}
+    total = WeightChecksum()
+    for held in held_slices(model):
+        if action == MANIFEST_ACTION:
+            values[held.name] = held.describe()
+        else:
             checksum = tensor_checksum(held.name, held.view)
             total.add_checksum(checksum)
             values[held.name] = f"{checksum:016x}"
-        digest = total.hexdigest()
-    info = checker._parallelism_info(role=kwargs["role"]).model_dump()
-    return {"checksums": values, "per_gpu_checksum": digest, "parallelism_info": info}
+    return values, total.hexdigest()
 
 
 def held_slices(model: torch.nn.Module) -> Iterator[HeldSlice]:

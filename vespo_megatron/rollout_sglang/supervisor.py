@@ -32,8 +32,10 @@ def main(grace_s: float, command: list[str]) -> None:
         stdin=subprocess.DEVNULL,
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
     )
-    while child.poll() is None:
-        ready, _, _ = select.select([0, stop_read], [], [])
+    launcher = os.getppid()
+    # A forked child of the launcher may hold our input open: look for a change of parent as well.
+    while child.poll() is None and os.getppid() == launcher:
+        ready, _, _ = select.select([0, stop_read], [], [], 1.0)
         if 0 in ready and os.read(0, 4096) == b"":
             break
         if stop_read in ready and set(os.read(stop_read, 4096)) - {signal.SIGCHLD}:

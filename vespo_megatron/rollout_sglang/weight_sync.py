@@ -265,6 +265,9 @@ class WeightSync:
                 where=f"server {client.url}",
                 fix="pip install --no-deps this package into the server's environment and restart it",
             ) from error
+        for rank in reply["ranks"]:
+            if "error" in rank["checksums"]:
+                raise UserError(rank["checksums"]["error"], where=f"server {client.url} /weights_checker")
         return [rank["checksums"] for rank in sorted(reply["ranks"], key=lambda r: r["parallelism_info"][0]["tp_rank"])]
 
     # ---- HTTP ------------------------------------------------------------------------------------------------------

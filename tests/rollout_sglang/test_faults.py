@@ -1,0 +1,133 @@
+"""A server that misbehaves: each fault ends in bounded time with an error that names the server, or is survived."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+from fault_server import FaultServer
+from rollout_helpers import generate, make_requests
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang import connect
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    recipe = copy.deepcopy(tiny_recipe)
+    recipe.policy.generation.sglang_cfg.request_timeout = 1.0
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("500", "answered 500: it broke"),
+        ("stalls", "did not answer 2 requests within 1 s"),
+        ("drops", "cannot be reached"),
+        ("truncated", "not JSON"),
+        ("NaN", "nan"),
+        ("a token less", "3 log-probs"),
+        ("one reply less", "answered 1"),
+        ("no routes", "no routed_experts"),
+        ("old weights", "weight version 3"),
+    ],
+)
+def test_a_fault_ends_generation_with_an_error_that_names_the_server(recipe, fault, says):
+    with FaultServer(fault) as server:
+        engine = connect(recipe, [server.url])
+        start = time.monotonic()
+        with pytest.raises(UserError, match=says) as caught:
+            generate(engine, make_requests(4, max_new_tokens=4))
+        assert time.monotonic() - start < 8
+        assert server.url in str(caught.value)
+        engine.close()
+
+
+@pytest.mark.parametrize("fault", ["busy once", "drops once"])
+def test_a_call_that_was_not_taken_on_is_repeated_and_every_prompt_is_answered_once(recipe, fault):
+    with FaultServer(fault) as server:
+        engine = connect(recipe, [server.url])
+        seen = []
+        results = generate(engine, make_requests(6, max_new_tokens=4), on_result=seen.append)
+        assert sorted(result.request_id for result in seen) == sorted(result.request_id for result in results)
+        assert len({result.request_id for result in results}) == 6
+        assert server.calls["/generate"] == 1 + 3 + 1  # the probe, three groups, one of them twice
+        assert sum(client.retries for client in engine.clients) == 1
+        engine.close()
+
+
+def test_requests_are_spread_over_servers_and_a_group_stays_together(recipe):
+    with FaultServer() as first, FaultServer() as second:
+        engine = connect(recipe, [first.url, second.url])
+        results = generate(engine, make_requests(16, group_size=4, max_new_tokens=2))
+        assert len(results) == 16
+        assert first.calls["/generate"] == second.calls["/generate"] == 1 + 2
+        engine.close()
+
+
+def test_no_more_requests_are_in_flight_than_the_recipe_says(recipe):
+    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
+    with FaultServer() as server:
+        engine = connect(recipe, [server.url])
+        peaks = []
+        original = engine.clients[0].generate
+
+        async def watched(session, requests):
+            peaks.append(engine._in_flight[0])
+            return await original(session, requests)
+
+        engine.clients[0].generate = watched
+        generate(engine, make_requests(24, max_new_tokens=2))
+        assert max(peaks) == 4
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"context_length": 64}, "context of 64 tokens"),
+        ({"enable_return_routed_experts": False}, "returns no routes"),
+        ({"dp_size": 2}, "replicas"),
+    ],
+)
+def test_a_server_that_does_not_fit_the_recipe_is_refused_when_connecting(recipe, settings, says):
+    with FaultServer(**settings) as server, pytest.raises(UserError, match=says) as caught:
+        connect(recipe, [server.url])
+    assert server.url in str(caught.value)
+
+
+def test_servers_with_different_weights_are_refused(recipe):
+    with FaultServer() as first, FaultServer(weight_version="4") as second:
+        with pytest.raises(UserError, match=r"\[0, 4\]"):
+            connect(recipe, [first.url, second.url])
+
+
+def test_a_server_that_is_not_there_is_an_error_at_once(recipe):
+    with FaultServer() as server:
+        pass
+    start = time.monotonic()
+    with pytest.raises(UserError, match="cannot be reached") as caught:
+        connect(recipe, [server.url])
+    assert time.monotonic() - start < 5 and server.url in str(caught.value)
+
+
+def test_a_server_without_our_plugin_is_told_apart_from_a_broken_one(recipe):
+    class WithoutPlugin(FaultServer):
+        def answer(self, handler, body):
+            if handler.path == "/weights_checker":
+                return self._send(handler, 400, {"success": False, "message": "Unsupported action='vespo_manifest'"})
+            return super().answer(handler, body)
+
+    with WithoutPlugin() as server:
+        engine = connect(recipe, [server.url])
+        with pytest.raises(UserError, match="vespo_weights plugin"):
+            engine.update_weights([], 1)
+        engine.close()
+
+
+def test_another_transport_says_that_it_is_not_there_yet(recipe):
+    recipe.policy.generation.sglang_cfg.weight_transport = "disk"
+    with pytest.raises(UserError, match="'disk' is not available yet"):
+        connect(recipe, ["http://127.0.0.1:1"])

@@ -1,0 +1,195 @@
+"""Requests and replies of SGLang's `/generate`, without a server: what is sent, and every way a reply can be wrong."""
+
+from __future__ import annotations
+
+import base64
+import copy
+
+import numpy as np
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
+from vespo_megatron.rollout_sglang.model_shape import ModelShape
+from vespo_megatron.rollout_sglang.reply import build_body, check_request, parse_reply
+
+SHAPE = ModelShape(
+    vocab_size=100,
+    max_position_embeddings=64,
+    num_layers=3,
+    sparse_layers=(0, 1, 2),
+    num_experts=8,
+    topk=2,
+    tie_word_embeddings=False,
+    architecture="Qwen3MoeForCausalLM",
+    kv_values_per_token=192,
+)
+REQUEST = GenerationRequest("step1/p/0", (5, 6, 7), SamplingParams(max_new_tokens=4))
+ROUTES = np.arange(6 * 3 * 2, dtype="<i4").reshape(6, 3, 2) % 8
+
+
+def reply(**meta):
+    """A reply as 0.5.23 gave it: 4 tokens to a prompt of 3."""
+    return {
+        "output_ids": [60, 83, 96, 30],
+        "meta_info": {
+            "id": "x",
+            "finish_reason": {"type": "length", "length": 4},
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "cached_tokens": 2,
+            "weight_version": "7",
+            "weight_versions": [{"version": "7", "start": 0, "end": 4}],
+            "output_token_logprobs": [[-4.5, 60, None], [-5.25, 83, None], [-3.0, 96, None], [-0.5, 30, None]],
+            "routed_experts": encode(ROUTES),
+        }
+        | meta,
+    }
+
+
+def encode(routes):
+    return base64.b64encode(np.ascontiguousarray(routes, dtype="<i4").tobytes()).decode()
+
+
+def parse(value, request=REQUEST, shape=SHAPE, return_routes=True):
+    return parse_reply(
+        value, request, shape, server="http://127.0.0.1:31000", return_routes=return_routes, context_length=64
+    )
+
+
+def test_a_good_reply_becomes_a_result():
+    result = parse(reply())
+    np.testing.assert_array_equal(result.output_ids, [60, 83, 96, 30])
+    np.testing.assert_array_equal(result.log_probs, np.float32([-4.5, -5.25, -3.0, -0.5]))
+    np.testing.assert_array_equal(result.weight_versions, [7, 7, 7, 7])
+    np.testing.assert_array_equal(result.routes, ROUTES)
+    assert result.routes.dtype == np.uint8 and result.routes_version == 7
+    assert result.finish_reason == "length" and result.request_id == "step1/p/0"
+    assert result.extra == {"cached_tokens": 2.0}
+
+
+def test_routes_of_dense_layers_are_left_out():
+    shape = ModelShape(**{**SHAPE.__dict__, "sparse_layers": (0, 2)})
+    np.testing.assert_array_equal(parse(reply(), shape=shape).routes, ROUTES[:, [0, 2]])
+
+
+def test_routes_that_span_two_weight_versions_are_dropped_and_say_so():
+    spans = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 4}]
+    result = parse(reply(weight_versions=spans))
+    np.testing.assert_array_equal(result.weight_versions, [7, 8, 8, 8])
+    assert result.routes is None and result.routes_version is None and result.extra["routes_dropped"] == 1
+
+
+def test_an_abort_before_the_first_token_is_an_empty_result():
+    value = reply(
+        finish_reason={"type": "abort"},
+        completion_tokens=0,
+        weight_versions=[{"version": "7", "start": 0, "end": 0}],
+        output_token_logprobs=[],
+        routed_experts=None,
+    )
+    value["output_ids"] = []
+    result = parse(value)
+    assert result.finish_reason == "abort" and len(result.output_ids) == len(result.log_probs) == 0
+
+
+def with_output_ids(ids):
+    value = copy.deepcopy(reply())
+    value["output_ids"] = ids
+    return value
+
+
+def with_route(expert):
+    routes = ROUTES.copy()
+    routes[0, 0, 0] = expert
+    return reply(routed_experts=encode(routes))
+
+
+WRONG = {
+    "not an object": ([], "list"),
+    "no meta_info": ({"output_ids": []}, "meta_info"),
+    "ids missing": (with_output_ids(None), "output_ids"),
+    "ids not integers": (with_output_ids([60, 83.0, 96, 30]), "output_ids"),
+    "id out of vocabulary": (with_output_ids([60, 83, 100, 30]), "outside the vocabulary"),
+    "fewer ids than log-probs": (with_output_ids([60, 83, 96]), "completion_tokens"),
+    "too many tokens": (
+        {**reply(completion_tokens=5, output_token_logprobs=[[-1.0, 9, None]] * 5), "output_ids": [9] * 5},
+        "5 tokens",
+    ),
+    "log-prob of another token": (
+        reply(output_token_logprobs=[[-1.0, 60, None], [-1.0, 82, None], [-1.0, 96, None], [-1.0, 30, None]]),
+        "do not belong",
+    ),
+    "no log-probs": (reply(output_token_logprobs=None), "0 log-probs"),
+    "a log-prob less": (reply(output_token_logprobs=[[-1.0, 60, None]]), "1 log-probs"),
+    "log-prob is null": (
+        reply(output_token_logprobs=[[None, 60, None], [-1.0, 83, None], [-1.0, 96, None], [-1.0, 30, None]]),
+        "do not belong",
+    ),
+    "log-prob is NaN": (
+        reply(output_token_logprobs=[[float("nan"), 60, None], [-1.0, 83, None], [-1.0, 96, None], [-1.0, 30, None]]),
+        "nan",
+    ),
+    "log-prob above zero": (
+        reply(output_token_logprobs=[[0.5, 60, None], [-1.0, 83, None], [-1.0, 96, None], [-1.0, 30, None]]),
+        "0.5",
+    ),
+    "another prompt": (reply(prompt_tokens=2), "prompt_tokens"),
+    "unknown end": (reply(finish_reason={"type": "eos"}), "finish_reason"),
+    "no end": (reply(finish_reason=None), "finish_reason"),
+    "version not a number": (reply(weight_versions=[{"version": "default", "start": 0, "end": 4}]), "default"),
+    "versions with a gap": (reply(weight_versions=[{"version": "7", "start": 1, "end": 4}]), "spans"),
+    "versions too short": (reply(weight_versions=[{"version": "7", "start": 0, "end": 3}]), "spans"),
+    "no routes": (reply(routed_experts=None), "no routed_experts"),
+    "routes not base64": (reply(routed_experts="@@@"), "base64"),
+    "a route row less": (reply(routed_experts=encode(ROUTES[:-1])), "routes of 30 numbers"),
+    "expert that is not there": (with_route(8), "expert"),
+    "negative expert": (with_route(-1), "expert"),
+    "one expert twice": (with_route(1), "twice"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_reply_is_an_error_that_names_request_and_server(name):
+    value, says = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        parse(value)
+    for text in (says, "step1/p/0", "http://127.0.0.1:31000"):
+        assert text in str(caught.value)
+
+
+def test_the_body_asks_for_what_the_request_says_and_never_past_the_context():
+    requests = [
+        REQUEST,
+        GenerationRequest("b", (1,) * 60, SamplingParams(max_new_tokens=100, temperature=0.5, stop_token_ids=(9,))),
+    ]
+    body = build_body(requests, context_length=64, return_routes=True)
+    assert body["input_ids"] == [[5, 6, 7], [1] * 60]
+    first, second = body["sampling_params"]
+    assert first["max_new_tokens"] == 4 and first["ignore_eos"] and first["temperature"] == 1.0
+    assert second["max_new_tokens"] == 4 and not second["ignore_eos"] and second["stop_token_ids"] == [9]
+    assert body["return_logprob"] and body["return_routed_experts"]
+
+
+def test_a_request_that_is_sent_again_has_another_id():
+    first, second = (build_body([REQUEST, REQUEST], 64, True)["rid"] for _ in range(2))
+    assert len({*first, *second}) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ((), {}, "0 prompt tokens"),
+        ((1,) * 64, {}, "64 prompt tokens"),
+        ((1, 100), {}, "token id 100"),
+        ((1, -1), {}, "token id -1"),
+        ((1,), {"max_new_tokens": 0}, "max_new_tokens"),
+        ((1,), {"temperature": -0.1}, "temperature"),
+        ((1,), {"top_p": 0.0}, "top_p"),
+        ((1,), {"top_k": 0}, "top_k"),
+    ],
+)
+def test_a_request_the_server_would_choke_on_is_refused_before_it_is_sent(prompt, sampling, says):
+    request = GenerationRequest("r", prompt, SamplingParams(**({"max_new_tokens": 4} | sampling)))
+    with pytest.raises(UserError, match=says):
+        check_request(request, SHAPE, 64)
