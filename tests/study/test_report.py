@@ -28,7 +28,7 @@ def make_run(folder, *, steps=6, offset=0.0, extra=None):
                 "time/generate": 1.0,
                 "time/train": 2.0,
                 "throughput/tokens_per_second": 4000.0,
-                "rollout/response_length_mean": 15.0,
+                "response/length_mean": 15.0,
             }
             if step % 3 == 0:
                 record["eval/validation/avg@1"] = share

@@ -43,7 +43,7 @@ PANELS: tuple[Panel, ...] = (
     Panel("Importance weight W", "Mean of W = π/μ of whole responses; 1 is on-policy.", ("vespo/w_mean",)),
     Panel("Coefficient φ", "Mean of what multiplies A·∇log π; 1 at W = 1.", ("vespo/phi_mean",)),
     Panel("Effective sample size", "(Σw)² / (n·Σw²) of unclipped W; 1 is on-policy.", ("vespo/ess",), share=True),
-    Panel("Response length", "Tokens, mean of a rollout batch.", ("*/response_length*mean*", "*/length_mean*")),
+    Panel("Response length", "Tokens, mean of a rollout batch.", ("response/length_mean",)),
     Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
     Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
     Panel("Time per phase", "Seconds of each step.", ("time/*",), stacked=True),
@@ -166,7 +166,7 @@ def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
     lines = [(run, name) for run in runs for name in run.names(panel.patterns)]
     if not lines:
         return None
-    figure = Figure(figsize=(5.6, 3.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2, 2.6), dpi=200, layout="constrained")  # small: text stays legible on a phone
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     several_names = len({name for _, name in lines}) > 1
@@ -182,12 +182,15 @@ def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
             axes.set_yscale("log")
         if panel.share and min(everything) >= 0 and max(everything) <= 1:
             axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("step")
+    axes.set_xlabel("step", fontsize=8)
+    axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if several_names or len(runs) > 1:
-        axes.legend(fontsize=7, frameon=False)
+    labels = axes.get_legend_handles_labels()[1]
+    if labels and (several_names or len(runs) > 1):
+        columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
