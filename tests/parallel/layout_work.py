@@ -13,7 +13,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import hf_weights, parallel
 from vespo_megatron.megatron.micro_batch import MicroBatch, layouts, prepare
-from vespo_megatron.megatron.policy import MegatronPolicy, RouteUse
+from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.recipe.schema import LossConfig, PolicyConfig
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 from vespo_megatron.trainer.objective import Objective
@@ -79,43 +79,62 @@ def weighted_loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch:
     return value, value.detach().clone()
 
 
-def gradients_and_update(
-    folder: str,
-    layout: dict[str, Any],
-    store: str,
-    loss_fn: LossConfig | None = None,
-    behavior: dict[str, np.ndarray] | None = None,
-) -> dict[str, Any]:
-    """Loss, every gradient and every weight's change in one update, with HF names (rank 0 has them).
+def gradients(policy: MegatronPolicy, batches: list[MicroBatch], loss, routes: RouteUse = LIVE) -> dict[str, Any]:
+    """This rank's share of the loss, and every gradient with its HF name (on rank 0)."""
+    reports = policy.compute_gradients(batches, loss, routes=routes, everywhere=True)
+    named = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
+    share = sum(reports) if reports and policy.place.tensor_rank == 0 else torch.zeros(())
+    return {"loss": float(share), "gradients": named}
 
-    Without `loss_fn` the loss is `weighted_loss`; with it, that objective on samples whose μ is `behavior`.
+
+def weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
+    """Every weight with its HF name (on rank 0)."""
+    return {name: tensor.clone() for name, tensor in policy.exporter.stream()}
+
+
+def everything(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
+    """All that a layout must share with one process, from one set-up of it.
+
+    The weights as loaded; loss and gradients with live routers and with the samples' random routes (R3); the change of
+    every weight in one update; gradients after that update with the routes recorded before it (R2).
     """
     policy = build(folder, layout, store)
-    before = {name: tensor.clone() for name, tensor in policy.exporter.stream()}
+    answers: dict[str, Any] = {"loaded": weights(policy)}
+    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
+    engine = RouteUse("replay", lambda each: (each.engine_routes, None))
+    trainer = RouteUse("replay", lambda each: (each.trainer_routes, None))
+    answers["live"] = gradients(policy, batches, weighted_loss)
+    answers["R3"] = gradients(policy, batches, weighted_loss, engine)
+    for each in batches:
+        each.trainer_routes = policy.empty_routes(each)
+    policy.log_probs(batches, routes=RouteUse("record", trainer.tables))
+    answers["grad_norm"] = policy.update(batches, weighted_loss).grad_norm
+    answers["update"] = {name: tensor - answers["loaded"][name] for name, tensor in weights(policy).items()}
+    answers["R2"] = gradients(policy, batches, weighted_loss, trainer)
+    return answers
+
+
+def objectives(
+    folder: str, layout: dict[str, Any], store: str, names, behavior: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Objective → loss and gradients, on samples whose μ is `behavior`."""
+    policy = build(folder, layout, store)
     batch = ragged_batch()
     for sample in batch.samples:
-        sample.log_probs = (behavior or {}).get(sample.sample_id, sample.log_probs)
+        sample.log_probs = behavior[sample.sample_id]
     batches = micro_batches(policy, batch)
-    loss = weighted_loss
-    if loss_fn is not None:
-        lengths = [int(sample.loss_mask.sum()) for sample in batch.samples]
-        objective_loss = Objective(loss_fn).loss_function(Normalizer.from_lengths(lengths))
+    normalizer = Normalizer.from_lengths([int(sample.loss_mask.sum()) for sample in batch.samples])
+
+    def loss_of(name: str):
+        of_micro_batch = Objective(LossConfig(name=name)).loss_function(normalizer)
 
         def loss(log_probs, entropies, micro_batch):
-            value, _ = objective_loss(log_probs, entropies, micro_batch)
+            value, _ = of_micro_batch(log_probs, entropies, micro_batch)
             return value, value.detach().clone()
 
-    reports = policy.compute_gradients(batches, loss, everywhere=True)
-    gradients = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
-    result = policy.update(batches, loss)
-    after = {name: tensor.clone() for name, tensor in policy.exporter.stream()}
-    share = sum(reports) if reports and policy.place.tensor_rank == 0 else torch.zeros(())
-    return {
-        "loss": float(share),
-        "gradients": gradients,
-        "update": {name: after[name] - before[name] for name in after},
-        "grad_norm": result.grad_norm,
-    }
+        return loss
+
+    return {name: gradients(policy, batches, loss_of(name)) for name in names}
 
 
 def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | None:
@@ -131,13 +150,15 @@ def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | 
     ]
 
 
-def round_trip(folder: str, layout: dict[str, Any], store: str, target: str | None = None) -> dict[str, torch.Tensor]:
-    """HF → Megatron in this layout → HF (in memory, or as a folder)."""
+def save_folder(folder: str, layout: dict[str, Any], store: str, target: str) -> None:
+    """HF → Megatron in this layout → HF, as a folder of several files."""
     policy = build(folder, layout, store)
-    if target:
-        hf_weights.save(policy.exporter, target, copy_from=folder, shard_bytes=64 << 10)
-        return {}
-    return {name: tensor.clone() for name, tensor in policy.exporter.stream()}
+    hf_weights.save(policy.exporter, target, copy_from=folder, shard_bytes=64 << 10)
+
+
+def load_folder(folder: str, layout: dict[str, Any], store: str) -> dict[str, torch.Tensor]:
+    """HF → Megatron in this layout → HF, in memory."""
+    return weights(build(folder, layout, store))
 
 
 # ---- routing replay ------------------------------------------------------------------------------------------------
@@ -165,27 +186,6 @@ def routed_micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -
         for part, layout in zip(parts, layouts(parts, place), strict=True)
     ]
     return prepare(parts, place, temperature=0.9, chunk_tokens=16, routes=tables)
-
-
-def replayed_gradients(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
-    """Gradients with replay: R3 with random routes; R2 with routes recorded before an update that moved the weights."""
-    policy = build(folder, layout, store)
-    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
-    engine = RouteUse("replay", lambda each: (each.engine_routes, None))
-    trainer = RouteUse("replay", lambda each: (each.trainer_routes, None))
-
-    def gradients(use: RouteUse) -> dict[str, Any]:
-        reports = policy.compute_gradients(batches, weighted_loss, routes=use, everywhere=True)
-        named = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
-        share = sum(reports) if reports and policy.place.tensor_rank == 0 else torch.zeros(())
-        return {"loss": float(share), "gradients": named}
-
-    answers = {"R3": gradients(engine)}
-    for each in batches:
-        each.trainer_routes = policy.empty_routes(each)
-    policy.log_probs(batches, routes=RouteUse("record", trainer.tables))
-    policy.update(batches, weighted_loss, routes=trainer)
-    return answers | {"R2": gradients(trainer)}
 
 
 def replay_at_theta_old(folder: str, layout: dict[str, Any], store: str) -> bool | None:

@@ -6,6 +6,7 @@ parallel state anew for each task.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -74,6 +75,22 @@ class WorkerPool:
         self._workers.clear()
 
 
+def _forget_models() -> None:
+    """Free the task's models and process groups; each gloo group polls with two threads for as long as it lives.
+
+    megatron-core's DDP and the gradient accumulators it hooks (distributed_data_parallel.py:345) keep each other
+    alive through C++, where the garbage collector cannot look.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    from vespo_megatron.megatron import parallel
+
+    for candidate in gc.get_objects():
+        if isinstance(candidate, DistributedDataParallel):
+            vars(candidate).clear()  # an empty shell stays behind
+    parallel.finalize()
+
+
 def _serve(connection: Connection) -> None:
     import torch
 
@@ -89,7 +106,5 @@ def _serve(connection: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         finally:
-            from vespo_megatron.megatron import parallel
-
-            parallel.finalize()
+            _forget_models()
         connection.send(answer)

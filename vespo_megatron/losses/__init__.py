@@ -13,6 +13,7 @@ from vespo_megatron.losses.policy_loss import (
     LossInputs,
     LossOutput,
     compute_policy_loss,
+    compute_ratios,
     policy_loss,
 )
 from vespo_megatron.losses.registry import Objective, Ratios, get_objective, objective, objective_names
@@ -31,6 +32,7 @@ __all__ = [
     "Ratios",
     "compute_advantages",
     "compute_policy_loss",
+    "compute_ratios",
     "get_objective",
     "learning_rate_scale",
     "objective",

@@ -299,6 +299,13 @@ def bapo(
     return clipped_ratio(ratios.log_ratio, ratios.token_advantage, ratio_low, ratio_high, dual_clip)
 
 
+BAPO_SEARCH = {
+    name: bapo.__kwdefaults__[name]
+    for name in ("target_share", "low_start", "low_max", "low_step", "high_start", "high_max", "high_step")
+}
+"""The hyperparameters that say how BAPO's bounds are searched for, with their defaults."""
+
+
 def bound_candidates(start: float, stop: float, step: float) -> list[float]:
     """start, start + step, … and stop, the values a bound may take."""
     if step <= 0:

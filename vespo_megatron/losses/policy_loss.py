@@ -7,7 +7,7 @@ and no wait of the host. `policy_loss` is the same for people who train with som
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -136,6 +136,16 @@ def compute_policy_loss(
         loss = loss + factor * term
         metrics.add(name, term.detach(), 0.0)
     return LossOutput(loss, metrics, plan.bad, config, coefficient)
+
+
+@torch.no_grad()
+def compute_ratios(inputs: LossInputs, config: PolicyLossConfig) -> Ratios:
+    """The ratios an objective would see, corrections included, for what looks at a whole mini-batch before its losses.
+
+    Raises as `compute_policy_loss` does.
+    """
+    config = replace(config, name="reinforce", hyperparameters={})  # the ratios are no matter of the objective
+    return _Plan(inputs, config, _check(inputs, config)).ratios
 
 
 def policy_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 
@@ -110,8 +111,16 @@ def place(device: torch.device) -> Place:
 
 
 def finalize() -> None:
-    """Leave the parallel state and the process group."""
+    """Leave the parallel state and the process group, and give back their threads and sockets.
+
+    A gloo group lives as long as anything refers to it, and polls with two threads meanwhile. Models refer to groups and
+    are cycles, and `RotaryEmbedding.forward` caches models (rotary_pos_embedding.py:178).
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

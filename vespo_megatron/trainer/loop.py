@@ -81,10 +81,11 @@ class Trainer:
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
                 first = index == 0 and not ran_log_prob_pass
+                config = self.objective.settle(self.policy, micro_batches, routes.extra_pass())
                 results.append(
                     self.policy.update(
                         micro_batches,
-                        self.objective.loss_function(normalizer),
+                        self.objective.loss_function(normalizer, config),
                         routes=routes.update_pass(first=first),
                         before_step=self.before_step,
                     )

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from vespo_megatron.losses import LossInputs, LossOutput, MetricSums, Normalizer, PolicyLossConfig, compute_policy_loss
+from vespo_megatron.losses import (
+    LossInputs,
+    LossOutput,
+    MetricSums,
+    Normalizer,
+    PolicyLossConfig,
+    compute_policy_loss,
+    compute_ratios,
+    kernels,
+)
 from vespo_megatron.megatron.micro_batch import MicroBatch
-from vespo_megatron.megatron.parallel import context_parallel_group
-from vespo_megatron.megatron.policy import LossFunction
+from vespo_megatron.megatron.parallel import context_parallel_group, data_context_parallel_group
+from vespo_megatron.megatron.policy import LossFunction, MegatronPolicy, RouteUse
 from vespo_megatron.recipe.schema import LossConfig
 
 
@@ -31,27 +42,49 @@ class Objective:
         """Whether log-probs of the initial policy are part of the objective."""
         return self.config.kl_coefficient != 0
 
-    def loss_function(self, normalizer: Normalizer) -> LossFunction:
-        """The loss of one mini-batch; `normalizer` holds its global counts."""
+    def settle(self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> PolicyLossConfig:
+        """The configuration for one mini-batch: for BAPO, with the bounds that hold for all of it.
+
+        They depend on π_θ over the whole mini-batch, which costs a forward pass; a collective.
+        """
+        given = self.config.hyperparameters
+        if self.config.name != "bapo" or "ratio_low" in given:
+            return self.config
+        outputs = policy.log_probs(micro_batches, routes=routes)
+        if not policy.place.is_last_stage:
+            return self.config
+        settings = {name: given.get(name, kernels.BAPO_SEARCH[name]) for name in kernels.BAPO_SEARCH}
+        lows = kernels.bound_candidates(settings["low_start"], settings["low_max"], settings["low_step"])
+        highs = kernels.bound_candidates(settings["high_start"], settings["high_max"], settings["high_step"])
+        total = torch.zeros(len(lows) + len(highs), device=policy.place.device)
+        for output, micro_batch in zip(outputs, micro_batches, strict=True):
+            ratios = compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
+            total += kernels.bapo_contributions(ratios, lows, highs)
+        dist.all_reduce(total, group=data_context_parallel_group())
+        low, high = kernels.bapo_bounds(total, lows, highs, settings["target_share"])
+        return replace(self.config, hyperparameters=given | {"ratio_low": low.item(), "ratio_high": high.item()})
+
+    def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
+        return LossInputs(
+            log_probs=log_probs,
+            behavior_log_probs=micro_batch.behavior_log_probs,
+            advantages=micro_batch.advantages,
+            cu_seqlens=micro_batch.cu_seqlens,
+            mask=micro_batch.mask,
+            old_log_probs=micro_batch.old_log_probs,
+            ref_log_probs=micro_batch.reference_log_probs,
+            entropy=entropies,
+            positions=micro_batch.response_positions,
+            group=self.group,
+            advantage_level="sequence",
+        )
+
+    def loss_function(self, normalizer: Normalizer, config: PolicyLossConfig | None = None) -> LossFunction:
+        """The loss of one mini-batch; `normalizer` holds its global counts, `config` comes from `settle`."""
+        config = config or self.config
 
         def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
-            output = compute_policy_loss(
-                LossInputs(
-                    log_probs=log_probs,
-                    behavior_log_probs=micro_batch.behavior_log_probs,
-                    advantages=micro_batch.advantages,
-                    cu_seqlens=micro_batch.cu_seqlens,
-                    mask=micro_batch.mask,
-                    old_log_probs=micro_batch.old_log_probs,
-                    ref_log_probs=micro_batch.reference_log_probs,
-                    entropy=entropies,
-                    positions=micro_batch.response_positions,
-                    group=self.group,
-                    advantage_level="sequence",
-                ),
-                self.config,
-                normalizer,
-            )
+            output = compute_policy_loss(self._inputs(log_probs, entropies, micro_batch), config, normalizer)
             output.metrics.add("policy/entropy", (entropies.detach() * micro_batch.mask).sum(), micro_batch.mask.sum())
             return output.loss, (output, micro_batch)
 

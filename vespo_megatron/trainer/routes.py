@@ -53,6 +53,14 @@ class StepRoutes:
             return RouteUse("record", lambda each: (self._record(each), None))
         return LIVE
 
+    def extra_pass(self) -> RouteUse:
+        """A pass without gradient between updates: replayed as they are, nothing recorded."""
+        if self.mode == "R2":
+            return RouteUse("replay", lambda each: (each.trainer_routes, None))
+        if self.mode == "R3":
+            return RouteUse("replay", lambda each: (each.engine_routes, None))
+        return LIVE
+
     def _record(self, micro_batch: MicroBatch) -> RouteTable:
         if micro_batch.trainer_routes is None:  # model chunks of one rank share the table
             micro_batch.trainer_routes = self.policy.empty_routes(micro_batch)
