@@ -149,14 +149,11 @@ def test_concurrent_groups_reach_the_batch_sizes_that_make_it_fast(sglang_engine
     assert many < 128 * one
 
 
-def test_an_unknown_model_ends_with_sglangs_reason_and_leaves_nothing(tiny_recipe, tmp_path):
-    """The server dies while it starts."""
+def test_a_server_that_dies_at_start_ends_with_sglangs_reason_and_leaves_nothing(tiny_recipe, tmp_path):
     recipe = copy.deepcopy(tiny_recipe)
     recipe.policy.generation.sglang_cfg.server_args = {"no_such_flag": 1}
-    start = time.monotonic()
     with pytest.raises(UserError, match="no-such-flag") as caught:
         launch_servers(recipe, tmp_path)
-    assert time.monotonic() - start < 60
     assert "server_0.log" in str(caught.value)
     assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in " ".join(p.cmdline())]
 
