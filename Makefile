@@ -13,8 +13,8 @@ EXAMPLE := examples/tiny_moe
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& echo $$python && break; done)
-# PyPI's torch for Linux brings 3 GB of CUDA libraries; this index has the same version without them.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Options for the installation of torch alone, for instance an index whose build brings no CUDA libraries.
+TORCH_OPTIONS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .PHONY: train test lint venv example clean
@@ -39,7 +39,7 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.tx
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found" \
 		"(Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
+	$(PIP) $(TORCH_OPTIONS) -r requirements/torch.txt
 	$(PIP) -r requirements/cpu.txt
 	$(PIP) --no-deps -r requirements/sglang-cpu.txt
 	$(PIP) --no-deps --editable .

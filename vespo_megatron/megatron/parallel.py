@@ -113,8 +113,8 @@ def place(device: torch.device) -> Place:
 def finalize() -> None:
     """Leave the parallel state and the process group, and give back their threads and sockets.
 
-    A gloo group lives as long as anything refers to it, and polls with two threads meanwhile. Models refer to groups and
-    are cycles, and `RotaryEmbedding.forward` caches models (rotary_pos_embedding.py:178).
+    A gloo group lives as long as anything refers to it, and polls with two threads meanwhile. Models refer to groups
+    and are cycles, and `RotaryEmbedding.forward` caches models (rotary_pos_embedding.py:178).
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
