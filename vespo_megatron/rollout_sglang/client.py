@@ -30,14 +30,23 @@ class SGLangClient:
         context_length: prompt and response tokens at most.
         return_routes: ask for the experts of every token.
         request_timeout_s: deadline of one generation call.
+        keep_bad_numbers: pass log-probs that are not finite on instead of raising; see `parse_reply`.
     """
 
     def __init__(
-        self, url: str, shape: ModelShape, *, context_length: int, return_routes: bool, request_timeout_s: float
+        self,
+        url: str,
+        shape: ModelShape,
+        *,
+        context_length: int,
+        return_routes: bool,
+        request_timeout_s: float,
+        keep_bad_numbers: bool = False,
     ) -> None:
         self.url, self.shape = url.rstrip("/"), shape
         self.context_length, self.return_routes = context_length, return_routes
         self.request_timeout_s = request_timeout_s
+        self.keep_bad_numbers = keep_bad_numbers
         self.retries = 0
 
     async def generate(
@@ -74,6 +83,7 @@ class SGLangClient:
                 server=self.url,
                 return_routes=self.return_routes,
                 context_length=self.context_length,
+                keep_bad_numbers=self.keep_bad_numbers,
             )
             for reply, request in zip(replies, requests, strict=True)
         ]

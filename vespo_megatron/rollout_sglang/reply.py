@@ -76,13 +76,21 @@ def _sampling_params(request: GenerationRequest, context_length: int) -> dict[st
 
 
 def parse_reply(
-    reply: Any, request: GenerationRequest, shape: ModelShape, *, server: str, return_routes: bool, context_length: int
+    reply: Any,
+    request: GenerationRequest,
+    shape: ModelShape,
+    *,
+    server: str,
+    return_routes: bool,
+    context_length: int,
+    keep_bad_numbers: bool = False,
 ) -> GenerationResult:
     """One element of a `/generate` reply as a `GenerationResult`.
 
     Every length, id, shape and range is checked; raises `UserError` naming request and server for whatever differs.
     Routes computed under more than one weight version are dropped (`extra["routes_dropped"]`): no single version
-    could be named for them.
+    could be named for them. `keep_bad_numbers` lets log-probs that are not finite through, for a caller that drops
+    such samples and counts them.
     """
     check = _Check(f"reply of server {server} to request {request.request_id}")
     meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
@@ -95,7 +103,7 @@ def parse_reply(
     check.that(length <= limit, f"{length} tokens", f"at most {limit}")
     finish_reason = _finish_reason(meta.get("finish_reason"), check)
     check.that(length > 0 or finish_reason == "abort", "no token", "at least one, unless aborted")
-    log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check)
+    log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check, keep_bad_numbers)
     versions = _weight_versions(meta, length, check)
     extra = {"cached_tokens": float(meta.get("cached_tokens") or 0)}
     routes, routes_version = None, None
@@ -147,7 +155,7 @@ def _finish_reason(value: Any, check: _Check) -> str:
     return reason
 
 
-def _log_probs(value: Any, output_ids: np.ndarray, check: _Check) -> np.ndarray:
+def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
     """float32 [R] out of `[[log_prob, token id, text], …]`."""
     rows = value if isinstance(value, list) else []
     check.that(len(rows) == len(output_ids), f"{len(rows)} log-probs", f"{len(output_ids)}, one per output token")
@@ -158,7 +166,7 @@ def _log_probs(value: Any, output_ids: np.ndarray, check: _Check) -> np.ndarray:
     check.that(good, "log-probs that do not belong to the output tokens", "[log_prob, token id] per output token")
     log_probs = np.array([row[0] for row in rows], dtype=np.float32)
     sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
-    check.that(bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
+    check.that(keep_bad_numbers or bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
     return log_probs
 
 

@@ -110,6 +110,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
             "sampling-backend": "pytorch",
             "grammar-backend": "none",
             "disable-overlap-schedule": True,
+            "sleep-on-idle": True,  # its scheduler otherwise spins on a core that the trainer needs
             "max-total-tokens": config.max_total_tokens or _cpu_kv_tokens(shape, dtype, context),
         }
     else:

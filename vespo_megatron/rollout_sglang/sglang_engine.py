@@ -52,6 +52,7 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
             context_length=context,
             return_routes=config.enable_return_routed_experts,
             request_timeout_s=config.request_timeout,
+            keep_bad_numbers=recipe.loss_fn.on_bad_sample == "drop",
         )
         for url in urls
     ]
