@@ -60,12 +60,31 @@ def test_text_and_chat_prompts_load_as_they_are(load):
         ([row(), row("z")], {"vocab_size": 100}, "row 1: the prompt has token id 122"),
         ([row("")], {}, "row 0: the prompt is empty"),
         ([row(reward_model={"style": "rule"})], {}, "expected: a mapping with ground_truth"),
-        ([], {}, "train.jsonl"),
+        ([], {}, "train.jsonl: has no rows"),
     ],
 )
 def test_what_cannot_be_used_is_named(load, rows, settings, message):
     with pytest.raises(UserError, match=message):
         load(rows, **settings)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_parquet_file_of_no_rows_has_its_own_message_and_no_other(tmp_path, capfd):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    with pytest.raises(UserError, match=r"train\.parquet: has no rows"):
+        load_prompts(DatasetConfig(path=str(path)), Recipe(), LetterTokenizer())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"PAR1 but no more")
+    with pytest.raises(UserError, match=r"train\.parquet: cannot be read"):
+        load_prompts(DatasetConfig(path=str(path)), Recipe(), LetterTokenizer())
 
 
 def test_long_prompts_can_be_dropped(load):

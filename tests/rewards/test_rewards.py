@@ -63,6 +63,13 @@ def test_a_hanging_dying_or_raising_reward_scores_nothing_and_the_next_is_scored
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize("reward", ["exact_match", f"{__name__}:hostile"])
+def test_a_reward_that_raises_on_every_response_ends_the_run_with_what_it_raised(reward):
+    kwargs = {"no_such_argument": 1}
+    with pytest.raises(UserError, match="raised on each of 2 responses.*TypeError.*no_such_argument"):
+        score(EnvConfig(reward=reward, reward_kwargs=kwargs), "one", "two")
+
+
 def test_hostile_mathematics_does_not_hang():
     env = EnvConfig(reward="math", timeout=2.0)
     texts = [r"\boxed{9^{9^{9^{9^9}}}}", r"\boxed{" * 2000 + "1", "$" * 5000, r"\boxed{\frac{" * 500, "1" * 1_000_000]

@@ -167,6 +167,13 @@ def test_the_end_of_a_log_shows_the_error_and_not_what_follows(tmp_path):
     assert log_tail(tmp_path / "none") == "  (no log)"
 
 
+def test_of_a_refused_flag_the_log_shows_the_flag_and_no_usage(tmp_path):
+    log = tmp_path / "log"
+    usage = "usage: sglang serve [--a]\n" + "    [--b {x,y}]\n" * 50
+    log.write_text(usage + "sglang serve: error: argument --b: invalid\n")
+    assert log_tail(log) == "  sglang serve: error: argument --b: invalid"
+
+
 # ---- processes: a stand-in for SGLang that starts a child of its own and ignores SIGTERM ----------------------------
 
 STUBBORN = """

@@ -5,7 +5,6 @@ Real torchrun and real processes; the trainer in them is replaced by one that do
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -234,6 +233,6 @@ def test_more_processes_than_cores_still_get_a_thread():
 
 
 def test_the_command_line_names_every_process(tmp_path):
-    command = launch.agent_command(recipe_on(3), tmp_path)
-    assert "--nproc-per-node=3" in command and command[-1] == str(tmp_path)
-    assert json.dumps(command)
+    command = launch.agent_command(recipe_on(3), tmp_path, "mismatch")
+    assert "--nproc-per-node=3" in command
+    assert command[-4:] == ["-m", launch.WORKER_MODULE, str(tmp_path), "mismatch"]

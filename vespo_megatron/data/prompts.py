@@ -88,6 +88,8 @@ def _read(path: Path):
         raise UserError(f"{path.name!r} is no dataset", where="data", expected="a .parquet, .jsonl or .json file")
     if not path.is_file():
         raise UserError("does not exist", where=str(path), expected="a dataset file", fix="check the data section")
+    if _is_empty(path):  # datasets' own words for it name neither the file nor the matter
+        raise UserError("has no rows", where=str(path), expected="at least one prompt")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
@@ -95,6 +97,20 @@ def _read(path: Path):
         cause = error.__cause__ or error
         expected = f"a {path.suffix} file with rows"
         raise UserError(f"cannot be read ({cause})", where=str(path), expected=expected) from None
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether there is surely no row in it; a damaged file is left to the parser's own message."""
+    if path.suffix != ".parquet":
+        with path.open("rb") as file:
+            return not any(line.strip() for line in file)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows == 0
+    except (pyarrow.ArrowException, OSError):
+        return False
 
 
 def _tokenise(prompt: Any, tokenizer, chat_template: bool, where: str) -> list[int]:

@@ -41,6 +41,8 @@ class RewardResult:
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str = ""
+    """The exception the function raised, for a message; empty when it answered."""
 
 
 class RewardPool:
@@ -59,11 +61,26 @@ class RewardPool:
                 self._workers.put(worker)
 
     async def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
-        """Results in the order of `requests`. Raises `UserError` when a worker cannot even start."""
+        """Results in the order of `requests`.
+
+        Raises:
+            UserError: a worker cannot even start, or the function raised on every one of several requests: that is a
+                mistake in it, and a run whose rewards are all 0 would not say so.
+        """
         if self._threads is None:
-            return [_score(functions.find(self._env.reward), self._env.reward_kwargs, request) for request in requests]
-        loop = asyncio.get_running_loop()
-        return list(await asyncio.gather(*(loop.run_in_executor(self._threads, self._one, each) for each in requests)))
+            function = functions.find(self._env.reward)
+            results = [_score(function, self._env.reward_kwargs, request) for request in requests]
+        else:
+            loop = asyncio.get_running_loop()
+            scores = (loop.run_in_executor(self._threads, self._one, request) for request in requests)
+            results = list(await asyncio.gather(*scores))
+        if len(results) > 1 and all(result.failure for result in results):
+            raise UserError(
+                f"{self._env.reward} raised on each of {len(results)} responses; on the first: {results[0].failure}",
+                where="env.reward",
+                fix="mend the function, or env.reward_kwargs",
+            )
+        return results
 
     def _one(self, request: RewardRequest) -> RewardResult:
         worker = self._workers.get()
@@ -154,8 +171,8 @@ def _score(function: functions.RewardFunction, arguments: Mapping[str, Any], req
             parts = {key: float(value) for key, value in answer.items() if key != "score" and _is_number(value)}
             answer = answer["score"]
         return RewardResult(float(answer), parts)
-    except Exception:  # a reward must not end the run; the part says so in the metrics
-        return RewardResult(0.0, {"error": 1.0})
+    except Exception as error:  # one score must not end the run; the part says so in the metrics
+        return RewardResult(0.0, {"error": 1.0}, failure=f"{type(error).__name__}: {error}")
 
 
 def _is_number(value: Any) -> bool:

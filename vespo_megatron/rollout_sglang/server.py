@@ -248,4 +248,6 @@ def log_tail(log: Path, lines: int = 12) -> str:
     telling = re.compile(r"(Error|Exception|error:|Killed|out of memory|assert)")
     marks = [number for number, line in enumerate(text) if telling.search(line)]
     end = marks[-1] + 1 if marks else len(text)
-    return "\n".join(f"  {line[:300]}" for line in text[max(0, end - lines) : end])
+    # Of a refused flag SGLang prints pages of usage before the one line that says which.
+    refused = re.match(r"[\w .-]+: error: ", text[end - 1]) if text else None
+    return "\n".join(f"  {line[:300]}" for line in text[end - 1 if refused else max(0, end - lines) : end])

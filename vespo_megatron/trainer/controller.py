@@ -286,7 +286,10 @@ def _describe(samples: Sequence[Sample]) -> dict[str, float]:
         "response/truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),
     }
     for part in sorted({name for sample in samples for name in sample.reward_parts}):
-        values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
+        if part in ("timeout", "error"):  # the share of all responses; the function's own parts are means where given
+            values = [sample.reward_parts.get(part, 0.0) for sample in samples]
+        else:
+            values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
         metrics[f"reward/{part}"] = float(np.mean(values))
     return metrics
 

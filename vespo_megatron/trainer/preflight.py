@@ -22,6 +22,7 @@ def check(recipe: Recipe) -> None:
     validate(recipe)
     check_model(recipe.policy.model_name)
     check_files(recipe)
+    check_ports(recipe)
     check_tables(recipe)
     check_prompts(recipe)
 
@@ -83,6 +84,16 @@ def check_files(recipe: Recipe) -> None:
                 expected="a parquet or JSONL file",
                 fix="prepare the data first; relative paths start at the current directory",
             )
+
+
+def check_ports(recipe: Recipe) -> None:
+    """The ports that the recipe gives to SGLang servers are free. Raises UserError naming one that is not."""
+    from vespo_megatron.rollout_sglang.server import choose_ports
+
+    generation = recipe.policy.generation
+    config = generation.sglang_cfg
+    if generation.backend == "sglang" and config.port and not config.urls:
+        choose_ports(config.host, config.port, config.num_servers)
 
 
 def check_tables(recipe: Recipe) -> None:
