@@ -88,6 +88,15 @@ def test_stale_routes_are_left_live_dropped_or_an_error_but_never_replayed():
     assert apply_stale_policy([mixed], "drop") == 1 and not mixed.loss_mask.any()
 
 
+def test_a_sample_of_several_versions_without_routes_is_stale_throughout():
+    """SGLang's replies name one version for all routes; where there is none, the client gives no routes."""
+    mixed = sample(routes=False, versions=(3, 3, 4, 4), routes_version=None)
+    with pytest.raises(UserError, match=r"has no routes and log-probs of versions \[3, 4\]"):
+        apply_stale_policy([sample(), mixed], "error")
+    assert apply_stale_policy([sample(), mixed], "live") == 1
+    assert table([mixed]).live_rows.tolist() == list(range(7))
+
+
 def test_agreement_counts_sets_not_order():
     a = np.array([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])
     b = np.array([[[1, 0], [2, 4]], [[0, 1], [3, 2]]])

@@ -15,7 +15,8 @@ from vespo_megatron.data.layout import SequenceLayout
 from vespo_megatron.data.sample import Sample, smallest_int_dtype
 from vespo_megatron.errors import UserError
 
-STALE_POLICIES = ("live", "drop", "error")
+_NO_VERSION = -1
+"""Routes that nobody computed: never those of a sample's log-probs."""
 
 
 @dataclass
@@ -80,20 +81,30 @@ def stale_rows(sample: Sample) -> np.ndarray:
 def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
     """Act on samples with stale routes, in place; returns how many there were.
 
-    live: nothing here (their stale rows are left to the router); drop: the sample is not trained on; error: raise.
+    A sample sampled under several weight versions may come without routes at all, since no one version would be true of
+    them: all of its rows are stale.
+
+    live: their stale rows are left to the router; drop: the sample is not trained on (and its rows left to the router,
+    which must route them somewhere); error: raise.
 
     Raises:
         UserError: under `error`, naming the sample and the versions.
     """
     found = 0
+    known = next((sample.routes for sample in samples if sample.routes is not None), None)
     for sample in samples:
+        versions = sorted(set(sample.weight_versions.tolist()))
+        if sample.routes is None and len(versions) > 1 and known is not None:
+            sample.routes = np.zeros((sample.num_tokens - 1, *known.shape[1:]), dtype=known.dtype)
+            sample.routes_version = _NO_VERSION
         if sample.routes is None or not stale_rows(sample).any():
             continue
         found += 1
         if on_stale_routes == "error":
+            missing = sample.routes_version == _NO_VERSION
+            routes = "no routes" if missing else f"routes of weight version {sample.routes_version}"
             raise UserError(
-                f"has routes of weight version {sample.routes_version} "
-                f"and log-probs of versions {sorted(set(sample.weight_versions.tolist()))}",
+                f"has {routes} and log-probs of versions {versions}",
                 where=f"sample {sample.sample_id}",
                 expected="routes and log-probs of the same weights",
                 fix="set policy.router_replay.on_stale_routes to live or drop, or do not swap weights mid-request",
