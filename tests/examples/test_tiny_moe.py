@@ -148,3 +148,13 @@ def test_every_recipe_uses_known_keys_and_a_layout_its_processes_can_hold():
         assert recipe.world_size % recipe.model_parallel_size == 0, path.name
         assert recipe.num_mini_batches == 4, path.name
         assert recipe.rollout_batch_size % recipe.policy.train_global_batch_size == 0
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in EXAMPLE.glob("*.yaml")))
+def test_every_recipe_asks_for_a_layout_its_model_can_have(recipe, monkeypatch):
+    """Needs the example's model, which `make test` builds first."""
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    from vespo_megatron.recipe.loader import load_recipe
+    from vespo_megatron.recipe.validate import validate
+
+    validate(load_recipe(EXAMPLE / recipe))
