@@ -103,7 +103,12 @@ class _WeightedLogProbs(torch.autograd.Function):
     def forward(ctx: Any, log_probs: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = log_probs.dtype
-        return -torch.nansum(weight * log_probs.detach())
+        values = log_probs.detach()
+        if values.is_cpu and values.dtype == weight.dtype:
+            total = torch.dot(weight, values)  # one pass and no temporary, unless there is something to leave out
+            if total.isfinite():
+                return -total
+        return -torch.nansum(weight * values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

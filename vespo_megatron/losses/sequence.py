@@ -8,14 +8,27 @@ Nothing here is differentiable: coefficients are detached, so no collective need
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+
+_NUMPY_DTYPES = (torch.float32, torch.float64)
+
+
+@cache
+def _numpy() -> Any:
+    """NumPy where it is installed: PyTorch does without it, and so does this package."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,16 @@ class PackedSequences:
         return self.cu_seqlens.diff().tolist()
 
     @cached_property
+    def _occupied(self) -> Tensor:
+        """bool [num_sequences], on the host: sequences with a token here."""
+        return self.cu_seqlens.diff() > 0
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Offsets of those sequences: each ends where the next begins."""
+        return self.cu_seqlens[:-1][self._occupied].tolist()
+
+    @cached_property
     def segment_ids(self) -> Tensor:
         """int64 [tokens]: the sequence each token belongs to."""
         numbers = torch.arange(self.num_sequences, device=self.device)
@@ -84,9 +107,16 @@ class PackedSequences:
     def local_sum(self, values: Tensor) -> Tensor:
         """Sum of `values [tokens]` over each sequence's tokens on this rank: [num_sequences], same type.
 
-        One pass over the tokens. On the host each piece is summed on its own because PyTorch's segment_reduce adds one
-        token after another there, which loses three digits of a float32 sum of 10⁵ tokens; pieces are summed pairwise.
+        One pass over the tokens. Not by PyTorch's segment_reduce on the host: it adds one token after another there,
+        which loses three digits of a float32 sum of 10⁵ tokens. NumPy's reduceat sums in float64; where there is no
+        NumPy, or no such type in it, each piece is summed on its own.
         """
+        if self.on_host and _numpy() is not None and values.dtype in _NUMPY_DTYPES:
+            out = values.new_zeros(self.num_sequences)
+            if len(self._starts):
+                sums = _numpy().add.reduceat(values.detach().numpy(), self._starts, dtype="float64")
+                out[self._occupied] = torch.from_numpy(sums).to(values.dtype)
+            return out
         if self.on_host:
             out = values.new_empty(self.num_sequences)
             for index, piece in enumerate(values.split(self._host_lengths)):
@@ -97,6 +127,8 @@ class PackedSequences:
     def expand(self, values: Tensor) -> Tensor:
         """Give every token its sequence's value: [num_sequences] → [tokens], detached."""
         values = values.detach()
+        if self.on_host and _numpy() is not None and values.dtype in _NUMPY_DTYPES:
+            return torch.from_numpy(_numpy().repeat(values.numpy(), self._host_lengths))
         if self.on_host:
             out = values.new_empty(self.num_tokens)
             for piece, value in zip(out.split(self._host_lengths), values.tolist(), strict=True):
