@@ -28,13 +28,3 @@ class Batch:
     def select(self, indices: Sequence[int]) -> Batch:
         """The samples at `indices`, in that order."""
         return Batch([self.samples[index] for index in indices], self.advantages[np.asarray(indices, dtype=int)])
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """Response tokens that are trained on."""
-        return int(sum(sample.loss_mask.sum() for sample in self.samples))
-
-    @property
-    def num_loss_sequences(self) -> int:
-        """Samples with at least one such token."""
-        return int(sum(bool(sample.loss_mask.any()) for sample in self.samples))

@@ -80,8 +80,6 @@ class MegatronPolicy:
         model_config.grad_scale_func = self.optimizer.scale_loss
         self.replay = RouteReplay(
             [hf_weights.unwrap(chunk) for chunk in self.chunks],
-            num_experts=self.shape.num_experts,
-            topk=self.shape.num_experts_per_tok,
             recomputes=model_config.recompute_granularity == "full",
         )
         self.exporter = hf_weights.WeightExporter(

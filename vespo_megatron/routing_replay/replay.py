@@ -67,15 +67,14 @@ class RouteReplay:
 
     Args:
         chunks: unwrapped `PolicyModel`s.
-        num_experts, topk: of the model.
         recomputes: whether activation recompute runs the routers again in the backward.
 
     Raises:
         UserError: a router computes its top-k in a way that passes the hook by.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, num_experts: int, topk: int, recomputes: bool) -> None:
-        self.num_experts, self.topk, self.recomputes = num_experts, topk, recomputes
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, recomputes: bool) -> None:
+        self.recomputes = recomputes
         self.hooks: list[LayerReplay] = []
         for index, chunk in enumerate(chunks):
             for layer in sorted(chunk.decoder.layers, key=lambda layer: layer.layer_number):

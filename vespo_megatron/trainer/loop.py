@@ -121,15 +121,15 @@ class Trainer:
             outputs = self.policy.log_probs(micro_batches, routes=routes.log_prob_pass())
             routes.after_log_probs(micro_batches)
             if self.objective.needs_old_log_probs:
-                for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
-                    micro_batch.old_log_probs = None if output is None else output[0]
+                for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
+                    micro_batch.old_log_probs = output[0]
 
     def fill_reference_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
         """π_ref: log-probs under the weights the run started with."""
         for micro_batches in mini_batches:
             outputs = self.policy.reference_log_probs(micro_batches)
-            for micro_batch, output in zip(micro_batches, outputs or [None] * len(micro_batches), strict=True):
-                micro_batch.reference_log_probs = None if output is None else output[0]
+            for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
+                micro_batch.reference_log_probs = output[0]
 
     def before_step(self, reports: list[Any]) -> None:
         """Between gradients and step: refuse numbers that are not finite, scale the learning rate by the ESS (VCPO)."""

@@ -69,7 +69,9 @@ class StepRoutes:
     def _observe(self, micro_batch: MicroBatch) -> RouteTable | None:
         if not self.measure:
             return None
-        return self._observed.setdefault(id(micro_batch), self.policy.empty_routes(micro_batch))
+        if id(micro_batch) not in self._observed:  # model chunks of one rank share the table
+            self._observed[id(micro_batch)] = self.policy.empty_routes(micro_batch)
+        return self._observed[id(micro_batch)]
 
     def after_log_probs(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compare the engine with the trainer at θ_old."""
