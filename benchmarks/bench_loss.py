@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import record  # noqa: E402
 from vespo_megatron.losses import LossInputs, Normalizer, PolicyLossConfig, compute_policy_loss  # noqa: E402
+from vespo_megatron.losses.ratio_sums import ratio_sums  # noqa: E402
 from vespo_megatron.losses.sequence import PackedSequences  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
@@ -142,17 +143,18 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call, after two that are not counted."""
-    times = []
+def seconds(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+    """Median time of a call of each, the calls taking turns; two rounds are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        if number >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if number >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def forward_backward(data: SimpleNamespace, step: Step) -> Callable[[], None]:
@@ -213,19 +215,20 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     tokens = arguments.sequences * arguments.length
     data = inputs(arguments.sequences, arguments.length, arguments.device)
-    _, concatenations = trl(data)
-    overhead = seconds(concatenations, arguments.device, arguments.repeats)
-    time_of, memory_of, gradient_of = {}, {}, {}
+    runs = {case: forward_backward(data, step_of(case, data)) for case in CASES}
+    runs["concatenations"] = trl(data)[1]
+    time_of = seconds(runs, arguments.device, arguments.repeats)
+    time_of["TRL"] -= time_of.pop("concatenations")
+    memory_of, gradient_of = {}, {}
     for case in CASES:
-        run = forward_backward(data, step_of(case, data))
-        time_of[case] = seconds(run, arguments.device, arguments.repeats) - (overhead if case == "TRL" else 0.0)
+        runs[case]()
         gradient_of[case] = data.log_probs.grad.clone()
         memory_of[case] = measured_apart(case, arguments)
     for case in CASES:
         torch.testing.assert_close(gradient_of[case], gradient_of["padded formula"], rtol=1e-3, atol=1e-12)
     lines = [
         f"{arguments.sequences} × {arguments.length} tokens, float32, {arguments.device}, "
-        f"{torch.get_num_threads()} threads, median of {arguments.repeats}; all gradients agree.",
+        f"{torch.get_num_threads()} threads, median of {arguments.repeats} rounds, cases in turn; all gradients agree.",
         "",
         "| loss | time (ms) | M tokens/s | throughput / TRL's | peak extra memory (MiB) | memory / TRL's |",
         "|---|---|---|---|---|---|",
@@ -237,7 +240,7 @@ def main() -> None:
             f"| {memory / 2**20:.1f} | {memory / memory_of['TRL']:.2f} |"
         )
     source, target = torch.empty_like(data.behavior), torch.empty_like(data.behavior)
-    copy = seconds(lambda: target.copy_(source), arguments.device, arguments.repeats)
+    copy = seconds({"copy": lambda: target.copy_(source)}, arguments.device, arguments.repeats)["copy"]
     least = 12 * tokens  # read π and μ, write the gradient
     lines += [
         "",
@@ -252,11 +255,16 @@ def main() -> None:
         if length > tokens:
             continue
         grown = inputs(tokens // length, length, arguments.device)
-        took = seconds(forward_backward(grown, ours(grown, "none")), arguments.device, arguments.repeats)
         cu_seqlens = torch.arange(0, grown.n * length + 1, length)
         packed = PackedSequences(cu_seqlens, grown.n * length, grown.behavior.device)
-        sums = seconds(lambda packed=packed, grown=grown: packed.local_sum(grown.behavior), arguments.device, 15)
-        lines.append(f"| {length} | {grown.n} | {took * 1e3:.2f} | {sums * 1e3:.2f} |")
+        runs = {
+            "loss": forward_backward(grown, ours(grown, "none")),
+            "sums": lambda packed=packed, grown=grown: ratio_sums(
+                packed, grown.log_probs.detach(), grown.behavior, None, 20.0
+            ),
+        }
+        took = seconds(runs, arguments.device, arguments.repeats)
+        lines.append(f"| {length} | {grown.n} | {took['loss'] * 1e3:.2f} | {took['sums'] * 1e3:.2f} |")
     text = "\n".join(lines)
     print(text)
     if arguments.record:

@@ -120,65 +120,71 @@ def token_metrics(
         coefficient: [tokens], φ with corrections and masks; None where it is not per token.
     """
     total = MetricSums()
+    scratch = train_log_probs.new_empty(3, min(CHUNK_TOKENS, len(train_log_probs)))
     for start in range(0, max(len(train_log_probs), 1), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         pieces = [None if t is None else t[part] for t in (valid, phi, coefficient)]
-        total = total + _token_chunk(train_log_probs[part], behavior_log_probs[part], *pieces)
+        total = total + _token_chunk(train_log_probs[part], behavior_log_probs[part], *pieces, scratch)
     return total
 
 
 def _token_chunk(
-    train: Tensor, behavior: Tensor, valid: Tensor | None, phi: Tensor | None, coefficient: Tensor | None
+    train: Tensor,
+    behavior: Tensor,
+    valid: Tensor | None,
+    phi: Tensor | None,
+    coefficient: Tensor | None,
+    scratch: Tensor,
 ) -> MetricSums:
+    """`token_metrics` of one chunk; `scratch [3, ≥ tokens]` is overwritten (fresh memory costs more than the sums)."""
     metrics = MetricSums()
-    f64 = torch.float64
+    d, p, q = scratch[:, : len(train)]
     if valid is None:
-        count = torch.tensor(float(len(train)), dtype=f64)
+        count, masked = torch.tensor(float(len(train)), dtype=torch.float64), 0.0
     else:
-        count = valid.sum()
-        train, behavior = (torch.where(valid, t, 0.0) for t in (train, behavior))
+        count, masked = valid.sum(), (~valid).sum()
+        zero = train.new_zeros(())
+        train, behavior = torch.where(valid, train, zero, out=p), torch.where(valid, behavior, zero, out=q)
 
     def mean(name: str, total: Tensor) -> None:
         metrics.add(name, total, count)
 
     def top(name: str, values: Tensor) -> None:
-        largest = values.max().to(f64) if values.numel() else torch.tensor(-torch.inf, dtype=f64, device=values.device)
-        metrics.maxima[name] = largest
+        largest = values.amax() if values.numel() else values.new_tensor(-torch.inf)
+        metrics.maxima[name] = largest.to(torch.float64)
 
-    # Where a token is masked d = 0, so every term below is 0 there.
-    d = (train - behavior).clamp_(-20, 20)
-    sum_d, sum_square = d.sum(dtype=f64), torch.dot(d, d)
-    mean("mismatch/k1", -sum_d)
-    mean("mismatch/k2", sum_square / 2)
-    growth = torch.expm1(d)
-    sum_growth = growth.sum(dtype=f64)
-    mean("mismatch/k3", sum_growth - sum_d)
-    # e^2d − 1 = (e^d − 1)² + 2(e^d − 1)
-    mean("mismatch/chi2_token", torch.dot(growth, growth).to(f64) + 2 * sum_growth)
-    d.abs_()
-    mean("mismatch/extreme_token_fraction", (d > math.log(EXTREME_TOKEN)).sum())
-    d.exp_()
-    masked = 0.0 if valid is None else (~valid).sum()
-    mean("mismatch/token_mult_prob_error", d.sum(dtype=f64) - masked)
-    del d, growth
-    p, q = train.clamp(max=0).exp_(), behavior.clamp(max=0).exp_()
-    if valid is not None:
-        p, q = p * valid, q * valid
+    # Where a token is masked both log-probs are 0, hence d = 0, e^|d| = 1 and p = q = 1.
+    torch.sub(train, behavior, out=d).clamp_(-20, 20)
+    torch.clamp(train, max=0, out=p).exp_()
+    torch.clamp(behavior, max=0, out=q).exp_()
     for name, total in (
-        ("_p", p.sum(dtype=f64)),
-        ("_q", q.sum(dtype=f64)),
-        ("_pp", torch.dot(p, p)),
-        ("_qq", torch.dot(q, q)),
-        ("_pq", torch.dot(p, q)),
+        ("_p", p.sum() - masked),
+        ("_q", q.sum() - masked),
+        ("_pp", torch.dot(p, p) - masked),
+        ("_qq", torch.dot(q, q) - masked),
+        ("_pq", torch.dot(p, q) - masked),
     ):
         mean(name, total)
     p.sub_(q).abs_()
-    mean("mismatch/prob_diff_mean", p.sum(dtype=f64))
+    mean("mismatch/prob_diff_mean", p.sum())
     mean("_prob_diff_square", torch.dot(p, p))
     top("mismatch/prob_diff_max", p)
+    sum_d = d.sum()
+    mean("mismatch/k1", -sum_d)
+    mean("mismatch/k2", torch.dot(d, d) / 2)
+    growth = torch.expm1(d, out=p)
+    sum_growth = growth.sum()
+    # Σ (e^d − 1 − d) term by term: the difference of the two sums would be mostly rounding.
+    mean("mismatch/k3", torch.sub(growth, d, out=q).sum())
+    # e^2d − 1 = (e^d − 1)² + 2(e^d − 1)
+    mean("mismatch/chi2_token", torch.dot(growth, growth).to(torch.float64) + 2 * sum_growth)
+    d.abs_()
+    mean("mismatch/extreme_token_fraction", (d > math.log(EXTREME_TOKEN)).sum())
+    # e^|d| = 1 + (e^|d| − 1)
+    mean("mismatch/token_mult_prob_error", d.expm1_().sum().to(torch.float64) + count)
     if phi is not None:
         kept = phi if valid is None else torch.where(valid, phi, 0.0)
-        mean("vespo/phi_mean", kept.sum(dtype=f64))
+        mean("vespo/phi_mean", kept.sum(dtype=torch.float64))
         mean("_phi_square", torch.dot(kept, kept))
         top("vespo/phi_max", kept)
         lowest = phi if valid is None else torch.where(valid, phi, torch.inf)

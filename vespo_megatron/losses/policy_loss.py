@@ -22,10 +22,10 @@ from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.correction import CorrectionConfig, sequence_weight, token_weight
 from vespo_megatron.losses.diagnostics import SequenceView, sequence_metrics, token_metrics
 from vespo_megatron.losses.metrics import MetricSums
-from vespo_megatron.losses.registry import Ratios, unknown
+from vespo_megatron.losses.ratio_sums import ratio_sums
+from vespo_megatron.losses.registry import LOG_RATIO_CLAMP, Ratios, unknown
 from vespo_megatron.losses.sequence import PackedSequences, SequenceSums
-
-LOG_RATIO_CLAMP = 20.0
+from vespo_megatron.losses.weighted import SequenceWeighted, TokenWeighted
 
 
 @dataclass(frozen=True)
@@ -96,26 +96,6 @@ class LossOutput:
             )
 
 
-class _WeightedLogProbs(torch.autograd.Function):
-    """−Σ weight·log_probs; gradient −weight. Terms with weight 0 do not count, whatever the log-prob (NaN, −inf)."""
-
-    @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = log_probs.dtype
-        values = log_probs.detach()
-        if values.is_cpu and values.dtype == weight.dtype:
-            total = torch.dot(weight, values)  # one pass and no temporary, unless there is something to leave out
-            if total.isfinite():
-                return -total
-        return -torch.nansum(weight * values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return (weight * -grad).to(ctx.dtype), None
-
-
 def compute_policy_loss(
     inputs: LossInputs, config: PolicyLossConfig, normalizer: Normalizer | None = None
 ) -> LossOutput:
@@ -131,7 +111,10 @@ def compute_policy_loss(
     with torch.no_grad():
         plan = _Plan(inputs, config, sequences)
         weight, coefficient = plan.weights(normalizer)
-    loss = _WeightedLogProbs.apply(inputs.log_probs, weight)
+    if plan.by_sequence:
+        loss = SequenceWeighted.apply(inputs.log_probs, weight, plan.log_prob_sum, sequences, plan.mask)
+    else:
+        loss = TokenWeighted.apply(inputs.log_probs, weight)
     metrics = MetricSums()
     if config.metrics == "full":
         with torch.no_grad():
@@ -285,37 +268,17 @@ class _Plan:
         self.log_probs, self.behavior, self.old = log_probs, behavior, old
         advantages = inputs.advantages.detach().to(self.dtype)
 
+        self.correction = config.correction
+        self.before = False
+        self.token_log_weight = self.token_keep = None
+        self.by_sequence = objective.level == "sequence" and not self.per_token and config.correction is None
+        """Whether tokens matter through sums alone: then nothing of their size is made but the gradient."""
         sums = SequenceSums(sequences, self.dtype)
         if self.mask is None:
             sums.add_local("length", sequences.local_lengths)
         else:
             sums.add("length", self.mask.to(self.dtype))
-        raw = self._masked(log_probs - behavior)
-        sums.add("raw", raw)
-        if old is not None:
-            gap = self._masked(old - behavior)
-            sums.add("gap", gap)
-        if self.uses_old:
-            ratio = self._masked(log_probs - old)
-        else:
-            ratio = raw
-        ratio = ratio.clamp_(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-
-        self.correction = config.correction
-        self.before = False
-        self.token_log_weight = self.token_keep = None
-        if self.correction is not None:
-            self.before = (self.correction.apply or objective.correction_apply) == "before_clip"
-            self.token_log_weight, self.token_keep = token_weight(self.correction, gap)
-            if self.correction.veto_threshold is not None:
-                vetoed = gap.exp() < self.correction.veto_threshold
-                sums.add("vetoed", self._masked(vetoed.to(self.dtype)))
-            if self.before and self.token_log_weight is not None:
-                ratio = ratio + self.token_log_weight
-            if self.token_keep is not None:
-                ratio = torch.where(self.token_keep, ratio, 0.0)
-                sums.add("kept", self._masked(self.token_keep.to(self.dtype)))
-        sums.add("ratio", ratio)
+        ratio = self._add_sequence_sums(sums) if self.by_sequence else self._add_token_sums(sums)
         if self.per_token:
             sums.add("advantage", self._masked(advantages))
         sums.reduce()
@@ -343,7 +306,6 @@ class _Plan:
         self.ratios = Ratios(
             sequences=sequences,
             mask=self.mask,
-            log_ratio=ratio,
             sequence_log_ratio=sequence_log_ratio,
             lengths=lengths,
             advantage=advantages,
@@ -353,6 +315,7 @@ class _Plan:
             behavior_log_probs=behavior,
             old_log_probs=old if self.uses_old else None,
             positions=inputs.positions,
+            corrected_log_ratio=ratio,
         )
         hyperparameters = dict(config.hyperparameters)
         opsm_delta = hyperparameters.pop("opsm_delta", None)
@@ -366,6 +329,42 @@ class _Plan:
             self.sequence_factor = self.sequence_factor * kernels.opsm_keep(
                 self.sequence_advantage, sequence_log_ratio, lengths, opsm_delta
             )
+
+    def _add_sequence_sums(self, sums: SequenceSums) -> None:
+        """Σ log π/μ ("raw"), Σ log π_old/μ ("gap", where π_old is known) and S ("ratio") without a token's trace."""
+        anchor = self.old if self.uses_old else self.behavior
+        found = ratio_sums(self.sequences, self.log_probs, anchor, self.mask, LOG_RATIO_CLAMP)
+        self.log_prob_sum = found.log_probs
+        sums.add_local("ratio", found.clamped)
+        raw = found.raw
+        if self.old is not None:
+            gap = ratio_sums(self.sequences, self.old, self.behavior, self.mask, LOG_RATIO_CLAMP).raw
+            sums.add_local("gap", gap)
+            raw = raw + gap if self.uses_old else raw
+        sums.add_local("raw", raw)
+
+    def _add_token_sums(self, sums: SequenceSums) -> Tensor:
+        """The same sums, and those of a correction. Returns the log-ratio of every token, clamped and corrected."""
+        raw = self._masked(self.log_probs - self.behavior)
+        sums.add("raw", raw)
+        if self.old is not None:
+            gap = self._masked(self.old - self.behavior)
+            sums.add("gap", gap)
+        ratio = self._masked(self.log_probs - self.old) if self.uses_old else raw
+        ratio = ratio.clamp_(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        if self.correction is not None:
+            self.before = (self.correction.apply or self.config.objective.correction_apply) == "before_clip"
+            self.token_log_weight, self.token_keep = token_weight(self.correction, gap)
+            if self.correction.veto_threshold is not None:
+                vetoed = gap.exp() < self.correction.veto_threshold
+                sums.add("vetoed", self._masked(vetoed.to(self.dtype)))
+            if self.before and self.token_log_weight is not None:
+                ratio = ratio + self.token_log_weight
+            if self.token_keep is not None:
+                ratio = torch.where(self.token_keep, ratio, 0.0)
+                sums.add("kept", self._masked(self.token_keep.to(self.dtype)))
+        sums.add("ratio", ratio)
+        return ratio
 
     def _masked(self, values: Tensor) -> Tensor:
         return values if self.mask is None else torch.where(self.mask, values, 0.0)
@@ -389,7 +388,7 @@ class _Plan:
         return self._token_factor(torch.where(factor == 0, 0.0, self.phi * factor))
 
     def weights(self, normalizer: Normalizer | None) -> tuple[Tensor, Any]:
-        """The weight of each log-prob [tokens], and a function that makes the coefficient [tokens]."""
+        """The weight of log π ([num_sequences] if `by_sequence`, else [tokens]), and what makes φ [tokens]."""
         if normalizer is None:
             normalizer = Normalizer(self.lengths.sum(), (self.lengths > 0).sum(), self.config.aggregation_length)
         elif normalizer.length is None and self.config.aggregation_length is not None:
@@ -398,7 +397,7 @@ class _Plan:
         if self.config.objective.level == "sequence" and not self.per_token:
             weight = self._per_sequence(self.phi * self.sequence_factor * self.sequence_advantage * self.scale)
             self.coefficient = None
-            return self._token_factor(self.sequences.expand(weight)), self._coefficient
+            return weight if self.by_sequence else self._token_factor(self.sequences.expand(weight)), self._coefficient
         self.coefficient = self._coefficient()
         advantage = self.ratios.advantage if self.per_token else None
         factor = self.scale if self.per_token else self.scale * self.sequence_advantage
@@ -435,26 +434,31 @@ class _Plan:
         )
         return per_sequence + per_token
 
-    def _valid(self) -> Tensor:
+    def _valid(self) -> Tensor | None:
+        """bool [tokens]: neither masked nor of a dropped sequence; None: every token (known without a wait)."""
+        if self.sequences.on_host and not self.bad.any():
+            return self.mask
         kept = self.sequences.expand(~self.bad)
         return kept if self.mask is None else kept & self.mask
 
     def extra_terms(self) -> list[tuple[str, float, Tensor]]:
         """(metric, factor, differentiable term) of the KL penalty and the entropy bonus."""
         config, inputs = self.config, self.inputs
-        terms = []
-        if config.kl_coefficient or config.entropy_coefficient:
-            valid = self._valid()
-            scale = self.sequences.expand(self._per_sequence(self.scale))
+        terms: list[tuple[str, float, Tensor]] = []
+        if not config.kl_coefficient and not config.entropy_coefficient:
+            return terms
+        valid = self._valid()
+        scale = self.sequences.expand(self._per_sequence(self.scale))
+
+        def kept(values: Tensor) -> Tensor:
+            values = values.to(self.dtype)
+            return values if valid is None else torch.where(valid, values, 0.0)
+
         if config.kl_coefficient:
-            log_probs = torch.where(valid, inputs.log_probs.to(self.dtype), 0.0)
-            ref = torch.where(valid, inputs.ref_log_probs.detach().to(self.dtype), 0.0)
-            terms.append(
-                ("loss/kl", config.kl_coefficient, (scale * kl_estimate(log_probs, ref, config.kl_type)).sum())
-            )
+            kl = kl_estimate(kept(inputs.log_probs), kept(inputs.ref_log_probs.detach()), config.kl_type)
+            terms.append(("loss/kl", config.kl_coefficient, (scale * kl).sum()))
         if config.entropy_coefficient:
-            entropy = torch.where(valid, inputs.entropy.to(self.dtype), 0.0)
-            terms.append(("loss/entropy", -config.entropy_coefficient, (scale * entropy).sum()))
+            terms.append(("loss/entropy", -config.entropy_coefficient, (scale * kept(inputs.entropy)).sum()))
         return terms
 
 

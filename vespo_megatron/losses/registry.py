@@ -20,6 +20,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses.sequence import PackedSequences
 
 LEVELS = ("sequence", "token")
+LOG_RATIO_CLAMP = 20.0
+"""Bound of one token's log-ratio, and of log W where a metric exponentiates it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,6 @@ class Ratios:
     sequences: PackedSequences
     mask: Tensor | None
     """bool [tokens]; None: every token counts."""
-    log_ratio: Tensor
-    """[tokens]: log π_θ − log π_anchor, with the correction's log-weight where that is applied before the clip."""
     sequence_log_ratio: Tensor
     """[num_sequences]: S, its sum over the whole response (every context parallel rank)."""
     lengths: Tensor
@@ -52,6 +52,16 @@ class Ratios:
     """[tokens]: log π_old; None in behaviour mode `rollout`."""
     positions: Tensor | None = None
     """int64 [tokens]: index of each token in its whole response; None: as packed here."""
+    corrected_log_ratio: Tensor | None = None
+    """[tokens]: the log-ratio with a correction's log-weight applied before the clip; None: without one."""
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """[tokens]: log π_θ − log π_anchor, made only for objectives that look at tokens."""
+        if self.corrected_log_ratio is not None:
+            return self.corrected_log_ratio
+        difference = self.masked(self.log_probs - self.anchor_log_probs)
+        return difference.clamp_(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
     @cached_property
     def token_advantage(self) -> Tensor:

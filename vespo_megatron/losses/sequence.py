@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ _NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 @cache
-def _numpy() -> Any:
+def numpy_or_none() -> Any:
     """NumPy where it is installed: PyTorch does without it, and so does this package."""
     try:
         import numpy
@@ -55,8 +54,9 @@ class PackedSequences:
                 f"has shape {tuple(self.cu_seqlens.shape)}", where="cu_seqlens", expected="[num_sequences + 1]"
             )
         if self.cu_seqlens.is_cpu:
-            offsets = self.cu_seqlens.tolist()
-            if offsets[0] != 0 or offsets[-1] != self.num_tokens or any(a > b for a, b in pairwise(offsets)):
+            ends = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
+            if ends != (0, self.num_tokens) or (self.cu_seqlens.diff() < 0).any():
+                offsets = self.cu_seqlens.tolist()
                 shown = offsets if len(offsets) <= 9 else [*offsets[:4], "…", *offsets[-4:]]
                 raise UserError(
                     f"{shown} are no offsets of {self.num_tokens} packed tokens",
@@ -89,14 +89,20 @@ class PackedSequences:
         return self.cu_seqlens.diff().tolist()
 
     @cached_property
-    def _occupied(self) -> Tensor:
-        """bool [num_sequences], on the host: sequences with a token here."""
-        return self.cu_seqlens.diff() > 0
+    def _host_starts(self) -> tuple[Any, Any]:
+        """NumPy arrays: sequences with a token here, and their offsets (each ends where the next begins)."""
+        offsets = self.cu_seqlens.numpy()
+        numbers = numpy_or_none().flatnonzero(offsets[1:] > offsets[:-1])
+        return numbers, offsets[numbers]
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        """Offsets of those sequences: each ends where the next begins."""
-        return self.cu_seqlens[:-1][self._occupied].tolist()
+    def in_block(self, block: slice) -> tuple[Any, Any]:
+        """NumPy arrays of the sequences with tokens in this block of tokens, and of where in it each one begins."""
+        numbers, starts = self._host_starts
+        numpy = numpy_or_none()
+        some = slice(
+            numpy.searchsorted(starts, block.start, "right") - 1, numpy.searchsorted(starts, block.stop, "left")
+        )
+        return numbers[some], numpy.maximum(starts[some] - block.start, 0)
 
     @cached_property
     def segment_ids(self) -> Tensor:
@@ -111,11 +117,11 @@ class PackedSequences:
         which loses three digits of a float32 sum of 10⁵ tokens. NumPy's reduceat sums in float64; where there is no
         NumPy, or no such type in it, each piece is summed on its own.
         """
-        if self.on_host and _numpy() is not None and values.dtype in _NUMPY_DTYPES:
+        if self.on_host and numpy_or_none() is not None and values.dtype in _NUMPY_DTYPES:
             out = values.new_zeros(self.num_sequences)
-            if len(self._starts):
-                sums = _numpy().add.reduceat(values.detach().numpy(), self._starts, dtype="float64")
-                out[self._occupied] = torch.from_numpy(sums).to(values.dtype)
+            numbers, starts = self._host_starts
+            if len(numbers):
+                out.numpy()[numbers] = numpy_or_none().add.reduceat(values.detach().numpy(), starts, dtype="float64")
             return out
         if self.on_host:
             out = values.new_empty(self.num_sequences)
@@ -127,8 +133,8 @@ class PackedSequences:
     def expand(self, values: Tensor) -> Tensor:
         """Give every token its sequence's value: [num_sequences] → [tokens], detached."""
         values = values.detach()
-        if self.on_host and _numpy() is not None and values.dtype in _NUMPY_DTYPES:
-            return torch.from_numpy(_numpy().repeat(values.numpy(), self._host_lengths))
+        if self.on_host and numpy_or_none() is not None and values.dtype in _NUMPY_DTYPES:
+            return torch.from_numpy(numpy_or_none().repeat(values.numpy(), self.cu_seqlens.diff().numpy()))
         if self.on_host:
             out = values.new_empty(self.num_tokens)
             for piece, value in zip(out.split(self._host_lengths), values.tolist(), strict=True):

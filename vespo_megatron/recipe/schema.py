@@ -298,9 +298,7 @@ class Recipe:
         """Processes that hold one copy of the dense model: TP·PP·CP."""
         megatron = self.policy.megatron_cfg
         return (
-            megatron.tensor_model_parallel_size
-            * megatron.pipeline_model_parallel_size
-            * megatron.context_parallel_size
+            megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
         )
 
     @property
