@@ -2,6 +2,8 @@
 #
 #   make train   install into .venv, make the tiny example, train it (ARGS="grpo.seed=7" overrides the recipe)
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
+#   make test-nightly   the tests that take minutes or hours
+#   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
 #   make lint    ruff and the import contract
 #   make venv    install only
 
@@ -17,7 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 TORCH_OPTIONS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test lint venv example clean
+.PHONY: train test test-nightly test-triton lint venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -25,6 +27,13 @@ train: example
 
 test: example
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-nightly: example
+	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+
+test-triton: $(STAMP)
+	$(PIP) --no-deps triton==3.9.0
+	$(BIN)/python -m pytest -m triton tests/losses
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

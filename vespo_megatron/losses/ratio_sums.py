@@ -35,11 +35,25 @@ def ratio_sums(
     """See `RatioSums`. `log_probs` and `anchor` are float32 or float64 [tokens], `mask` bool [tokens]."""
     if sequences.on_host and numpy_or_none() is not None:
         return _by_blocks(sequences, log_probs, anchor, mask, bound)
+    if sequences.has_kernels:
+        from vespo_megatron.losses import triton_sums
+
+        return RatioSums(*triton_sums.sums(log_probs, anchor, mask, sequences.offsets, sequences.longest, bound))
     difference = log_probs - anchor
     if mask is not None:
         difference, log_probs = torch.where(mask, difference, 0.0), torch.where(mask, log_probs, 0.0)
     raw = sequences.local_sum(difference)
     return RatioSums(sequences.local_sum(log_probs), raw, sequences.local_sum(difference.clamp_(-bound, bound)))
+
+
+def expand(sequences: PackedSequences, values: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Give every unmasked token its sequence's value, the others 0: [num_sequences] → [tokens] of `dtype`."""
+    if sequences.has_kernels:
+        from vespo_megatron.losses import triton_sums
+
+        return triton_sums.expand(values, mask, sequences.offsets, sequences.longest, sequences.num_tokens, dtype)
+    expanded = sequences.expand(values).to(dtype)
+    return expanded if mask is None else expanded * mask
 
 
 def _by_blocks(

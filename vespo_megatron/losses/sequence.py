@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def numpy_or_none() -> Any:
     except ImportError:
         return None
     return numpy
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,16 @@ class PackedSequences:
     def on_host(self) -> bool:
         """Whether tokens and offsets are both in host memory, where a loop over sequences costs no wait."""
         return self.device.type == "cpu" and self.cu_seqlens.is_cpu
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the tokens are on a GPU with Triton and the offsets in host memory, as `triton_sums` needs them."""
+        return self.device.type == "cuda" and self.cu_seqlens.is_cpu and _has_triton()
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence on this rank; for offsets in host memory."""
+        return int(self.cu_seqlens.diff().max()) if self.num_sequences else 0
 
     @property
     def num_sequences(self) -> int:

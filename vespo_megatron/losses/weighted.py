@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vespo_megatron.losses.ratio_sums import expand
 from vespo_megatron.losses.sequence import PackedSequences
 
 
@@ -51,5 +52,4 @@ class SequenceWeighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, mask = ctx.saved_tensors
-        gradient = ctx.sequences.expand((weight * -grad).to(ctx.dtype))
-        return (gradient if mask is None else gradient * mask), None, None, None, None
+        return expand(ctx.sequences, weight * -grad, mask, ctx.dtype), None, None, None, None
