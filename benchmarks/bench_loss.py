@@ -7,7 +7,8 @@ TRL's is its own `GRPOTrainer._compute_loss`, on a stand-in trainer whose model 
 the two concatenations of token ids it does for that pass is measured apart and taken off. All sequences have the same
 length here, so that padding costs the others nothing. "Extra memory" is the peak above the inputs, the gradient
 included, measured in a process of its own. Cases take turns, so each finds memory as a training step would: what the
-last one freed has gone back to the system, and fresh pages cost whoever asks for them. The last table grows the responses at a fixed number of tokens.
+last one freed has gone back to the system, and fresh pages cost whoever asks for them. The last table grows the
+responses at a fixed number of tokens.
 """
 
 from __future__ import annotations
