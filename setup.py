@@ -83,6 +83,7 @@ setup(
         "omegaconf>=2.4",
         "psutil",
         "pyyaml",
+        "requests",
         "safetensors",
         "tensorboard",
         "torch>=2.9",

@@ -23,6 +23,16 @@ def key(default: Any = MISSING, doc: str = "") -> Any:
 
 
 @dataclass
+class RewardShapingConfig:
+    """`grpo.reward_shaping`: DAPO's soft punishment of overlong responses (arXiv 2503.14476, equation 13)."""
+
+    enabled: bool = key(False, "")
+    overlong_buffer_length: int = key(128, "The last so many tokens of max_response_length cost ever more.")
+    overlong_buffer_penalty: float = key(1.0, "The cost at max_response_length and beyond.")
+    max_response_length: int | None = key(None, "None: policy.generation.max_new_tokens.")
+
+
+@dataclass
 class GRPOConfig:
     """`grpo`: the rollout batch and the loop, whatever the loss is called."""
 
@@ -32,6 +42,7 @@ class GRPOConfig:
     max_num_epochs: int = key(1_000_000, "Passes over the prompts at most.")
     normalize_rewards: bool = key(True, "Divide group advantages by the group's standard deviation.")
     use_leave_one_out_baseline: bool = key(False, "Baseline from the other responses of the group.")
+    reward_shaping: RewardShapingConfig = key(RewardShapingConfig)
     use_dynamic_sampling: bool = key(False, "Drop groups whose rewards are all equal (DAPO).")
     advantage_estimator: str = key("auto", "(ours) auto: as the two switches above; else a name of losses.advantages.")
     val_period: int = key(10, "Evaluate every so many steps; 0 never.")
@@ -230,8 +241,9 @@ class DataConfig:
 class EnvConfig:
     """`env`: rewards."""
 
-    reward: str = key("math", "(ours) math, exact_match, or package.module:function.")
-    reward_kwargs: dict[str, Any] = key({}, "(ours) Arguments of the reward.")
+    reward: str = key("math", "(ours) math, exact_match, code, format, remote, or package.module:function.")
+    rewards: dict[str, float] = key({}, "(ours) Reward → weight: a weighted sum, each part logged; in place of reward.")
+    reward_kwargs: dict[str, Any] = key({}, "(ours) Arguments of the reward; with `rewards`, reward → arguments.")
     num_workers: int = key(1, "Reward worker processes.")
     timeout: float = key(10.0, "(ours) Deadline of one score, in seconds; late ones score 0 and are counted.")
 

@@ -40,6 +40,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 AT_LEAST_ONE = (
     "grpo.num_prompts_per_step",
+    "grpo.reward_shaping.overlong_buffer_length",
+    "grpo.reward_shaping.max_response_length",
     "grpo.num_generations_per_prompt",
     "grpo.max_num_steps",
     "grpo.max_num_epochs",

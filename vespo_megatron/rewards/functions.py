@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards.code import code_reward
+from vespo_megatron.rewards.format import format_reward
+from vespo_megatron.rewards.remote import remote_reward
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
 _TAIL = 4096
@@ -48,13 +53,54 @@ def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Map
     return float(bool(gold) and verify(gold, answer, timeout_seconds=None))
 
 
-BUILT_IN: dict[str, RewardFunction] = {"exact_match": exact_match, "math": math}
-INLINE = {"exact_match"}
+BUILT_IN: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "math": math,
+    "format": format_reward,
+    "code": code_reward,
+    "remote": remote_reward,
+}
+INLINE = {"exact_match", "format"}
 """Too quick and too plain to need a process of their own."""
 
 
+def of_recipe(env: EnvConfig) -> RewardFunction:
+    """The recipe's reward: one function with its arguments, or the weighted sum of several, each logged as a part.
+
+    Raises:
+        UserError: there is no such reward, or arguments for one that is not used.
+    """
+    if not env.rewards:
+        return partial(find(env.reward), **env.reward_kwargs)
+    unused = sorted(set(env.reward_kwargs) - set(env.rewards))
+    if unused:
+        raise UserError(
+            f"has arguments for {', '.join(unused)}", where="env.reward_kwargs",
+            expected=f"one entry per reward of env.rewards: {', '.join(env.rewards)}",
+        )  # fmt: skip
+    terms = {
+        name: (float(weight), partial(find(name), **env.reward_kwargs.get(name, {})))
+        for name, weight in env.rewards.items()
+    }
+
+    def weighted_sum(*arguments: Any) -> dict[str, float]:
+        parts: dict[str, float] = {}
+        total = 0.0
+        for name, (weight, function) in terms.items():
+            answer = function(*arguments)
+            short = name.rpartition(":")[2]
+            if isinstance(answer, Mapping):
+                parts |= {f"{short}_{key}": value for key, value in answer.items() if key != "score"}
+                answer = answer["score"]
+            parts[short] = float(answer)
+            total += weight * float(answer)
+        return parts | {"score": total}
+
+    return weighted_sum
+
+
 def find(name: str) -> RewardFunction:
-    """A built-in reward, or `package.module:function`.
+    """A built-in reward, or `package.module:function`, without arguments.
 
     Raises:
         UserError: there is no such reward.

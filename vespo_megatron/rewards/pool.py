@@ -49,12 +49,12 @@ class RewardPool:
     """Scores responses in `env.num_workers` processes, each score within `env.timeout` seconds."""
 
     def __init__(self, env: EnvConfig) -> None:
-        functions.find(env.reward)  # a wrong name fails here, not in a worker
-        self._env = env
+        self._function = functions.of_recipe(env)  # a wrong name fails here, not in a worker
+        self._env, self._name = env, " + ".join(env.rewards) or env.reward
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
         self._threads: ThreadPoolExecutor | None = None
-        if env.reward not in functions.INLINE:
+        if not set(env.rewards or [env.reward]) <= functions.INLINE:
             self._threads = ThreadPoolExecutor(max_workers=env.num_workers, thread_name_prefix="reward")
             self._all = [_Worker(env) for _ in range(env.num_workers)]
             for worker in self._all:
@@ -68,15 +68,14 @@ class RewardPool:
                 mistake in it, and a run whose rewards are all 0 would not say so.
         """
         if self._threads is None:
-            function = functions.find(self._env.reward)
-            results = [_score(function, self._env.reward_kwargs, request) for request in requests]
+            results = [_score(self._function, request) for request in requests]
         else:
             loop = asyncio.get_running_loop()
             scores = (loop.run_in_executor(self._threads, self._one, request) for request in requests)
             results = list(await asyncio.gather(*scores))
         if len(results) > 1 and all(result.failure for result in results):
             raise UserError(
-                f"{self._env.reward} raised on each of {len(results)} responses; on the first: {results[0].failure}",
+                f"{self._name} raised on each of {len(results)} responses; on the first: {results[0].failure}",
                 where="env.reward",
                 fix="mend the function, or env.reward_kwargs",
             )
@@ -102,14 +101,15 @@ class _Worker:
 
     def __init__(self, env: EnvConfig) -> None:
         self._env = env
-        self._context = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported what is slow: replacing a worker takes milliseconds, not seconds.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["vespo_megatron.rewards.preload"])
         self._ready = False
         self._start()
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
-        arguments = (theirs, self._env.reward, dict(self._env.reward_kwargs), self._env.timeout)
-        self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = self._context.Process(target=_serve, args=(theirs, self._env), daemon=True)
         self._process.start()
         theirs.close()
         self._ready = False
@@ -117,12 +117,17 @@ class _Worker:
     def score(self, request: RewardRequest, timeout: float) -> RewardResult:
         if not self._ready:
             if not self._connection.poll(_START_TIMEOUT):
-                raise UserError(f"did not start within {_START_TIMEOUT:.0f} s", where=f"reward {self._env.reward}")
+                raise UserError(
+                    f"did not start within {_START_TIMEOUT:.0f} s",
+                    where=f"reward {self._env.rewards or self._env.reward}",
+                )
             try:
                 self._connection.recv()
             except EOFError:
                 raise UserError(
-                    "ended at once", where=f"reward {self._env.reward}", fix="run the function by hand"
+                    "ended at once",
+                    where=f"reward {self._env.rewards or self._env.reward}",
+                    fix="run the function by hand",
                 ) from None
             self._ready = True
         try:
@@ -142,12 +147,10 @@ class _Worker:
         self._process.join(5)
 
 
-def _serve(connection, name: str, arguments: dict[str, Any], timeout: float) -> None:
+def _serve(connection, env: EnvConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    function = functions.find(name)
-    if name == "math":
-        import math_verify  # noqa: F401  (seconds: before "ready", not inside the first deadline)
+    function = functions.of_recipe(env)
     connection.send("ready")
     while True:
         try:
@@ -155,17 +158,15 @@ def _serve(connection, name: str, arguments: dict[str, Any], timeout: float) -> 
         except EOFError:
             return
         # The kernel ends a score that hangs even when the pool that would is gone.
-        signal.setitimer(signal.ITIMER_REAL, timeout + _ORPHAN_GRACE)
-        result = _score(function, arguments, request)
+        signal.setitimer(signal.ITIMER_REAL, env.timeout + _ORPHAN_GRACE)
+        result = _score(function, request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(result)
 
 
-def _score(function: functions.RewardFunction, arguments: Mapping[str, Any], request: RewardRequest) -> RewardResult:
+def _score(function: functions.RewardFunction, request: RewardRequest) -> RewardResult:
     try:
-        answer = function(
-            request.data_source, request.solution_str, request.ground_truth, dict(request.extra_info), **arguments
-        )
+        answer = function(request.data_source, request.solution_str, request.ground_truth, dict(request.extra_info))
         parts = {}
         if isinstance(answer, Mapping):
             parts = {key: float(value) for key, value in answer.items() if key != "score" and _is_number(value)}

@@ -20,6 +20,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses import compute_advantages, resolve_estimator
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards.shaping import overlong_penalty
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.routing_replay.table import apply_stale_policy
 from vespo_megatron.trainer.logging import LoggedSample, RunLogger
@@ -138,6 +139,7 @@ class Controller:
             fresh, bad = self.thread.run(self._sample(records, schedule.num_generations_per_prompt, label))
             if not fresh:
                 raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
+            self._shape_rewards(fresh)
             result = compute_advantages(
                 [sample.reward for sample in fresh],
                 [sample.prompt_id for sample in fresh],
@@ -199,6 +201,15 @@ class Controller:
         if self.recipe.policy.router_replay.mode == "R3":
             apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
         return samples, bad
+
+    def _shape_rewards(self, samples: Sequence[Sample]) -> None:
+        """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
+        shaping = self.recipe.grpo.reward_shaping
+        if shaping.enabled:
+            for sample in samples:
+                penalty = overlong_penalty(len(sample.response_ids), shaping, self.sampling.max_new_tokens)
+                sample.reward += penalty
+                sample.reward_parts["overlong"] = penalty
 
     def _reward_request(self, record: PromptRecord, sample: Sample) -> RewardRequest:
         return RewardRequest(

@@ -107,7 +107,7 @@ def check_tables(recipe: Recipe) -> None:
         normalize_rewards=recipe.grpo.normalize_rewards,
         use_leave_one_out_baseline=recipe.grpo.use_leave_one_out_baseline,
     )
-    functions.find(recipe.env.reward)
+    functions.of_recipe(recipe.env)
 
 
 def check_prompts(recipe: Recipe) -> None:

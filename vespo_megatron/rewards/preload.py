@@ -1,0 +1,5 @@
+"""What reward workers share: imported once, in the process they are forked from. It holds no threads and no CUDA."""
+
+import math_verify  # noqa: F401
+
+import vespo_megatron.rewards.pool  # noqa: F401
