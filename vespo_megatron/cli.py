@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_recipe_show)
     check = recipe.add_parser("check", help="everything that can be found wrong without starting a process")
     _add_recipe(check)
+    check.add_argument("--from", dest="origin", choices=["nemo-rl"], help="the file is another project's recipe")
+    check.add_argument("--output", metavar="FILE", help="with --from: write what carries over as a recipe")
     check.set_defaults(run=_recipe_check)
     diff = recipe.add_parser("diff", help="the keys in which two recipes differ")
     diff.add_argument("left", metavar="RECIPE")
@@ -119,6 +121,11 @@ def _recipe_show(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _recipe_check(parsed: argparse.Namespace, rest: list[str]) -> None:
+    if parsed.origin:
+        from vespo_megatron.recipe.nemo_rl_report import check
+
+        print(check(parsed.recipe, parsed.output))
+        return
     from vespo_megatron.recipe.loader import load_recipe
     from vespo_megatron.trainer import preflight
 

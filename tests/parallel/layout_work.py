@@ -305,3 +305,11 @@ def broken_replay(folder: str, layout: dict[str, Any], store: str, fault: str) -
         assert all(not hook.pending and not hook.forwards for hook in policy.replay.hooks)
         return str(error)
     return "no error"
+
+
+def change_with_a_frozen_router(folder: str, layout: dict[str, Any], store: str) -> dict[str, float] | None:
+    """HF name → largest change of each weight in one update with `freeze_moe_router` (on rank 0)."""
+    policy = build(folder, layout | {"freeze_moe_router": True}, store)
+    before = weights(policy)
+    policy.update(micro_batches(policy, ragged_batch()), weighted_loss)
+    return {name: float((tensor - before[name]).abs().max()) for name, tensor in weights(policy).items()} or None

@@ -42,3 +42,11 @@ def test_the_router_gradient_is_that_of_the_dense_formula(workers, checkpoint):
 def test_a_fault_is_an_error_and_leaves_no_state_behind(fault, message, granularity, workers, checkpoint):
     layout = {"recompute_granularity": granularity}
     assert message in workers.run(layout_work.broken_replay, 1, folder=checkpoint[0], layout=layout, fault=fault)[0]
+
+
+def test_a_frozen_router_stays_and_everything_else_is_trained(workers, checkpoint):
+    layout = LAYOUTS["tp2_ep2"][1]
+    changes = workers.run(layout_work.change_with_a_frozen_router, 2, folder=checkpoint[0], layout=layout)[0]
+    routers = {name for name in changes if name.endswith("mlp.gate.weight")}
+    assert len(routers) == 3
+    assert {name for name, change in changes.items() if change == 0} == routers

@@ -157,6 +157,10 @@ def build_model(
         model.to(place.device)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        if megatron.freeze_moe_router:
+            for name, parameter in model.named_parameters():
+                if ".router." in name:
+                    parameter.requires_grad_(False)  # before DDP and the optimizer, which pass it over
         chunks.append(Float16Module(config, model) if dtype is torch.bfloat16 else model)
     if not with_gradients:
         return chunks

@@ -30,7 +30,7 @@ _COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass
-class _Layer:
+class Layer:
     """One source of keys: a file, or one override."""
 
     source: str
@@ -44,7 +44,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such file, not YAML, a circular `defaults:`, an unknown key (naming the nearest known one), a
             value of another type than the key's, a mandatory key without a value.
     """
-    layers = [*_file_layers(Path(path), ()), *(_override_layer(text) for text in overrides)]
+    return _merged([*read_layers(Path(path)), *(_override_layer(text) for text in overrides)], str(path))
+
+
+def recipe_of(content: dict[str, Any], source: str) -> Recipe:
+    """The recipe of a mapping that came from elsewhere than a file; raises as `load_recipe` does."""
+    return _merged([Layer(source, content)], source)
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """A file's chain of `defaults:`, first the farthest; nothing is checked against the schema."""
+    return list(_file_layers(path, ()))
+
+
+def _merged(layers: Iterable[Layer], source: str) -> Recipe:
     config = OmegaConf.structured(Recipe)
     for layer in layers:
         for keys in _unknown_keys(layer.content, Recipe, ()):
@@ -55,7 +68,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             config = OmegaConf.merge(config, _without_marks(layer.content))
         except OmegaConfBaseException as error:
             raise _type_error(error, layer) from None
-    return _to_recipe(config, str(path))
+    return _to_recipe(config, source)
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -90,7 +103,7 @@ def documentation() -> dict[str, str]:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _file_layers(path: Path, chain: tuple[Path, ...]) -> Iterator[_Layer]:
+def _file_layers(path: Path, chain: tuple[Path, ...]) -> Iterator[Layer]:
     resolved = path.resolve()
     if resolved in chain:
         names = " → ".join(step.name for step in (*chain, resolved))
@@ -105,7 +118,7 @@ def _file_layers(path: Path, chain: tuple[Path, ...]) -> Iterator[_Layer]:
         )
     for parent in parents:
         yield from _file_layers(path.parent / parent, (*chain, resolved))
-    yield _Layer(str(path), _replace_recipe_dir(content, str(resolved.parent)))
+    yield Layer(str(path), _replace_recipe_dir(content, str(resolved.parent)))
 
 
 def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
@@ -138,7 +151,7 @@ def _replace_recipe_dir(value: Any, folder: str) -> Any:
     return value.replace("${recipe_dir}", folder) if isinstance(value, str) else value
 
 
-def _override_layer(text: str) -> _Layer:
+def _override_layer(text: str) -> Layer:
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", name):
         raise UserError(f"{text!r} is no override", where=_COMMAND_LINE, expected="key=value, as in grpo.seed=7")
@@ -146,7 +159,7 @@ def _override_layer(text: str) -> _Layer:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"the value of {name} is not YAML ({error})", where=f"{_COMMAND_LINE}: {text}") from None
-    return _Layer(f"{_COMMAND_LINE}: {text}", _replace_recipe_dir(content, os.getcwd()))
+    return Layer(f"{_COMMAND_LINE}: {text}", _replace_recipe_dir(content, os.getcwd()))
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ def _leaves(section: Any, above: str) -> Iterator[tuple[str, Any]]:
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
-def _type_error(error: OmegaConfBaseException, layer: _Layer) -> UserError:
+def _type_error(error: OmegaConfBaseException, layer: Layer) -> UserError:
     name = error.full_key or _misplaced_section(layer.content, Recipe, "") or "the recipe"
     item = _field_of(name)
     if item is None:

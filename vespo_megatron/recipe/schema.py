@@ -124,6 +124,7 @@ class MegatronConfig:
     layer_spec: str = key("auto", "(ours) auto, te (Transformer Engine) or native (plain PyTorch).")
     activation_checkpointing: bool = key(False, "Full recompute, one layer at a time (uniform).")
     recompute_granularity: str | None = key(None, "(ours) full or selective; overrides activation_checkpointing.")
+    freeze_moe_router: bool = key(False, "Do not train the routers' weights.")
     moe_router_dtype: str | None = key("fp32", "Router numerics: fp32 or fp64.")
     moe_token_dispatcher_type: str = key("alltoall", "alltoall, allgather, flex.")
     moe_permute_fusion: bool = key(False, "Fused permutation (needs Transformer Engine).")

@@ -1,0 +1,86 @@
+"""NeMo-RL's recipes: every key is accounted for, and what carries over is a recipe that means the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vespo_megatron.cli import main
+from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.nemo_rl import IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, translate
+
+FOLDER = Path(__file__).parent / "nemo_rl"
+RECIPE = FOLDER / "qwen3_30b_a3b.yaml"
+
+
+def changed(tmp_path, text):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(f"defaults: {RECIPE}\n{text}\n")
+    return path
+
+
+def kinds(path):
+    return {finding.key: finding.kind for finding in translate(path)[1]}
+
+
+def test_every_key_of_their_qwen3_30b_a3b_recipe_is_accounted_for():
+    found = kinds(RECIPE)
+    assert len(found) > 150
+    assert not [key for key, kind in found.items() if kind in (REFUSED, UNKNOWN)]
+    assert found["grpo.seed"] == SAME
+    assert found["policy.max_grad_norm"] == RENAMED
+    assert found["policy.dtensor_cfg._v2"] == IGNORED
+
+
+def test_what_carries_over_means_the_same():
+    recipe, _ = translate(RECIPE)
+    assert (recipe.grpo.num_prompts_per_step, recipe.grpo.max_num_steps) == (32, 500)
+    assert recipe.policy.megatron_cfg.expert_model_parallel_size == 8
+    assert recipe.policy.megatron_cfg.optimizer.clip_grad == 0.5
+    assert recipe.policy.sequence_packing.train_mb_tokens == 4096  # ${mul:…}
+    assert recipe.policy.generation.sglang_cfg.tensor_parallel_size == 2
+    assert (recipe.loss_fn.name, recipe.loss_fn.aggregation) == ("grpo", "token-mean")
+    assert recipe.loss_fn.hyperparameters == {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": None}
+    assert recipe.loss_fn.behavior == "recompute"
+    assert recipe.exp_manager.exp_dir == "results/y"
+
+
+def test_their_switches_choose_the_objective(tmp_path):
+    switches = (
+        "sequence_level_importance_ratios: true, use_importance_sampling_correction: true, token_level_loss: false"
+    )
+    recipe, _ = translate(changed(tmp_path, f"loss_fn: {{{switches}}}"))
+    assert (recipe.loss_fn.name, recipe.loss_fn.aggregation) == ("gspo", "seq-mean-token-mean")
+    assert "dual_clip" not in recipe.loss_fn.hyperparameters
+    assert recipe.loss_fn.correction["name"] == "tis"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("policy: {megatron_cfg: {moe_router_load_balancing_type: aux_loss}}", "load_balancing_type"),
+        ("policy: {megatron_cfg: {enabled: false}}", "policy.megatron_cfg.enabled"),
+        ("grpo: {overlong_filtering: true}", "grpo.overlong_filtering"),
+        ("grpo: {a_key_of_tomorrow: 1}", "grpo.a_key_of_tomorrow"),
+    ],
+)
+def test_what_would_change_training_is_refused_by_name(text, key, tmp_path, capsys):
+    assert main(["recipe", "check", "--from", "nemo-rl", str(changed(tmp_path, text))]) == 2
+    printed = capsys.readouterr()
+    assert key in printed.err and "1 of" in printed.err
+    assert "carries over" in printed.out
+
+
+def test_the_command_lists_every_key_and_writes_the_recipe(tmp_path, capsys):
+    output = tmp_path / "ours.yaml"
+    assert main(["recipe", "check", "--from", "nemo-rl", str(RECIPE), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {key}: " in printed for key in kinds(RECIPE))
+    assert load_recipe(output) == translate(RECIPE)[0]
+
+
+def test_an_interpolation_that_does_not_resolve_is_an_error(tmp_path, capsys):
+    path = changed(tmp_path, "grpo: {seed: '${nowhere.at_all}'}")
+    assert main(["recipe", "check", "--from", "nemo-rl", str(path)]) == 2
+    assert "grpo.seed" in capsys.readouterr().err
