@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(serve)
     serve.set_defaults(run=_serve)
 
+    doctor = commands.add_parser("doctor", help="what of a run would fail on this machine, and what to do about it")
+    doctor.add_argument("--exp-dir", default="runs", metavar="DIR", help="where runs would be kept (default runs)")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
     report = commands.add_parser("report", help="one HTML page with the curves of one run or several")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     report.add_argument(
@@ -152,6 +157,12 @@ def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.trainer import launch
 
     launch.serve(parsed.recipe, parsed.overrides)
+
+
+def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.doctor.command import doctor
+
+    return doctor(parsed.exp_dir, as_json=parsed.json)
 
 
 def _report(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""`vespo-megatron doctor`: what of a run would fail here, before it is asked for."""
