@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train as a recipe says: starts SGLang and torchrun, or joins torchrun")
     _add_recipe(train)
+    train.add_argument(
+        "--scale-down", metavar="DIR", help="the recipe's layout on a CPU with the tiny model that DIR holds, two steps"
+    )
     train.set_defaults(run=_train)
 
     mismatch = commands.add_parser("mismatch", help="how far engine and trainer are apart, with R3 and without")
@@ -92,7 +95,7 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
     from vespo_megatron.trainer import launch
 
     try:
-        run_dir = launch.train(parsed.recipe, parsed.overrides)
+        run_dir = launch.train(parsed.recipe, parsed.overrides, tiny_folder=parsed.scale_down)
     except launch.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
 from vespo_megatron.trainer import preflight
@@ -36,10 +37,13 @@ class TrainingFailed(Exception):
     """A trainer process failed in a way nobody explained; the message holds what there is."""
 
 
-def train(recipe_path: str | Path, overrides: Sequence[str] = (), *, work: str = "train") -> Path | None:
+def train(
+    recipe_path: str | Path, overrides: Sequence[str] = (), *, work: str = "train", tiny_folder: str | None = None
+) -> Path | None:
     """Run the recipe to its end. Returns the run directory (None on ranks other than 0 under torchrun).
 
-    `work` is what the processes do once everything is up: 'train', or 'mismatch' (measure and change nothing).
+    `work` is what the processes do once everything is up: 'train', or 'mismatch' (measure and change nothing). With
+    `tiny_folder` the recipe is scaled down to the tiny model there (`recipe.scale_down`).
 
     Raises:
         UserError: a mistake or fault that was explained, here, by a server or by a trainer process.
@@ -47,6 +51,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = (), *, work: str =
         Stopped: SIGINT, SIGTERM or SIGHUP. Whatever is raised, all processes started here have ended.
     """
     recipe = load_recipe(recipe_path, overrides)
+    if tiny_folder is not None:
+        recipe = scale_down(recipe, tiny_folder)
     if "RANK" in os.environ:
         return join(recipe, work)
     if recipe.cluster.num_nodes > 1:

@@ -1,0 +1,120 @@
+"""The 30B recipes: each loads, holds for the real model's shape, says what the paper says, and scales down whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import PolicyLossConfig
+from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.scale_down import scale_down
+from vespo_megatron.recipe.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples" / "qwen3_30b_a3b"
+TINY = ROOT / "examples" / "tiny_moe" / "build"
+RUNS = sorted(path for part in ("grid", "mismatch", "ablations") for path in (FOLDER / part).glob("*.yaml"))
+HARDWARE = sorted((FOLDER / "hardware").glob("*.yaml"))
+SHAPE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "intermediate_size": 6144,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+"""config.json of Qwen/Qwen3-30B-A3B-Base, as far as it is read."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3_30b_a3b")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return folder
+
+
+def name(path):
+    return str(path.relative_to(FOLDER).with_suffix(""))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_every_recipe_holds_for_the_real_model(path, model):
+    recipe = load_recipe(path, [f"policy.model_name={model}"])
+    validate(recipe)
+    PolicyLossConfig.from_recipe(recipe.loss_fn)
+    assert recipe.exp_manager.name.endswith(path.stem.removeprefix("vespo_")) or path.stem in recipe.exp_manager.name
+    assert recipe.world_size == 32 and recipe.policy.train_global_batch_size == 256 * 8
+
+
+@pytest.mark.parametrize("hardware", HARDWARE, ids=name)
+def test_every_machine_s_layout_holds_with_the_base(hardware, model, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"defaults: [{FOLDER / 'grid' / 'vespo_n8.yaml'}, {hardware}]\n")
+    validate(load_recipe(path, [f"policy.model_name={model}"]))
+
+
+def test_the_grid_is_the_papers():
+    assert {path.stem for path in (FOLDER / "grid").glob("*.yaml")} == {
+        f"{objective}_n{n}" for objective in ("vespo", "grpo", "gspo", "sapo") for n in (4, 8, 16, 32, 64)
+    }
+    for path in (FOLDER / "grid").glob("*.yaml"):
+        objective, _, n = path.stem.partition("_n")
+        recipe = load_recipe(path)
+        assert (recipe.loss_fn.name, recipe.num_mini_batches) == (objective, int(n))
+        updates = recipe.grpo.max_num_steps * recipe.num_mini_batches
+        assert 1500 <= updates < 1500 + int(n)
+
+
+def test_runs_of_one_study_differ_in_what_they_study_alone():
+    from vespo_megatron.recipe.loader import differences
+
+    base = load_recipe(FOLDER / "mismatch" / "grpo.yaml")
+    changed = {
+        path.stem: set(differences(base, load_recipe(path))) - {"exp_manager.name"}
+        for path in (FOLDER / "mismatch").glob("grpo*.yaml")
+    }
+    assert changed == {
+        "grpo": set(),
+        "grpo_tis": {"loss_fn.behavior", "loss_fn.correction"},
+        "grpo_r2": {"policy.router_replay.mode"},
+        "grpo_r3": {"policy.router_replay.mode", "policy.generation.sglang_cfg.enable_return_routed_experts"},
+    }
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_scaled_down_a_recipe_keeps_its_layout_objective_and_staleness(path):
+    big = load_recipe(path)
+    small = scale_down(big, TINY)
+    validate(small)
+    for key in ("tensor", "pipeline", "expert_model", "expert_tensor"):
+        attribute = {"tensor": "tensor_model", "pipeline": "pipeline_model"}.get(key, key) + "_parallel_size"
+        assert getattr(small.policy.megatron_cfg, attribute) == getattr(big.policy.megatron_cfg, attribute)
+    assert small.loss_fn == big.loss_fn and small.policy.router_replay == big.policy.router_replay
+    assert small.num_mini_batches == big.num_mini_batches
+    assert small.cluster.device == "cpu" and small.world_size == 8
+    assert big.cluster.device == "cuda", "the recipe that was given is not changed"
+
+
+def test_a_layout_too_large_for_one_machine_and_a_missing_model_are_refused(tmp_path):
+    recipe = load_recipe(RUNS[0], ["policy.megatron_cfg.expert_model_parallel_size=32"])
+    with pytest.raises(UserError, match="needs 32 processes"):
+        scale_down(recipe, TINY)
+    with pytest.raises(UserError, match="prepare.py"):
+        scale_down(recipe, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_every_recipe_runs_scaled_down(path, tmp_path):
+    command = [sys.executable, "-m", "vespo_megatron.cli", "train", "--scale-down", str(TINY), str(path)]
+    command += ["policy.generation.backend=in_process", "exp_manager.resume_if_exists=false"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = [json.loads(line) for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
+    assert [line["step"] for line in metrics if line["step"]] == [1, 2]
