@@ -63,7 +63,7 @@ def test_check_refuses_what_train_would_refuse(recipe, capsys):
     ],
 )
 def test_the_exit_status_says_how_training_ended(recipe, monkeypatch, raised, status):
-    def fail(*_):
+    def fail(*_, **__):
         raise raised
 
     monkeypatch.setattr(launch, "train", fail)
