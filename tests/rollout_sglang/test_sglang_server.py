@@ -122,6 +122,17 @@ def test_the_weight_group_leaves_the_default_process_group_alone(sglang_engine, 
     sglang_engine.update_weights(reference.named_tensors(), sglang_engine.weight_version + 1)
 
 
+def test_other_servers_join_a_new_group_with_the_next_update(sglang_engine, reference):
+    """After `set_servers` nothing of the old group is used, though the same server is in both."""
+    sync = sglang_engine.sync
+    names = []
+    for _ in range(2):
+        sync.set_servers(sglang_engine.clients)
+        sglang_engine.update_weights(reference.named_tensors(), sglang_engine.weight_version + 1)
+        names.append(sync._group.name)
+    assert names[0] != names[1]
+
+
 def test_weights_of_another_dtype_are_cast_to_the_servers(sglang_engine, reference):
     import torch
 

@@ -67,7 +67,7 @@ class WeightSync:
         self._group: BroadcastGroup | None = None
         self._manifests: list[list[dict[str, str]]] = []
         self._served: dict[str, ServedTensor] = {}
-        self._pool = ThreadPoolExecutor(max(4, 2 * len(self.clients)), thread_name_prefix="weight-sync")
+        self._pool = _workers(self.clients)
 
     def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, resume: bool = True) -> str:
         """Make the servers hold exactly these tensors under `version`; returns the checksum both sides agree on.
@@ -94,6 +94,16 @@ class WeightSync:
         end = time.monotonic()
         self.seconds = {"stream": streamed - start, "check": end - streamed, "total": end - start}
         return digest
+
+    def set_servers(self, clients: Sequence[SGLangClient]) -> None:
+        """From the next update on exactly these are the servers, in a new group: one died, came back or was added.
+
+        Not while an update is under way. Servers that are left out are told to leave the group, if they still answer.
+        """
+        self._disconnect()
+        self.clients = list(clients)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = _workers(self.clients)
 
     def close(self) -> None:
         """Leave the group; idempotent."""
@@ -284,6 +294,11 @@ class WeightSync:
 
     def _everywhere(self, method: Callable[[SGLangClient], Any]) -> None:
         self._await([self._pool.submit(method, client) for client in self.clients])
+
+
+def _workers(clients: Sequence[SGLangClient]) -> ThreadPoolExecutor:
+    """Two posts may be under way to each server."""
+    return ThreadPoolExecutor(max(4, 2 * len(clients)), thread_name_prefix="weight-sync")
 
 
 class _BucketSender:
