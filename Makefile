@@ -3,6 +3,7 @@
 #   make train   install into .venv, make the tiny example, train it (ARGS="grpo.seed=7" overrides the recipe)
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
 #   make test-nightly   the tests that take minutes or hours
+#   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
 #   make lint    ruff and the import contract
 #   make venv    install only
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 TORCH_OPTIONS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-triton lint venv example clean
+.PHONY: train test test-nightly test-slurm test-triton lint venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -30,6 +31,11 @@ test: example
 
 test-nightly: example
 	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+
+test-slurm: example
+	command -v slurmctld >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends slurm-wlm munge)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0

@@ -69,6 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(serve)
     serve.set_defaults(run=_serve)
 
+    slurm = commands.add_parser("slurm", help="a recipe as SLURM batch scripts, submitted with --submit")
+    _add_recipe(slurm)
+    slurm.add_argument("--submit", action="store_true", help="give the scripts to sbatch")
+    slurm.add_argument("--compare", metavar="KEY=A,B", help="one job per value, and the report after them")
+    slurm.add_argument("--folder", default="slurm", metavar="DIR", help="where the scripts are written (default slurm)")
+    slurm.set_defaults(run=_slurm)
+
     doctor = commands.add_parser("doctor", help="what of a run would fail on this machine, and what to do about it")
     doctor.add_argument("--exp-dir", default="runs", metavar="DIR", help="where runs would be kept (default runs)")
     doctor.add_argument("--json", action="store_true", help="for programs")
@@ -160,6 +167,15 @@ def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.trainer import launch
 
     launch.serve(parsed.recipe, parsed.overrides)
+
+
+def _slurm(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.slurm import submit
+
+    scripts = submit.prepare(parsed.recipe, parsed.overrides, compare=parsed.compare, folder=parsed.folder)
+    jobs = submit.submit(scripts) if parsed.submit else [None] * len(scripts)
+    for script, job in zip(scripts, jobs, strict=True):
+        print(f"{script}" + (f": job {job}" if job else ""))
 
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:

@@ -278,6 +278,26 @@ class ClusterConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """`slurm`: (ours) how `vespo-megatron slurm` asks for nodes. GPUs and trainer nodes are in `cluster`."""
+
+    layout: str = key("disaggregated", "colocated, disaggregated (one allocation) or heterogeneous (a hetjob).")
+    rollout_nodes: int = key(0, "Nodes for SGLang, each with sglang_cfg.num_servers servers; not in colocated.")
+    account: str | None = key(None, "sbatch --account.")
+    partition: str | None = key(None, "sbatch --partition.")
+    rollout_partition: str | None = key(None, "That of the rollout nodes in a hetjob; None: the same.")
+    qos: str | None = key(None, "sbatch --qos.")
+    time: str | None = key(None, "sbatch --time, as in 04:00:00.")
+    checkpoint_lead: int = key(600, "Seconds before the time limit at which a checkpoint is asked for.")
+    requeue: bool = key(True, "Back into the queue after the time limit or a lost node, to resume.")
+    setup: list[str] = key([], "Shell lines before anything else: modules, environment.")
+    container_image: str | None = key(None, "Pyxis: image of every step.")
+    container_mounts: list[str] = key([], "Pyxis: host:container.")
+    sbatch_options: list[str] = key([], "Further options, as in --exclusive.")
+    logs: str = key("slurm_logs", "Folder of <job>/attempt_<n>/*.log, reached from every node.")
+
+
+@dataclass
 class ExpManagerConfig:
     """`exp_manager`: NeMo's run directory keys."""
 
@@ -299,6 +319,7 @@ class Recipe:
     checkpointing: CheckpointingConfig = key(CheckpointingConfig)
     logger: LoggerConfig = key(LoggerConfig)
     cluster: ClusterConfig = key(ClusterConfig)
+    slurm: SlurmConfig = key(SlurmConfig)
     exp_manager: ExpManagerConfig = key(ExpManagerConfig)
 
     @property

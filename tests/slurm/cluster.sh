@@ -1,0 +1,81 @@
+#!/bin/bash
+# A real SLURM on this machine: two virtual nodes, one controller. As root, with Debian's slurm-wlm and munge.
+#
+#   cluster.sh start DIR    configuration, state and logs in DIR; prints the line that points commands at it
+#   cluster.sh stop DIR     ends every daemon that start started
+set -euo pipefail
+action=$1 folder=$(realpath -m "$2")
+conf=$folder/slurm.conf
+
+start() {
+    mkdir -p "$folder"/{state,spool/n1,spool/n2,munge}
+    chmod 755 "$folder"
+    if [[ ! -s $folder/munge/key ]]; then
+        dd if=/dev/urandom of="$folder/munge/key" bs=1024 count=1 status=none
+        chmod 400 "$folder/munge/key"
+    fi
+    chmod 700 "$folder/munge"
+    munged --force --key-file="$folder/munge/key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munge/log" --seed-file="$folder/munge/seed"
+    local cpus memory
+    cpus=$(nproc)
+    memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 - 512))
+    cat >"$conf" <<CONF
+ClusterName=twonodes
+SlurmctldHost=$(hostname -s)(127.0.0.1)
+SlurmctldPort=${SLURM_TEST_PORT:-26817}
+AuthType=auth/munge
+AuthInfo=socket=$folder/munge.socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation=$folder/state
+SlurmdSpoolDir=$folder/spool/%n
+SlurmctldPidFile=$folder/slurmctld.pid
+SlurmdPidFile=$folder/slurmd_%n.pid
+SlurmctldLogFile=$folder/slurmctld.log
+SlurmdLogFile=$folder/slurmd_%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+MpiDefault=none
+ReturnToService=2
+KillWait=20
+MinJobAge=600
+OverTimeLimit=0
+SlurmctldParameters=enable_configless
+MessageTimeout=60
+NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 11)) CPUs=$cpus RealMemory=$memory
+NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 12)) CPUs=$cpus RealMemory=$memory
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+CONF
+    slurmctld -f "$conf"
+    slurmd -f "$conf" -N n1
+    slurmd -f "$conf" -N n2
+    export SLURM_CONF=$conf
+    for _ in $(seq 60); do
+        [[ $(sinfo --noheader --format=%t 2>/dev/null | sort -u) == idle ]] && break
+        sleep 0.5
+    done
+    sinfo >&2
+    echo "SLURM_CONF=$conf"
+}
+
+stop() {
+    for name in slurmd_n1 slurmd_n2 slurmctld munged; do
+        if [[ -s $folder/$name.pid ]]; then
+            kill -TERM "$(cat "$folder/$name.pid")" 2>/dev/null || true
+        fi
+    done
+    for name in slurmd_n1 slurmd_n2 slurmctld munged; do
+        [[ -s $folder/$name.pid ]] || continue
+        for _ in $(seq 40); do
+            kill -0 "$(cat "$folder/$name.pid" 2>/dev/null)" 2>/dev/null || break
+            sleep 0.25
+        done
+    done
+}
+
+"$action"

@@ -1,0 +1,110 @@
+"""Real SLURM on this machine (two virtual nodes): jobs that end well, and jobs that lose a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny_moe" / "build"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Environment in which sbatch reaches the cluster."""
+    assert shutil.which("slurmctld") and os.geteuid() == 0, "make test-slurm installs what this needs, as root"
+    folder = tmp_path_factory.mktemp("cluster")
+    script = str(Path(__file__).with_name("cluster.sh"))
+    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True, timeout=120)
+    try:
+        assert started.returncode == 0, started.stderr
+        name, _, value = started.stdout.strip().partition("=")
+        yield os.environ | {name: value, "PYTHONPATH": str(ROOT)}
+    finally:
+        subprocess.run([script, "stop", str(folder)], timeout=120)
+
+
+def submit(cluster, tmp_path, name, steps, **slurm):
+    """Submit the CPU example with its server on a node of its own; the job's id."""
+    options = "".join(f", {key}: {json.dumps(value)}" for key, value in slurm.items())
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(
+        f"defaults: {ROOT}/examples/tiny_moe/vespo.yaml\n"
+        f"grpo: {{max_num_steps: {steps}, val_period: 0, num_prompts_per_step: 8}}\n"
+        f"policy: {{model_name: {TINY}/model}}\n"
+        f"data: {{train: {{path: {TINY}/data/train.parquet}}, validation: {{path: null}}}}\n"
+        f"exp_manager: {{exp_dir: {tmp_path}/runs, name: {name}, resume_if_exists: true}}\n"
+        f"slurm: {{rollout_nodes: 1, logs: {tmp_path}/logs{options}}}\n"
+    )
+    command = [sys.executable, "-m", "vespo_megatron.cli", "slurm", str(recipe), "--submit"]
+    done = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"job (\d+)", done.stdout).group(1))
+
+
+def state(cluster, job):
+    shown = subprocess.run(
+        ["scontrol", "show", "job", str(job)], env=cluster, capture_output=True, text=True, timeout=60
+    )
+    return re.search(r"JobState=(\S+)", shown.stdout).group(1), int(re.search(r"Restarts=(\d+)", shown.stdout).group(1))
+
+
+def wait_until(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.5)
+
+
+def logs(tmp_path):
+    return "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in sorted(tmp_path.glob("logs/**/*.log")))
+
+
+def steps(tmp_path, name, job):
+    path = tmp_path / "runs" / name / str(job) / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def processes_of(tmp_path):
+    """What still runs of a job: its files are on the command lines and its folder is their working one."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
+        if any(str(tmp_path) in word for word in words) and process.pid != os.getpid():
+            found.append(words)
+    return [words for words in found if "pytest" not in " ".join(words) and "slurm.conf" not in " ".join(words)]
+
+
+def is_server(command):
+    return any("sglang.launch_server" in word for word in command) and "31000" in command
+
+
+def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "whole", 2, time="00:20:00")
+    wait_until(lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING"), 300, lambda: logs(tmp_path))
+    assert state(cluster, job) == ("COMPLETED", 0), logs(tmp_path)
+    assert steps(tmp_path, "whole", job) == [1, 2]
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
+
+
+def test_a_server_that_dies_fails_the_job_within_a_minute_and_leaves_no_process(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "dying", 10_000, time="00:20:00")
+    wait_until(lambda: len(steps(tmp_path, "dying", job)) >= 1, 300, lambda: logs(tmp_path))
+    killed = time.monotonic()
+    (server,) = [process for process in psutil.process_iter(["cmdline"]) if is_server(process.info["cmdline"] or [])]
+    server.kill()
+    wait_until(lambda: state(cluster, job)[0] not in ("RUNNING", "COMPLETING"), 60, lambda: logs(tmp_path))
+    assert state(cluster, job)[0] == "FAILED"
+    assert time.monotonic() - killed < 60
+    assert "a server ended" in logs(tmp_path)
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))

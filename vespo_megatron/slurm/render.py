@@ -1,0 +1,132 @@
+"""Batch scripts from a recipe: what runs where, and every end of it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import Recipe
+
+FIRST_PORT, PORT_STEP = 31000, 100
+"""Servers of the i-th rollout node listen from 31000 + 100·i on (virtual nodes share one machine's ports)."""
+GRACE_S = 30
+"""What the scripts ask to stop has so long before it is killed."""
+RESUMABLE = 75
+"""Exit status of a trainer that saved a checkpoint because it was asked to stop (EX_TEMPFAIL)."""
+LAYOUTS = ("colocated", "disaggregated", "heterogeneous")
+
+
+def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The batch script of one run.
+
+    Args:
+        recipe: the recipe with its overrides, as it will run.
+        recipe_file: the file the job reads it from, reached from every node.
+        overrides: what the job's commands add to the file.
+
+    Raises:
+        UserError: a layout that is none, or that has no rollout nodes where it needs some.
+    """
+    config = recipe.slurm
+    _check(recipe)
+    colocated = config.layout == "colocated"
+    heterogeneous = config.layout == "heterogeneous"
+    return _render(
+        "job.sbatch.j2",
+        recipe,
+        recipe_file=str(Path(recipe_file).resolve()),
+        overrides=list(overrides),
+        trainer_nodes=recipe.cluster.num_nodes,
+        rollout_nodes=0 if colocated else config.rollout_nodes,
+        heterogeneous=heterogeneous,
+        servers_per_node=recipe.policy.generation.sglang_cfg.num_servers,
+        startup_timeout=recipe.policy.generation.sglang_cfg.startup_timeout,
+        head_options=[
+            *_options(recipe),
+            f"--signal=B:USR1@{config.checkpoint_lead}",
+            *(["--requeue"] if config.requeue else ["--no-requeue"]),
+            "--open-mode=append",
+            "--output=/dev/null",
+        ],
+        node_options=_node_options(recipe, config.partition),
+        rollout_options=_node_options(recipe, config.rollout_partition or config.partition),
+        port=recipe.policy.generation.sglang_cfg.port or FIRST_PORT,
+        port_step=PORT_STEP,
+        grace_s=GRACE_S,
+        resumable=RESUMABLE,
+        step=" ".join(["--exact" if not colocated else "--overlap", *_container(recipe), "--kill-on-bad-exit=1"]),
+        trainer_group="--het-group=0" if heterogeneous else "",
+        rollout_group="--het-group=1" if heterogeneous else "",
+    )
+
+
+def report_script(recipe: Recipe, runs: Sequence[str], output: str) -> str:
+    """The batch script of the report that follows a comparison's runs."""
+    options = [*_options(recipe), f"--output={Path(recipe.slurm.logs).resolve()}/report_%j.log"]
+    return _render("report.sbatch.j2", recipe, head_options=options, runs=list(runs), output=output)
+
+
+def _render(template: str, recipe: Recipe, **names: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("vespo_megatron.slurm"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    inside = bool(recipe.slurm.container_image)
+    python = "python3" if inside else sys.executable
+    return environment.get_template(template).render(
+        recipe=recipe,
+        config=recipe.slurm,
+        folder=str(Path.cwd()),
+        logs=str(Path(recipe.slurm.logs).resolve()),
+        host_python=sys.executable,
+        command=f"{python} -m vespo_megatron.cli",
+        torchrun=f"{python} -m torch.distributed.run",
+        **names,
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    config = recipe.slurm
+    if config.layout not in LAYOUTS:
+        raise UserError(f"is {config.layout!r}", where="slurm.layout", expected=f"one of {', '.join(LAYOUTS)}")
+    if config.layout != "colocated" and config.rollout_nodes < 1:
+        raise UserError(
+            f"is {config.rollout_nodes}", where="slurm.rollout_nodes", expected=f"at least 1 in layout {config.layout}",
+            fix="say how many nodes the SGLang servers get, or set slurm.layout=colocated",
+        )  # fmt: skip
+    if recipe.policy.generation.backend != "sglang":
+        raise UserError(
+            f"is {recipe.policy.generation.backend}", where="policy.generation.backend", expected="sglang",
+            fix="a run without servers needs no script of ours: torchrun under srun is enough",
+        )  # fmt: skip
+
+
+def _options(recipe: Recipe) -> list[str]:
+    config = recipe.slurm
+    named = {"account": config.account, "qos": config.qos, "time": config.time}
+    return [f"--{name}={value}" for name, value in named.items() if value]
+
+
+def _node_options(recipe: Recipe, partition: str | None) -> list[str]:
+    config = recipe.slurm
+    options = [f"--partition={partition}"] if partition else []
+    if recipe.cluster.device != "cpu":
+        options.append(f"--gpus-per-node={recipe.cluster.gpus_per_node}")
+    return [*options, *config.sbatch_options]
+
+
+def _container(recipe: Recipe) -> list[str]:
+    config = recipe.slurm
+    if not config.container_image:
+        return []
+    mounts = ",".join(config.container_mounts)
+    return [
+        f"--container-image={shlex.quote(config.container_image)}",
+        *([f"--container-mounts={shlex.quote(mounts)}"] if mounts else []),
+    ]

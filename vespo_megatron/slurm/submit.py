@@ -1,0 +1,91 @@
+"""Write the scripts of a run or a comparison, and give them to SLURM."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.validate import problems
+from vespo_megatron.slurm.render import job_script, report_script
+
+
+def prepare(
+    recipe_path: str | Path, overrides: Sequence[str] = (), *, compare: str | None = None, folder: str | Path = "slurm"
+) -> list[Path]:
+    """Write the scripts to `folder`: one job, or one per value of `compare` ("key=a,b") and the report after them.
+
+    The resolved recipe lies beside its script: later edits of the file do not change a job that waits in the queue.
+
+    Raises:
+        UserError: what is wrong with the recipe, or with a variant of it.
+    """
+    folder = Path(folder)
+    variants = _variants(recipe_path, overrides, compare)
+    for recipe in variants:
+        for problem in problems(recipe):
+            raise problem
+    folder.mkdir(parents=True, exist_ok=True)
+    scripts = []
+    for recipe in variants:
+        name = recipe.exp_manager.name
+        recipe_file = folder / f"{name}.yaml"
+        save_recipe(recipe, recipe_file)
+        Path(recipe.slurm.logs).mkdir(parents=True, exist_ok=True)
+        scripts.append(_write(folder / f"{name}.sbatch", job_script(recipe, recipe_file)))
+    if compare is not None:
+        base = load_recipe(recipe_path, overrides)
+        runs = [f"{Path(r.exp_manager.exp_dir).resolve()}/{r.exp_manager.name}" for r in variants]
+        output = f"{Path(base.exp_manager.exp_dir).resolve()}/{base.exp_manager.name}_compared.html"
+        scripts.append(_write(folder / f"{base.exp_manager.name}_report.sbatch", report_script(base, runs, output)))
+    return scripts
+
+
+def submit(scripts: Sequence[Path]) -> list[int]:
+    """Job ids, in order; a comparison's report (the last of several scripts) waits for the others to end.
+
+    Raises:
+        UserError: sbatch is missing or refuses.
+    """
+    ids: list[int] = []
+    for number, script in enumerate(scripts):
+        command = ["sbatch", "--parsable"]
+        if len(scripts) > 1 and number == len(scripts) - 1:
+            command.append("--dependency=afterany:" + ":".join(map(str, ids)))
+        try:
+            done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=60)
+        except FileNotFoundError:
+            raise UserError(
+                "sbatch was not found", where="vespo-megatron slurm --submit", fix="run it on a login node"
+            ) from None
+        if done.returncode != 0:
+            raise UserError(f"sbatch refuses: {done.stderr.strip()}", where=str(script), fix="see the slurm: section")
+        ids.append(int(done.stdout.split(";")[0]))
+    return ids
+
+
+def _variants(recipe_path: str | Path, overrides: Sequence[str], compare: str | None) -> list[Recipe]:
+    if compare is None:
+        return [load_recipe(recipe_path, overrides)]
+    key, equals, values = compare.partition("=")
+    if not equals or len(values.split(",")) < 2:
+        raise UserError(
+            f"is {compare!r}", where="--compare", expected="key=value,value as in router_replay.mode=none,R2"
+        )
+    variants = []
+    for value in values.split(","):
+        recipe = load_recipe(recipe_path, [*overrides, f"{key}={value}"])
+        recipe = copy.deepcopy(recipe)
+        recipe.exp_manager.name += f"_{value}"
+        variants.append(recipe)
+    return variants
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path.resolve()
