@@ -163,7 +163,7 @@ def test_the_body_asks_for_what_the_request_says_and_never_past_the_context():
         REQUEST,
         GenerationRequest("b", (1,) * 60, SamplingParams(max_new_tokens=100, temperature=0.5, stop_token_ids=(9,))),
     ]
-    body = build_body(requests, context_length=64, return_routes=True)
+    body = build_body(requests, SHAPE, context_length=64, return_routes=True)
     assert body["input_ids"] == [[5, 6, 7], [1] * 60]
     first, second = body["sampling_params"]
     assert first["max_new_tokens"] == 4 and first["ignore_eos"] and first["temperature"] == 1.0
@@ -172,7 +172,7 @@ def test_the_body_asks_for_what_the_request_says_and_never_past_the_context():
 
 
 def test_a_request_that_is_sent_again_has_another_id():
-    first, second = (build_body([REQUEST, REQUEST], 64, True)["rid"] for _ in range(2))
+    first, second = (build_body([REQUEST, REQUEST], SHAPE, 64, True)["rid"] for _ in range(2))
     assert len({*first, *second}) == 4
 
 

@@ -82,11 +82,14 @@ POSITIVE = (
     f"{_MEGATRON}.optimizer.lr",
     f"{_GENERATION}.sglang_cfg.startup_timeout",
     f"{_GENERATION}.sglang_cfg.request_timeout",
+    f"{_GENERATION}.sglang_cfg.recovery_timeout",
     "env.timeout",
     "loss_fn.ess_base",
 )
 
 NOT_NEGATIVE = (
+    f"{_GENERATION}.sglang_cfg.health_timeout",
+    f"{_GENERATION}.sglang_cfg.max_restarts",
     "grpo.val_period",
     "grpo.seed",
     "checkpointing.save_period",
@@ -282,8 +285,8 @@ def _sampling(recipe: Recipe) -> Iterator[UserError]:
     for name, (is_full, neutral) in full.items():
         if not is_full:
             yield UserError(
-                f"is {getattr(generation, name)}; the engine returns log-probs of the full distribution, not of the "
-                "truncated one it would sample from, so the off-policy ratio would be wrong",
+                f"is {getattr(generation, name)}; the trainer's π is over the whole vocabulary, the truncated μ is not: "
+                "at equal weights π/μ would shrink with every token by what truncation leaves out",
                 where=f"{_GENERATION}.{name}",
                 expected=f"{neutral} in training",
                 fix=f"set it to {neutral}" + ("; evaluation has val_top_p" if name == "top_p" else ""),

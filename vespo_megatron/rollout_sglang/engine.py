@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `top_p=1, top_k=-1` is the full distribution, the only one μ is exact for everywhere."""
+    """How to sample. `top_p=1, top_k=-1, min_p=0` is the full distribution; anything else truncates it."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the most likely one."""
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn though the model gives them probability (greedy is not meant)."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k != -1 or self.min_p > 0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class GenerationRequest:
     """Requests of one group share a prompt; an engine may keep them together for its prefix cache."""
     seed: int | None = None
     """In-process engine: makes the response a function of (weights, prompt, seed)."""
+    deadline_s: float | None = None
+    """SGLang: seconds from dispatch after which it ends as 'abort' with the tokens it has."""
+    evaluation: bool = False
+    """Nothing trains on it: where sampling truncates, any engine may report the full distribution's log-probs."""
 
 
 @dataclass
@@ -48,7 +59,8 @@ class GenerationResult:
     output_ids: np.ndarray
     """int64 [R], stop token included."""
     log_probs: np.ndarray
-    """float32 [R], temperature-scaled, over the full vocabulary."""
+    """float32 [R], log μ of the distribution each token was drawn from: temperature-scaled, and renormalised over what
+    top-k, top-p and min-p leave (see `GenerationRequest.evaluation`). At temperature 0, of that of temperature 1."""
     weight_versions: np.ndarray
     """int64 [R]"""
     finish_reason: str
@@ -73,13 +85,15 @@ class RolloutEngine(Protocol):
     ) -> list[GenerationResult]:
         """Results in the order of `requests`; `on_result` is called as each one arrives (progress bars, rewards).
 
-        Raises `UserError` for a token id outside the vocabulary or a prompt beyond the context, before sending.
+        Raises `UserError` for a token id outside the vocabulary or a prompt beyond the context, before sending;
+        `faults.WeightsNeeded` when it cannot go on without a weight update (what arrived was given to `on_result`).
         """
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
         """Take a complete set of HF-named tensors, one at a time (the stream is consumed once, never collected).
 
-        Returns the checksum both sides agree on; raises `UserError` when they do not.
+        Returns the checksum both sides agree on; raises `UserError` when they do not, and `faults.WeightsNeeded`
+        when a server failed and the same update can be made without it.
         """
 
     async def pause(self) -> None: ...
@@ -87,6 +101,9 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None: ...
 
     async def health(self) -> bool: ...
+
+    def metrics(self) -> dict[str, float]:
+        """What happened since the last call, by metric name (`rollout/…`)."""
 
     def close(self) -> None:
         """Release connections and process groups; idempotent."""

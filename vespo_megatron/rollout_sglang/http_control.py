@@ -9,11 +9,24 @@ from typing import Any
 
 from vespo_megatron.errors import UserError
 
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """An answer from elsewhere is not the server's, and would be sent its key."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 """No proxy of the environment: servers are on this machine or in this cluster."""
 
 
-def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> Any:
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The header that carries the key, where there is one."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float, api_key: str | None = None) -> Any:
     """POST `body` (GET when it is None) and return the decoded JSON reply, None for an empty one.
 
     Raises `UserError` naming server, endpoint and reason for any status but 2xx, a reply that is not JSON, a
@@ -21,12 +34,13 @@ def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: 
     """
     where = f"server {url} {path}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json", **bearer(api_key)})
     try:
         with _OPENER.open(request, timeout=timeout_s) as response:
             text = response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
-        raise UserError(f"answered {error.code}: {message_of(error.read())}", where=where) from error
+        fix = "set policy.generation.sglang_cfg.api_key to the server's" if error.code in (401, 403) else ""
+        raise UserError(f"answered {error.code}: {message_of(error.read())}", where=where, fix=fix) from error
     except TimeoutError as error:
         raise UserError(f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log") from error
     except (urllib.error.URLError, ConnectionError, OSError) as error:

@@ -155,6 +155,10 @@ class InProcessEngine:
         """Whether it can generate: open, and with whole weights."""
         return not self._closed and not self._broken
 
+    def metrics(self) -> dict[str, float]:
+        """None: nothing queues, fails or is retried here."""
+        return {}
+
     def close(self) -> None:
         """Let go of the model; idempotent."""
         self._closed = True

@@ -39,29 +39,32 @@ class RowSampler:
         self.temperatures[self.greedy] = 1.0
         self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device)[:, None]
         self.top_k = torch.tensor([p.top_k for p in params], device=device)[:, None]
+        self.min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device)[:, None]
         self._refresh()
 
     def _refresh(self) -> None:
-        self.truncated = bool((self.top_p < 1).any() or (self.top_k > 0).any())
+        self.truncated = ((self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0)) & ~self.greedy[:, None]
+        self.any_truncated = bool(self.truncated.any())
         self.any_greedy = bool(self.greedy.any())
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
-        for name in ("uniforms", "temperatures", "greedy", "top_p", "top_k"):
+        for name in ("uniforms", "temperatures", "greedy", "top_p", "top_k", "min_p"):
             setattr(self, name, getattr(self, name)[rows])
         self._refresh()
 
     def sample(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens int64 [rows] and their log-probs float32 [rows].
 
-        Log-probs are of the temperature-scaled distribution over the whole vocabulary, as SGLang returns them: top-p
-        and top-k change which token is drawn, not its log-prob. Temperature 0 draws the most likely token and
-        reports its log-prob at temperature 1.
+        Log-probs are of the distribution that is drawn from: temperature-scaled, renormalised over what is left of it
+        by top-k, top-p and min-p. Temperature 0 draws the most likely token and reports its log-prob at temperature 1.
         """
         log_probs = torch.log_softmax(logits / self.temperatures, dim=-1)
         probs = log_probs.double().exp_()
-        if self.truncated:
+        if self.any_truncated:
             probs = self._truncate(probs)
+            truncated = torch.log(probs / probs.sum(-1, keepdim=True)).float()
+            log_probs = torch.where(self.truncated, truncated, log_probs)
         cumulative = probs.cumsum_(-1)
         targets = self.uniforms[:, step, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
@@ -70,10 +73,13 @@ class RowSampler:
         return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
     def _truncate(self, probs: torch.Tensor) -> torch.Tensor:
-        """Zero what top-k, and then top-p of the rest, leave out; the most likely token always stays."""
+        """Zero what top-k, top-p and min-p leave out; the most likely token always stays.
+
+        As SGLang 0.5.23 does (`filter_apply_order="joint"`): top-p counts the mass of the whole distribution, not of
+        what top-k has left, and min-p is a share of the most likely token's probability.
+        """
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(probs.shape[-1], device=probs.device)[None]
-        ordered = ordered.masked_fill((self.top_k > 0) & (ranks >= self.top_k), 0.0)
         before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill((before >= self.top_p * ordered.sum(-1, keepdim=True)) & (ranks > 0), 0.0)
-        return torch.zeros_like(probs).scatter_(1, order, ordered)
+        out = ((self.top_k > 0) & (ranks >= self.top_k)) | (before > self.top_p) | (ordered < self.min_p * ordered[:, :1])
+        return torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill(out & (ranks > 0), 0.0))

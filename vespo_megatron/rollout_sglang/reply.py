@@ -15,6 +15,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
+MAX_TRUNCATED = 4096
+"""SGLang 0.5.23 reports truncated distributions of at most so many tokens (`--sampling-mask-max-tokens`)."""
 _LOG_PROB_SLACK = 1e-3
 """A log-prob above zero by rounding alone stays below this."""
 
@@ -43,32 +45,56 @@ def check_request(request: GenerationRequest, shape: ModelShape, context_length:
         (sampling.temperature >= 0, f"temperature {sampling.temperature}", "at least 0"),
         (0 < sampling.top_p <= 1, f"top_p {sampling.top_p}", "above 0, at most 1"),
         (sampling.top_k == -1 or sampling.top_k >= 1, f"top_k {sampling.top_k}", "-1 for all, or at least 1"),
+        (0 <= sampling.min_p < 1, f"min_p {sampling.min_p}", "at least 0, below 1"),
+        (request.deadline_s is None or request.deadline_s > 0, f"deadline_s {request.deadline_s}", "more than 0"),
     ]
     for good, what, expected in checks:
         if not good:
             raise UserError(what, where=where, expected=expected)
+    if _wants_truncated(request) and not 1 <= _effective_top_k(request, shape) <= MAX_TRUNCATED:
+        raise UserError(
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: SGLang 0.5.23 then returns the "
+            "log-probs of the full distribution, not of the truncated one it samples from, and μ would be wrong",
+            where=where,
+            expected=f"top_k from 1 to {MAX_TRUNCATED} with any top_p and min_p, for which it reports both",
+            fix="add a top_k, sample from the full distribution, or mark the request as evaluation",
+        )
 
 
-def build_body(requests: Sequence[GenerationRequest], context_length: int, return_routes: bool) -> dict[str, Any]:
+def _wants_truncated(request: GenerationRequest) -> bool:
+    """Whether the log-probs are to be those of a truncated distribution."""
+    return request.sampling.truncates and not request.evaluation
+
+
+def _effective_top_k(request: GenerationRequest, shape: ModelShape) -> int:
+    """A small vocabulary is a top-k of its own, which SGLang wants a number for."""
+    top_k = request.sampling.top_k
+    return shape.vocab_size if top_k == -1 and shape.vocab_size <= MAX_TRUNCATED else top_k
+
+
+def build_body(
+    requests: Sequence[GenerationRequest], shape: ModelShape, context_length: int, return_routes: bool
+) -> dict[str, Any]:
     """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try."""
+    truncated = [_wants_truncated(request) for request in requests]
     return {
         "input_ids": [list(request.prompt_ids) for request in requests],
-        "sampling_params": [_sampling_params(request, context_length) for request in requests],
+        "sampling_params": [_sampling_params(request, shape, context_length) for request in requests],
         "rid": [f"{request.request_id}#{uuid.uuid4().hex[:8]}" for request in requests],
         "return_logprob": True,
         "return_routed_experts": return_routes,
         "stream": False,
-    }
+    } | ({"return_sampling_mask": truncated} if any(truncated) else {})
 
 
-def _sampling_params(request: GenerationRequest, context_length: int) -> dict[str, Any]:
+def _sampling_params(request: GenerationRequest, shape: ModelShape, context_length: int) -> dict[str, Any]:
     sampling = request.sampling
     return {
         "max_new_tokens": min(sampling.max_new_tokens, context_length - len(request.prompt_ids)),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": 0.0,
+        "top_k": _effective_top_k(request, shape) if _wants_truncated(request) else sampling.top_k,
+        "min_p": sampling.min_p,
         "stop_token_ids": list(sampling.stop_token_ids) or None,
         # With stop ids SGLang also stops at the model's own end-of-sequence token; without any, at nothing.
         "ignore_eos": not sampling.stop_token_ids,
@@ -104,6 +130,8 @@ def parse_reply(
     finish_reason = _finish_reason(meta.get("finish_reason"), check)
     check.that(length > 0 or finish_reason == "abort", "no token", "at least one, unless aborted")
     log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check, keep_bad_numbers)
+    if _wants_truncated(request):
+        log_probs = _truncated_log_probs(meta.get("output_token_sampling_logprobs"), log_probs, check, keep_bad_numbers)
     versions = _weight_versions(meta, length, check)
     extra = {"cached_tokens": float(meta.get("cached_tokens") or 0)}
     routes, routes_version = None, None
@@ -167,6 +195,19 @@ def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbe
     log_probs = np.array([row[0] for row in rows], dtype=np.float32)
     sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
     check.that(keep_bad_numbers or bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
+    return log_probs
+
+
+def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
+    """float32 [R] of the truncated distribution, in which no token is less likely than in the full one."""
+    rows = value if isinstance(value, list) else []
+    good = len(rows) == len(full) and all(isinstance(row, (int, float)) for row in rows)
+    check.that(good, f"{len(rows)} truncated log-probs", f"{len(full)}, one per output token")
+    log_probs = np.array(rows, dtype=np.float32)
+    sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK) & (log_probs >= full - _LOG_PROB_SLACK)
+    check.that(
+        keep_bad_numbers or bool(sane.all()), f"truncated log-prob {log_probs[~sane][:1]}", "from the full one to 0"
+    )
     return log_probs
 
 

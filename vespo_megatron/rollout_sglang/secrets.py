@@ -1,0 +1,25 @@
+"""The servers' API key: from the recipe or the environment into this process's environment, and nowhere else.
+
+Never in a saved recipe, a command line or a log. Child processes (torchrun's workers, the servers) inherit the variable.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vespo_megatron.recipe.schema import Recipe, SGLangConfig
+
+VARIABLE = "VESPO_SGLANG_API_KEY"
+
+
+def hide_api_key(recipe: Recipe) -> None:
+    """Move a key that the recipe gives to the environment, so that whatever is written of the recipe lacks it."""
+    config = recipe.policy.generation.sglang_cfg
+    if config.api_key:
+        os.environ[VARIABLE] = config.api_key
+        config.api_key = None
+
+
+def api_key(config: SGLangConfig) -> str | None:
+    """The recipe's key, else the environment's."""
+    return config.api_key or os.environ.get(VARIABLE) or None
