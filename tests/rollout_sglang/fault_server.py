@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import socket
 import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 LAYERS, TOPK = 3, 2
+
+
+_starts = itertools.count(1)
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments):
+        self.connections = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request, client_address):
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        """A caller that gave up is no news."""
 
 
 class FaultServer:
     """Answers like SGLang 0.5.23 for the tests' tiny model; `fault` names what goes wrong in `/generate`.
 
-    `calls` counts the requests to each path.
+    `calls` counts the requests to each path, `answered` the request ids whose answer was sent whole, and `posts` holds
+    the last body of each path. `settings` join the answer of `/server_info`; `delay_s` is how long a response takes,
+    `api_key` what a caller must bring.
     """
 
-    def __init__(self, fault: str = "", **settings):
+    servers: ClassVar[dict[int, FaultServer]] = {}
+    """The last one on each port."""
+
+    def __init__(self, fault: str = "", *, port: int = 0, delay_s: float = 0.0, api_key: str = "", **settings):
         self.fault, self.settings, self.calls = fault, settings, {}
+        self.delay_s, self.api_key = delay_s, api_key
+        self.answered, self.posts, self.startup_time = [], {}, next(_starts)
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,14 +68,24 @@ class FaultServer:
                 length = int(self.headers.get("Content-Length", 0))
                 server.answer(self, json.loads(self.rfile.read(length) or b"{}"))
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        FaultServer.servers[self.port] = self
+        threading.Thread(target=lambda: self._http.serve_forever(0.02), daemon=True).start()
+
+    @property
+    def port(self):
+        return self._http.server_port
 
     def close(self):
+        """As kill -9 does: nothing more is accepted, and what is under way is cut off."""
         self._http.shutdown()
         self._http.server_close()
+        for connection in list(self._http.connections):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
     def __enter__(self):
         return self
@@ -54,13 +96,22 @@ class FaultServer:
     def answer(self, handler, body):
         path = handler.path.partition("?")[0]
         self.calls[path] = self.calls.get(path, 0) + 1
+        self.posts[path] = body
+        if self.api_key and handler.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return self._send(handler, 401, {"error": "Unauthorized"})
+        if path == "/health" and self.fault == "hangs":
+            return time.sleep(30)
+        if path == "/begin_weight_update" and self.fault == "refuses begin":
+            return self._send(handler, 400, {"success": False, "message": "a session is open"})
+        if path == "/update_weight_version":
+            self.settings["weight_version"] = body["new_version"]
         if path == "/generate":
             self._generate(handler, body)
         elif path == "/server_info":
             info = {"version": "0.5.23", "device": "cpu", "context_length": 256, "enable_return_routed_experts": True}
-            self._send(handler, 200, info | self.settings)
+            self._send(handler, 200, info | {"startup_time": self.startup_time} | self.settings)
         elif path == "/model_info":
-            self._send(handler, 200, {"weight_version": self.settings.get("weight_version", "0")})
+            self._send(handler, 200, {"weight_version": self.settings.get("weight_version", "default")})
         else:
             self._send(handler, 200, {"success": True})
 
@@ -89,18 +140,23 @@ class FaultServer:
         if fault == "drops" or (fault == "drops once" and first):
             handler.close_connection = True
             return handler.connection.shutdown(socket.SHUT_RDWR)
-        if fault == "stalls":
+        if fault in ("stalls", "hangs"):
             time.sleep(30)
+        if not self._probe:
+            time.sleep(self.delay_s)
         replies = [
             self._reply(ids, sampling["max_new_tokens"], fault)
             for ids, sampling in zip(body["input_ids"], body["sampling_params"], strict=True)
         ]
-        return self._send(handler, 200, replies[1:] if fault == "one reply less" else replies)
+        self._send(handler, 200, replies[1:] if fault == "one reply less" else replies)
+        if not self._probe and not handler.close_connection:
+            self.answered += [rid.partition("#")[0] for rid in body["rid"]]
+        return None
 
     def _reply(self, ids, count, fault):
         rows = len(ids) + count - 1
         log_prob = float("nan") if fault == "NaN" else -1.0
-        version = "3" if fault == "old weights" else "0"
+        version = "3" if fault == "old weights" else str(self.settings.get("weight_version", "default"))
         meta = {
             "finish_reason": {"type": "length", "length": count},
             "prompt_tokens": len(ids),

@@ -42,7 +42,6 @@ def test_flags_follow_the_recipe(recipe, shape):
     flags = build_flags(recipe, shape, found(), port=31000, index=1)
     assert flag(flags, "--model-path") == recipe.policy.model_name
     assert flag(flags, "--dtype") == "float32"
-    assert flag(flags, "--weight-version") == "0"
     assert flag(flags, "--random-seed") == str(recipe.grpo.seed + 1)
     assert int(flag(flags, "--context-length")) >= 128
     assert flag(flags, "--attention-backend") == "torch_native"

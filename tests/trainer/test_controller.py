@@ -30,6 +30,9 @@ class Engine:
             results.append(result)
         return results
 
+    def metrics(self):
+        return {"rollout/servers": 1.0}
+
     def close(self):
         pass
 

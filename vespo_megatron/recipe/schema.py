@@ -172,7 +172,7 @@ class SGLangConfig:
     enable_return_routed_experts: bool = key(False, "Return the experts chosen per token (R3 and route agreement).")
     startup_timeout: float = key(300.0, "(ours) Deadline for a server to be ready, in seconds.")
     request_timeout: float = key(600.0, "(ours) Deadline of one generation request, in seconds.")
-    health_timeout: float = key(60.0, "(ours) A working server silent for so long is given up; 0: only by its requests.")
+    health_timeout: float = key(60.0, "(ours) A working server silent for so long is given up; 0: never.")
     max_restarts: int = key(3, "(ours) Times that a server started here is started again after it died.")
     recovery_timeout: float = key(300.0, "(ours) How long to wait for a server to come back when none is left.")
     api_key: str | None = key(None, "(ours) The servers' key; better in $VESPO_SGLANG_API_KEY. Never saved nor logged.")

@@ -285,7 +285,7 @@ def _sampling(recipe: Recipe) -> Iterator[UserError]:
     for name, (is_full, neutral) in full.items():
         if not is_full:
             yield UserError(
-                f"is {getattr(generation, name)}; the trainer's π is over the whole vocabulary, the truncated μ is not: "
+                f"is {getattr(generation, name)}; the trainer's π is over the whole vocabulary, a truncated μ is not: "
                 "at equal weights π/μ would shrink with every token by what truncation leaves out",
                 where=f"{_GENERATION}.{name}",
                 expected=f"{neutral} in training",

@@ -26,7 +26,9 @@ def bearer(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float, api_key: str | None = None) -> Any:
+def call(
+    url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float, api_key: str | None = None
+) -> Any:
     """POST `body` (GET when it is None) and return the decoded JSON reply, None for an empty one.
 
     Raises `UserError` naming server, endpoint and reason for any status but 2xx, a reply that is not JSON, a
@@ -34,7 +36,9 @@ def call(url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: 
     """
     where = f"server {url} {path}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data=data, headers={"Content-Type": "application/json", **bearer(api_key)})
+    request = urllib.request.Request(
+        url + path, data=data, headers={"Content-Type": "application/json", **bearer(api_key)}
+    )
     try:
         with _OPENER.open(request, timeout=timeout_s) as response:
             text = response.read().decode(errors="replace")

@@ -81,5 +81,7 @@ class RowSampler:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(probs.shape[-1], device=probs.device)[None]
         before = ordered.cumsum(-1) - ordered
-        out = ((self.top_k > 0) & (ranks >= self.top_k)) | (before > self.top_p) | (ordered < self.min_p * ordered[:, :1])
+        out = (
+            ((self.top_k > 0) & (ranks >= self.top_k)) | (before > self.top_p) | (ordered < self.min_p * ordered[:, :1])
+        )
         return torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill(out & (ranks > 0), 0.0))

@@ -1,6 +1,6 @@
 """The server pool: many SGLang servers as one, each prompt answered exactly once whatever becomes of a server.
 
-A server is in one of three states:
+A server is in one of four states:
 
 - SERVING: it holds the current weights, checked. Only such a server gets requests.
 - FAULTY: it answers, but wrongly (an error status, a reply that breaks the contract, old weights, a deadline). It gets
@@ -9,9 +9,11 @@ A server is in one of three states:
 - GONE: it cannot be reached, or its health check has failed for `health_timeout`. Its calls end at once. Whoever owns
   its process may restart it (`server.ServerGroup.tend` does); it is noticed again by `/server_info`.
 
-What a failed server was asked goes to another one, whole calls at a time: nothing of a failed call is ever used, so no
-prompt is answered twice. A server comes back in `update_weights` alone (`candidates`, `admit`): after the update and its
-checksum it holds what the others hold.
+- JOINING: it was one of the latter two, and takes part in a weight update.
+
+What a failed server was asked goes to another one, whole calls at a time: nothing of a failed call is ever used, so
+no prompt is answered twice. A server comes back in `update_weights` alone (`candidates`, `admit`): after the update and
+its checksum it holds what the others hold.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class State(enum.Enum):
     SERVING = "serving"
     FAULTY = "faulty"
     GONE = "gone"
+    JOINING = "joining"
 
 
 @dataclass
@@ -288,7 +291,7 @@ class ServerPool:
         with self._lock:
             gone = isinstance(fault, ServerGone)
             calls = set(server.calls) if gone else set()
-            if server.state is State.SERVING:
+            if server.state in (State.SERVING, State.JOINING):
                 server.faults_in_a_row += 1
                 self._metrics.servers[server.number].faults += 1
                 server.fault = fault
@@ -313,7 +316,7 @@ class ServerPool:
         found = []
         for server, started in zip(self.servers, starts, strict=True):
             if started is None:
-                if server.state is State.SERVING:
+                if server.state in (State.SERVING, State.JOINING):
                     self.lose(server, ServerGone("cannot be reached", where=f"server {server.url} /server_info"))
                 continue
             if started != server.started:
@@ -359,17 +362,23 @@ class ServerPool:
             self._dispatcher.forget()
         self._wake()
 
-    def blame(self, error: UserError) -> list[Server]:
-        """The servers that a failed weight update failed at, now out of service: the one named, or all not up."""
-        named = [server for server in self.serving if f"{server.url} " in f"{error.where} ".replace(",", " ")]
+    def join(self, servers: Sequence[Server]) -> None:
+        """These take part in a weight update, which ends in `admit` or `blame`."""
+        with self._lock:
+            for server in servers:
+                if server.state is not State.SERVING:
+                    server.state = State.JOINING
+
+    def blame(self, error: UserError, members: Sequence[Server]) -> list[Server]:
+        """The servers that a weight update failed at, now out of service: the one that is named, or all not up."""
+        named = [server for server in members if f"{server.url} " in f"{error.where} ".replace(",", " ")]
         for server in named:
             kind = ServerGone if "cannot be reached" in error.what else ServerFault
             self.lose(server, as_fault(error, kind))
         if named:
             return named
-        before = self.serving
-        self.candidates()
-        return [server for server in before if server.state is not State.SERVING]
+        up = self.candidates()
+        return [server for server in members if server not in up]
 
 
 class _NoServerLeft(Exception):

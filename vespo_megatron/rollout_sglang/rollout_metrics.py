@@ -1,4 +1,4 @@
-"""What the servers did since the last step, as metrics: `rollout/…`, and `rollout/server_<n>/…` where there are several.
+"""What the servers did since the last step: `rollout/…`, and `rollout/server_<n>/…` where there are several.
 
 | metric | meaning |
 |---|---|

@@ -1,13 +1,16 @@
 """The servers' API key: from the recipe or the environment into this process's environment, and nowhere else.
 
-Never in a saved recipe, a command line or a log. Child processes (torchrun's workers, the servers) inherit the variable.
+Never in a saved recipe, a command line or a log. Child processes (torchrun's workers, the servers) inherit the
+variable. Standard library alone: the servers' environment imports this.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from vespo_megatron.recipe.schema import Recipe, SGLangConfig
+if TYPE_CHECKING:
+    from vespo_megatron.recipe.schema import Recipe, SGLangConfig
 
 VARIABLE = "VESPO_SGLANG_API_KEY"
 
@@ -23,3 +26,8 @@ def hide_api_key(recipe: Recipe) -> None:
 def api_key(config: SGLangConfig) -> str | None:
     """The recipe's key, else the environment's."""
     return config.api_key or os.environ.get(VARIABLE) or None
+
+
+def take_from_environment() -> str | None:
+    """The key, which later children of this process do not inherit."""
+    return os.environ.pop(VARIABLE, None) or None

@@ -10,19 +10,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.rollout_sglang import supervisor
+from vespo_megatron.rollout_sglang import secrets, supervisor
 from vespo_megatron.rollout_sglang.http_control import call
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server_flags import Environment, build_environment, build_flags, check_server_args
 
 _GRACE_S = 1.0
 """SGLang 0.5.23 looks for SIGTERM every 5 s and then drains; what it runs is ours, and we are stopping too."""
+_TEND_EVERY_S = 0.5
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, sys
 found = util.find_spec("sglang")
@@ -42,20 +46,38 @@ print(json.dumps(dict(device=device, torchvision=torchvision, plugin="vespo_cpu"
 
 
 class ServerProcess:
-    """One SGLang server that this process started."""
+    """One SGLang server that this process started, and starts again on the same port after it died.
+
+    Args:
+        command: what to run.
+        environment: all of its environment variables.
+        log: its output; after a restart `<stem>.restart_<n>.log` beside it.
+    """
 
     def __init__(self, url: str, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.url, self.log = url, log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, str(_GRACE_S), *command],
+        self._command, self._environment, self._first_log = command, environment, log
+        self.restarts = 0
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(_GRACE_S), *self._command],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=self._environment,
                 start_new_session=True,
             )
+
+    def restart(self) -> None:
+        """Start again after its end: same port, same flags, the checkpoint's weights. Returns at once."""
+        self.stop()  # its supervisor may have been killed, and have left others of its group
+        self.restarts += 1
+        self.log = self._first_log.with_name(f"{self._first_log.stem}.restart_{self.restarts}.log")
+        self._process = self._start()
 
     @property
     def process_group(self) -> int:
@@ -81,7 +103,7 @@ class ServerProcess:
                     fix=f"see {self.log}",
                 )
             try:
-                call(self.url, "/model_info", timeout_s=2.0)
+                call(self.url, "/model_info", timeout_s=2.0, api_key=self._environment.get(secrets.VARIABLE))
                 return
             except UserError:
                 pass
@@ -113,18 +135,64 @@ class ServerProcess:
 
 
 class ServerGroup:
-    """The servers of one run; a context manager that stops them."""
+    """The servers of one run; a context manager that stops them.
 
-    def __init__(self, servers: list[ServerProcess], urls: list[str]) -> None:
-        self.servers, self.urls = servers, urls
+    Args:
+        urls: of servers started here, or elsewhere.
+        max_restarts: of each server.
+    """
+
+    def __init__(self, servers: list[ServerProcess], urls: list[str], *, max_restarts: int = 0) -> None:
+        self.servers, self.urls, self.max_restarts = servers, urls, max_restarts
+        self._given_up: set[str] = set()
+
+    def tend(self) -> None:
+        """Restart servers that died. To be called every so often, by the process that started them.
+
+        A server that died more than `max_restarts` times stays down. Raises `UserError` when none is left.
+        """
+        for server in self.servers:
+            if server.alive or server.url in self._given_up:
+                continue
+            told = f"server {server.url} died"
+            if server.restarts < self.max_restarts:
+                dead = server.log
+                server.restart()
+                print(f"{told} (see {dead}); restart {server.restarts} of {self.max_restarts}", flush=True)
+            else:
+                self._given_up.add(server.url)
+                self.check()
+                print(f"{told} and stays down: it was restarted {server.restarts} times; see {server.log}", flush=True)
 
     def check(self) -> None:
-        """Raise `UserError` naming the first server that died, with the end of its log."""
-        for server in self.servers:
-            if not server.alive:
-                raise UserError(
-                    f"SGLang died:\n{log_tail(server.log)}", where=f"server {server.url}", fix=f"see {server.log}"
-                )
+        """Raise `UserError` naming the last server that died, with the end of its log, when none is left."""
+        if not self.servers or any(server.alive for server in self.servers):
+            return
+        server = max(self.servers, key=lambda server: server.log.stat().st_mtime)
+        again = f" and was restarted {server.restarts} times" if server.restarts else ""
+        raise UserError(
+            f"SGLang died{again}:\n{log_tail(server.log)}", where=f"server {server.url}", fix=f"see {server.log}"
+        )
+
+    @contextmanager
+    def tended(self) -> Iterator[None]:
+        """Tend them from a thread, for a process that has other things to do; when none is left, that ends."""
+        over = threading.Event()
+
+        def tend() -> None:
+            try:
+                while not over.wait(_TEND_EVERY_S):
+                    self.tend()
+            except UserError as error:  # requests will fail and say which server it was
+                print(error, file=sys.stderr, flush=True)
+
+        thread = threading.Thread(target=tend, name="server-tender", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def stop(self) -> None:
         """Stop all of them, side by side."""
@@ -155,6 +223,7 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
     config = recipe.policy.generation.sglang_cfg
     if config.urls:
         return ServerGroup([], [url.rstrip("/") for url in config.urls])
+    secrets.hide_api_key(recipe)
     check_server_args(config.server_args)
     shape = ModelShape.from_folder(recipe.policy.model_name)
     shape.check_served_by_sglang(recipe.policy.model_name)
@@ -169,13 +238,13 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         tensor_parallel_size=config.tensor_parallel_size,
     )
     deadline = time.monotonic() + config.startup_timeout
-    group = ServerGroup([], [])
+    group = ServerGroup([], [], max_restarts=config.max_restarts)
     try:
         for index, port in enumerate(ports):
             flags = build_flags(recipe, shape, found, port=port, index=index)
             url = f"http://{config.host}:{port}"
             log = Path(run_dir) / "servers" / f"server_{index}.log"
-            command = [python, "-m", "sglang.launch_server", *flags]
+            command = [python, "-m", "vespo_megatron.rollout_sglang.launch_sglang", *flags]
             group.servers.append(ServerProcess(url, command, environment, log))
             group.urls.append(url)
         for server in group.servers:

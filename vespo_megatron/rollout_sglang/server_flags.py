@@ -33,11 +33,14 @@ _OWNED = {
     "max-total-tokens": "policy.generation.sglang_cfg.max_total_tokens",
     "enable-return-routed-experts": "policy.generation.sglang_cfg.enable_return_routed_experts",
     "random-seed": "grpo.seed",
+    "api-key": "policy.generation.sglang_cfg.api_key",
 }
 _REFUSED = {
+    "admin-api-key": "weight updates would need a second key; sglang_cfg.api_key guards every endpoint",
+    "config": "flags that nobody checks could come from it; put them into server_args",
     "quantization": "weights could neither be synchronised by name nor checked, and μ would be another model's",
     "kv-cache-dtype": "a quantised KV cache makes the engine's log-probs another model's",
-    "weight-version": "the trainer stamps versions; the server starts at 0",
+    "weight-version": "the trainer stamps versions; a server that was started anew must not seem to have one",
     "preferred-sampling-params": "it changes sampling behind the recipe's back",
     "enable-eplb": "routes would name physical copies of experts, which the trainer has not",
     "ep-num-redundant-experts": "routes would name physical copies of experts, which the trainer has not",
@@ -97,7 +100,6 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
         "context-length": context + _CONTEXT_MARGIN,
         "skip-tokenizer-init": True,  # token ids in, token ids out: nothing is ever tokenised twice
         "random-seed": recipe.grpo.seed + index,
-        "weight-version": 0,
         "mem-fraction-static": config.mem_fraction_static,
         "max-total-tokens": config.max_total_tokens,
         "enable-return-routed-experts": config.enable_return_routed_experts,

@@ -126,6 +126,7 @@ class SGLangEngine:
             if self._closed:
                 raise UserError("is closed", where=self.description)
             members = self.pool.candidates() or self.pool.wait_for_candidates()
+            self.pool.join(members)
             self._broken = f"the weights of version {version} did not arrive whole"
             try:
                 clients = [server.client for server in members]
@@ -133,7 +134,7 @@ class SGLangEngine:
                     self.sync.set_servers(clients)
                 digest = self.sync.update(named_tensors, version, resume=not self._paused)
             except UserError as error:
-                failed = self.pool.blame(error)
+                failed = self.pool.blame(error, members)
                 if failed and any(server not in failed for server in members):
                     raise WeightsNeeded(
                         f"the update to version {version} failed there ({error.what}) and is to be made again",
@@ -248,5 +249,3 @@ def _check_server(client: SGLangClient, info: dict) -> None:
         raise UserError("returns no routes", where=where, fix="restart it with --enable-return-routed-experts")
     if info.get("dp_size", 1) != 1 or info.get("pp_size", 1) != 1:
         raise UserError("has data- or pipeline-parallel replicas", where=where, expected="tensor parallel alone")
-
-

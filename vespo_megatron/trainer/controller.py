@@ -22,7 +22,9 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool, RewardRequest
 from vespo_megatron.rewards.shaping import overlong_penalty
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 from vespo_megatron.routing_replay.table import apply_stale_policy
+from vespo_megatron.trainer.interruptible import Interruptible
 from vespo_megatron.trainer.logging import LoggedSample, RunLogger
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Controller:
         self.recipe, self.engine, self.tokenizer = recipe, engine, tokenizer
         self.prompts, self.validation, self.rewards, self.logger = prompts, validation, rewards, logger
         self.thread = AsyncThread()
+        self.interruptible = Interruptible()
         generation = recipe.policy.generation
         stop = tuple(generation.stop_token_ids) or (tokenizer.eos_token_id,)
         self.sampling = SamplingParams(
@@ -125,8 +128,14 @@ class Controller:
         """Generate and score one rollout batch; whole groups only.
 
         Raises:
+            WeightsNeeded: servers wait for weights; push them under the same version and call this again.
             UserError: no group carries signal after `MAX_SAMPLING_ROUNDS`, or the engine or a reward failed.
         """
+        rollout = self.interruptible.run(lambda: self._collect(step))
+        rollout.metrics |= self.engine.metrics()
+        return rollout
+
+    def _collect(self, step: int) -> Rollout:
         schedule = self.recipe.grpo
         samples: list[Sample] = []
         advantages: list[np.ndarray] = []
@@ -167,6 +176,21 @@ class Controller:
         metrics = {**_describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
         return Rollout(Batch(samples, np.concatenate(advantages).astype(np.float32)), metrics)
 
+    async def _generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Results in the order of `requests`, every one drawn once, whatever happens to servers meanwhile."""
+        arrived: dict[str, GenerationResult] = {}
+
+        def note(result: GenerationResult) -> None:
+            arrived[result.request_id] = result
+
+        while missing := [request for request in requests if request.request_id not in arrived]:
+            try:
+                for result in await self.engine.generate(missing, on_result=note):
+                    note(result)
+            except WeightsNeeded as need:
+                await asyncio.to_thread(self.interruptible.await_weights, need)
+        return [arrived[request.request_id] for request in requests]
+
     async def _sample(self, records: Sequence[PromptRecord], repeats: int, label: str) -> tuple[list[Sample], int]:
         """`repeats` scored samples per prompt, and how many were unusable and dropped."""
         requests, owners = [], []
@@ -180,10 +204,11 @@ class Controller:
                         sampling=self.sampling,
                         group_id=record.prompt_id,
                         seed=_seed(self.recipe.grpo.seed, name),
+                        evaluation=label == "validation",
                     )
                 )
                 owners.append(record)
-        results = await self.engine.generate(requests)
+        results = await self._generate(requests)
         samples, kept, bad = [], [], 0
         for result, record in zip(results, owners, strict=True):
             try:
@@ -222,9 +247,14 @@ class Controller:
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean reward per validation set, `eval/<set>/avg@<k>`, with some samples written to read."""
-        if not self.validation:
-            return {}
+        """Mean reward per validation set, `eval/<set>/avg@<k>`, with some samples written to read.
+
+        Raises:
+            WeightsNeeded: as `collect`.
+        """
+        return self.interruptible.run(lambda: self._evaluate(step)) if self.validation else {}
+
+    def _evaluate(self, step: int) -> dict[str, float]:
         repeats = self.recipe.grpo.val_num_generations
         records = list(self.validation)[: self.recipe.grpo.max_val_samples]
         training, self.sampling = self.sampling, self.val_sampling
@@ -268,6 +298,7 @@ class Controller:
         """Release the engine's connections, the reward workers and the thread."""
         self.engine.close()
         self.rewards.close()
+        self.interruptible.close()
         self.thread.close()
 
 

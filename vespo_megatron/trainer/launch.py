@@ -22,6 +22,7 @@ from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
+from vespo_megatron.rollout_sglang.secrets import hide_api_key
 from vespo_megatron.trainer import preflight
 from vespo_megatron.trainer.process import clear_failures, read_failure, stop_on_signals
 from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
@@ -51,6 +52,7 @@ def train(
         Stopped: SIGINT, SIGTERM or SIGHUP. Whatever is raised, all processes started here have ended.
     """
     recipe = load_recipe(recipe_path, overrides)
+    hide_api_key(recipe)
     if tiny_folder is not None:
         recipe = scale_down(recipe, tiny_folder)
     if "RANK" in os.environ:
@@ -72,7 +74,7 @@ def train(
             with _agent(recipe, run_dir, work) as agent:
                 _watch(agent, servers)
             if agent.returncode != 0:
-                servers.check()  # a dead server is why the trainer failed
+                servers.check()  # that none is left is why the trainer failed
                 raise _failure(run_dir, agent.returncode)
     return run_dir
 
@@ -103,7 +105,8 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
         with _servers(recipe, run_dir) as servers:
             recipe.policy.generation.sglang_cfg.urls = servers.urls
             save_recipe(recipe, run_dir / RECIPE_FILE)
-            worker.run(recipe, run_dir, work)
+            with servers.tended():
+                worker.run(recipe, run_dir, work)
     return run_dir
 
 
@@ -112,13 +115,14 @@ def serve(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     from vespo_megatron.rollout_sglang.server import launch_servers
 
     recipe = load_recipe(recipe_path, overrides)
+    hide_api_key(recipe)
     validate(recipe)
     with stop_on_signals():
         run_dir = make_run_directory(recipe.exp_manager)
         with launch_servers(recipe, run_dir) as servers:
             print(f"policy.generation.sglang_cfg.urls=[{','.join(servers.urls)}]", flush=True)
             while True:
-                servers.check()
+                servers.tend()
                 time.sleep(_POLL_S)
 
 
@@ -130,12 +134,18 @@ class _NoServers:
 
     urls: list[str] = []  # noqa: RUF012
 
-    def check(self) -> None:
-        """Nothing can be wrong."""
+    def tend(self) -> None:
+        """Nothing can have died."""
+
+    check = tend
+
+    def tended(self) -> Any:
+        """Nothing to tend."""
+        return nullcontext()
 
 
 def _servers(recipe: Recipe, run_dir: Path) -> Any:
-    """A context with `urls` and `check()`: the servers that are started, or none with an in-process engine."""
+    """A `ServerGroup` of the servers that are started; what stands for it with an in-process engine."""
     if recipe.policy.generation.backend != "sglang":
         return nullcontext(_NoServers())
     from vespo_megatron.rollout_sglang.server import launch_servers
@@ -190,9 +200,9 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str]) -> dic
 
 
 def _watch(agent: subprocess.Popen, servers: Any) -> None:
-    """Wait for torchrun; raises `UserError` as soon as a server dies while it runs."""
+    """Wait for torchrun, and tend the servers; raises `UserError` as soon as none is left."""
     while agent.poll() is None:
-        servers.check()
+        servers.tend()
         try:
             agent.wait(_POLL_S)
         except subprocess.TimeoutExpired:

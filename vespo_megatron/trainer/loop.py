@@ -18,6 +18,7 @@ from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.parallel import Place, data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 from vespo_megatron.trainer.controller import Controller
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.routes import StepRoutes, held_bytes, route_metrics
@@ -35,6 +36,7 @@ class Trainer:
         self.objective = Objective(recipe.loss_fn)
         self.scatter = Scatter(recipe, policy)
         self.timers = Timers()
+        self.weight_version = 0
 
     def train(self) -> None:
         """All steps, with evaluation and logging; rank 0 writes."""
@@ -48,14 +50,14 @@ class Trainer:
                 lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok)
             )
         if schedule.val_at_start and schedule.val_period:
-            self.on_controller(lambda controller: controller.log(0, controller.evaluate(0)))
+            self.with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(1, schedule.max_num_steps + 1):
             metrics = self.step(step)
             last = step == schedule.max_num_steps
             due = schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end))
             if due:
                 with self.timers("evaluate"):
-                    metrics |= self.on_controller(lambda controller, step=step: controller.evaluate(step)) or {}
+                    metrics |= self.with_servers(lambda controller, step=step: controller.evaluate(step)) or {}
             if self.controller is not None:
                 self.controller.log(step, metrics | self.timers.pop())
 
@@ -63,7 +65,7 @@ class Trainer:
         """One rollout batch: the paragraph of the module docstring. Returns metrics on rank 0."""
         started = time.perf_counter()
         with self.timers("generate"):
-            rollout = self.on_controller(lambda controller: controller.collect(step))
+            rollout = self.with_servers(lambda controller: controller.collect(step))
         with self.timers("scatter"):
             share = self.scatter.batch(rollout.batch if rollout else None)
             mini_batches = self.prepare(share)
@@ -147,14 +149,34 @@ class Trainer:
         self.policy.scale_learning_rate(learning_rate_scale(share, rule, self.recipe.loss_fn.ess_base))
 
     def push_weights(self, version: int) -> None:
-        """Stream the policy's weights to the rollout engine, which answers with an agreed checksum."""
-        stream = self.policy.exporter.stream()
-        if self.controller is not None:
-            self.controller.update_weights(stream, version)
-        else:
-            for _ in stream:
+        """Stream the policy's weights to the rollout engine, which answers with an agreed checksum.
+
+        Returns on every rank when the servers have them. An update in which a server fails is made again without it.
+        """
+        while True:
+            stream = self.policy.exporter.stream()
+            failure = None
+            if self.controller is not None:
+                try:
+                    self.controller.update_weights(stream, version)
+                except UserError as error:
+                    failure = error
+            for _ in stream:  # elsewhere all of it; here what a failed update has left, for which the others wait
                 pass
-        self.on_controller(lambda controller: None)  # all ranks wait until the servers have the new version
+            try:
+                self.on_controller(lambda controller, failure=failure: _raise(failure))
+                break
+            except WeightsNeeded:
+                continue
+        self.weight_version = version
+
+    def with_servers(self, action: Callable[[Controller], Any]) -> Any:
+        """As `on_controller`; servers that come back in the middle of it are given their weights, and it goes on."""
+        while True:
+            try:
+                return self.on_controller(action)
+            except WeightsNeeded:
+                self.push_weights(self.weight_version)
 
     def on_controller(self, action: Callable[[Controller], Any]) -> Any:
         """Run `action` on rank 0 while the others wait; its `UserError` ends every rank. Rank 0 gets the answer."""
@@ -206,6 +228,11 @@ class Trainer:
                 "histograms": histograms,
             }
         )
+
+
+def _raise(failure: UserError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def _spread(per_update: list[dict[str, float]]) -> dict[str, float]:

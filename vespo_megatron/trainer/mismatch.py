@@ -20,7 +20,7 @@ def measure(trainer: Trainer, run_dir: Path) -> None:
     shape = trainer.policy.shape
     trainer.on_controller(lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok))
     for batch in range(1, trainer.recipe.grpo.max_num_steps + 1):
-        rollout = trainer.on_controller(lambda controller, batch=batch: controller.collect(batch))
+        rollout = trainer.with_servers(lambda controller, batch=batch: controller.collect(batch))
         share = trainer.scatter.batch(rollout.batch if rollout else None)
         mini_batches = trainer.prepare(share)
         everything = [micro_batch for micro_batches in mini_batches for micro_batch in micro_batches]
