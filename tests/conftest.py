@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from tiny_model import write_tiny_qwen3_moe
+
+
+def pytest_addoption(parser):
+    """The rollout tests against a server that already runs, for instance on a GPU or of another SGLang version."""
+    parser.addoption("--sglang-url", help="that server; it serves the model of tests/tiny_model.py")
+    parser.addoption("--sglang-model", help="the folder it serves it from")
 
 
 def pytest_collection_modifyitems(items):
@@ -13,39 +22,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3_moe_folder(tmp_path_factory):
-    """A random Qwen3-MoE (3 layers, hidden 64, 8 experts top-2, vocabulary 128) as transformers saves it.
-
-    Weights are larger than transformers' initial ones, and norms are not one: a wrong layer would show.
-    """
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        eos_token_id=1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.data += 0.2 * torch.randn_like(parameter)
+def tiny_qwen3_moe_folder(request, tmp_path_factory):
+    """The folder of `tiny_model.write_tiny_qwen3_moe`'s model."""
+    if given := request.config.getoption("--sglang-model"):
+        return Path(given)
     folder = tmp_path_factory.mktemp("tiny_qwen3_moe")
-    model.save_pretrained(folder)
+    write_tiny_qwen3_moe(folder)
     return folder
 
 
@@ -61,14 +43,18 @@ def tiny_recipe(tiny_qwen3_moe_folder):
     recipe.policy.generation.sglang_cfg.enable_return_routed_experts = True
     recipe.policy.generation.sglang_cfg.weight_bucket_bytes = 65536
     recipe.policy.generation.sglang_cfg.request_timeout = 120.0
+    recipe.policy.generation.sglang_cfg.recovery_timeout = 5.0
     recipe.cluster.device = "cpu"
     return recipe
 
 
 @pytest.fixture(scope="session")
-def sglang_servers(tiny_recipe, tmp_path_factory):
+def sglang_servers(request, tiny_recipe, tmp_path_factory):
     """One real SGLang server of that model for the whole session (mark tests that use it `sglang`)."""
-    from vespo_megatron.rollout_sglang import launch_servers
+    from vespo_megatron.rollout_sglang import ServerGroup, launch_servers
 
+    if given := request.config.getoption("--sglang-url"):
+        yield ServerGroup([], [given])
+        return
     with launch_servers(tiny_recipe, tmp_path_factory.mktemp("sglang")) as servers:
         yield servers

@@ -33,6 +33,15 @@ class Reference:
         routes = torch.stack(routes, 1)[:-1]
         return log_probs[positions, ids[0, start:]].numpy(), np.sort(routes.numpy(), -1)
 
+    def distributions(self, request, result, temperature=1.0):
+        """Probabilities float64 [R, vocabulary] that each token of the response was drawn from, before truncation."""
+        import torch
+
+        ids = torch.tensor([[*request.prompt_ids, *result.output_ids.tolist()]])
+        with torch.no_grad():
+            logits = self.model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        return torch.softmax(logits.double() / temperature, -1).numpy()
+
     def named_tensors(self, scale=0.0, seed=0):
         """The weights by their names on disk, each perturbed by `scale` of its own spread; loads them here too."""
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -11,6 +12,7 @@ from rollout_helpers import generate, make_requests
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
+from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 
 TOLERANCE = 1e-4
@@ -49,6 +51,92 @@ def test_log_probs_and_routes_are_those_of_transformers_for_the_same_weights(eng
         np.testing.assert_allclose(result.log_probs, log_probs, atol=TOLERANCE, rtol=0)
         np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
         assert (result.weight_versions == version).all()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_k": 5},
+        {"top_k": 20, "top_p": 0.7, "temperature": 0.6},
+        {"top_p": 0.8},
+        {"min_p": 0.05, "temperature": 1.3},
+        {"top_k": 12, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_truncated_sampling_reports_the_distribution_it_drew_from(engine, reference, sampling):
+    """Against softmax, sort and cumulative sum of transformers' logits, in float64."""
+    expected, _ = fresh_weights(engine, reference)
+    requests = make_requests(12, **sampling)
+    for request, result in zip(requests, generate(engine, requests), strict=True):
+        probs = expected.distributions(request, result, sampling.get("temperature", 1.0))
+        log_probs = truncated_log_probs(probs, **sampling)
+        drawn = log_probs[np.arange(len(result.output_ids)), result.output_ids]
+        np.testing.assert_allclose(result.log_probs, drawn, atol=TOLERANCE, rtol=0)
+
+
+def truncated_log_probs(probs, top_k=-1, top_p=1.0, min_p=0.0, temperature=1.0):
+    """log of `probs` [R, vocabulary] renormalised over what top-k, top-p (of all mass) and min-p leave."""
+    result = np.full_like(probs, -np.inf)
+    for row, kept in zip(probs, result, strict=True):
+        chosen, mass = [], 0.0
+        for rank, token in enumerate(np.argsort(-row, kind="stable")):
+            if (top_k == -1 or rank < top_k) and mass <= top_p and row[token] >= min_p * row.max():
+                chosen.append(token)
+            mass += row[token]
+        kept[chosen] = np.log(row[chosen] / row[chosen].sum())
+    return result
+
+
+def test_a_response_drawn_in_turns_equals_one_drawn_at_once(engine, reference):
+    """Greedy, so that there is one right answer: tokens, log-probs, routes and versions of 3 turns and of 1."""
+    fresh_weights(engine, reference)
+    whole_request = make_requests(1, group_size=1, max_new_tokens=24, temperature=0.0)[0]
+    (whole,) = generate(engine, [whole_request])
+    conversation = Conversation(whole_request, context_length=engine.context_length)
+    turns = 0
+    while (turn := conversation.next_request()) is not None:
+        part = replace(turn, sampling=replace(turn.sampling, max_new_tokens=min(8, turn.sampling.max_new_tokens)))
+        conversation.add(generate(engine, [part])[0])
+        turns += 1
+    joined = conversation.result()
+    assert turns == 3 and conversation.loss_mask().all()
+    np.testing.assert_array_equal(joined.output_ids, whole.output_ids)
+    np.testing.assert_allclose(joined.log_probs, whole.log_probs, atol=TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(np.sort(joined.routes, -1), np.sort(whole.routes, -1))
+    np.testing.assert_array_equal(joined.weight_versions, whole.weight_versions)
+
+
+def test_what_the_environment_says_is_part_of_the_response_and_of_what_follows(engine, reference):
+    expected, _ = fresh_weights(engine, reference)
+    request = make_requests(1, group_size=1, max_new_tokens=10)[0]
+    conversation = Conversation(request, context_length=engine.context_length)
+    first = replace(conversation.next_request(), sampling=replace(request.sampling, max_new_tokens=4))
+    conversation.add(generate(engine, [first])[0])
+    conversation.observe([7, 8, 9])
+    conversation.add(generate(engine, [conversation.next_request()])[0])
+    result, mask = conversation.result(), conversation.loss_mask()
+    assert len(result.output_ids) == 13 and mask.tolist() == [True] * 4 + [False] * 3 + [True] * 6
+    assert conversation.next_request() is None
+    log_probs, routes = expected.score(request, result)
+    np.testing.assert_allclose(result.log_probs[mask], log_probs[mask], atol=TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
+
+
+def test_evaluation_runs_beside_training(engine):
+    training = make_requests(12, max_new_tokens=12)
+    evaluation = [
+        replace(request, request_id=f"e{request.request_id}", evaluation=True)
+        for request in make_requests(6, max_new_tokens=6, temperature=0.0)
+    ]
+
+    async def both():
+        return await asyncio.gather(engine.generate(training), engine.generate(evaluation))
+
+    first, second = asyncio.run(asyncio.wait_for(both(), 120))
+    assert [len(result.output_ids) for result in first] == [12] * 12
+    assert [len(result.output_ids) for result in second] == [6] * 6
 
 
 def test_an_update_changes_log_probs_though_prompts_were_cached(engine, reference):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.contract import check_contract, check_settings, foreign
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerGone, WeightsNeeded, as_fault
 from vespo_megatron.rollout_sglang.gate import Gate
@@ -81,7 +82,8 @@ class SGLangEngine:
         self.shape, self.context_length = self.clients[0].shape, self.clients[0].context_length
         infos = pool.on_all(SGLangClient.server_info)
         for server, info in zip(pool.servers, infos, strict=True):
-            _check_server(server.client, info)
+            check_contract(server.client, info)
+            check_settings(server.client, info)
             server.started = info.get("startup_time", 0)
         served = infos[0].get("device", "cuda")
         self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
@@ -95,7 +97,7 @@ class SGLangEngine:
             # SGLang 0.5.23 gives a Qwen3-MoE a head of its own and finds nothing for it in a tied checkpoint.
             self._broken = "SGLang does not load the tied output head of this checkpoint"
         else:
-            self._probe()
+            self._probe([info["version"] for info in infos])
 
     async def generate(
         self,
@@ -211,7 +213,7 @@ class SGLangEngine:
                             expected="one", fix="restart them")  # fmt: skip
         return versions.pop()
 
-    def _probe(self) -> None:
+    def _probe(self, versions: Sequence[str]) -> None:
         """One token from each server: a flag that brings no routes must not be noticed after the first rollout."""
 
         async def ask(client: SGLangClient) -> None:
@@ -222,7 +224,10 @@ class SGLangEngine:
                 await client.generate(session, [request])
 
         async def ask_all() -> None:
-            await asyncio.gather(*(ask(client) for client in self.clients))
+            answers = await asyncio.gather(*(ask(client) for client in self.clients), return_exceptions=True)
+            for answer, version in zip(answers, versions, strict=True):
+                if isinstance(answer, BaseException):
+                    raise foreign(answer, version) if isinstance(answer, UserError) else answer
 
         failure: list[BaseException] = []
 
@@ -237,15 +242,3 @@ class SGLangEngine:
         thread.join()
         if failure:
             raise failure[0]
-
-
-def _check_server(client: SGLangClient, info: dict) -> None:
-    where = f"server {client.url}"
-    allowed = info.get("context_length")
-    if allowed is not None and allowed < client.context_length:
-        raise UserError(f"serves a context of {allowed} tokens", where=where, expected=f"{client.context_length}",
-                        fix="restart it with --context-length")  # fmt: skip
-    if client.return_routes and not info.get("enable_return_routed_experts", True):
-        raise UserError("returns no routes", where=where, fix="restart it with --enable-return-routed-experts")
-    if info.get("dp_size", 1) != 1 or info.get("pp_size", 1) != 1:
-        raise UserError("has data- or pipeline-parallel replicas", where=where, expected="tensor parallel alone")

@@ -1,0 +1,105 @@
+"""A response drawn in several turns, token ids in and token ids out: nothing is ever decoded and tokenised again.
+
+Serves what an environment answers between turns, and what `pause`, a deadline or an abort has cut short:
+
+    conversation = Conversation(request, context_length=engine.context_length)
+    while (turn := conversation.next_request()) is not None:
+        (result,) = await engine.generate([turn])
+        conversation.add(result)
+        ... conversation.observe(token_ids_of_the_environment) ...
+    sample_of(conversation.result(), conversation.loss_mask())
+
+Turns carry the group of their request, so that the pool sends them where the prefix is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+
+
+class Conversation:
+    """Prompt, turns and observations of one response.
+
+    Args:
+        request: of the first turn; its `max_new_tokens` bounds the tokens drawn in all turns together.
+        context_length: of the engine: a conversation that has filled it is over.
+    """
+
+    def __init__(self, request: GenerationRequest, *, context_length: int) -> None:
+        self.request, self.context_length = request, context_length
+        self._ids: list[int] = []
+        self._drawn: list[bool] = []
+        self._log_probs: list[float] = []
+        self._versions: list[int] = []
+        self._last: GenerationResult | None = None
+        self._turns = 0
+        self._observed = False
+
+    def next_request(self) -> GenerationRequest | None:
+        """Asks for the next turn; None when it is over: ended by a stop token, at its length, or at the context.
+
+        A turn that a stop token has ended goes on only after `observe`, one that was aborted goes on as it is.
+        """
+        left = self.request.sampling.max_new_tokens - sum(self._drawn)
+        length = len(self.request.prompt_ids) + len(self._ids)
+        ended = self._last is not None and self._last.finish_reason == "stop" and not self._observed
+        if left < 1 or length >= self.context_length or ended:
+            return None
+        return replace(
+            self.request,
+            request_id=f"{self.request.request_id}/{self._turns}" if self._turns else self.request.request_id,
+            prompt_ids=(*self.request.prompt_ids, *self._ids),
+            sampling=replace(self.request.sampling, max_new_tokens=left),
+            group_id=self.request.group_id or self.request.request_id,
+        )
+
+    def add(self, result: GenerationResult) -> None:
+        """What the engine drew for `next_request`."""
+        self._ids += result.output_ids.tolist()
+        self._drawn += [True] * len(result.output_ids)
+        self._log_probs += result.log_probs.tolist()
+        self._versions += result.weight_versions.tolist()
+        self._last, self._observed = result, False
+        self._turns += 1
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """What the environment says: part of the response, never trained on."""
+        version = self._versions[-1] if self._versions else 0
+        self._ids += token_ids
+        self._drawn += [False] * len(token_ids)
+        self._log_probs += [0.0] * len(token_ids)
+        self._versions += [version] * len(token_ids)
+        self._observed = self._observed or len(token_ids) > 0
+
+    def loss_mask(self) -> np.ndarray:
+        """bool [R]: which tokens of the response were drawn."""
+        return np.array(self._drawn, dtype=bool)
+
+    def result(self) -> GenerationResult:
+        """All turns as one response, as if drawn at once; the log-prob of an observed token is 0 and not to be used.
+
+        Routes are the last turn's, whose prompt is everything before it: one row per token but the last, all computed
+        under one version. Raises `UserError` before the first turn, and after an observation that no turn followed.
+        """
+        if self._last is None or self._observed:
+            raise UserError(
+                "has no turn after its last observation" if self._turns else "has no turn yet",
+                where=f"conversation {self.request.request_id}",
+                expected="`add` of what the engine drew for `next_request`",
+            )
+        return GenerationResult(
+            request_id=self.request.request_id,
+            output_ids=np.array(self._ids, dtype=np.int64),
+            log_probs=np.array(self._log_probs, dtype=np.float32),
+            weight_versions=np.array(self._versions, dtype=np.int64),
+            finish_reason=self._last.finish_reason,
+            routes=self._last.routes,
+            routes_version=self._last.routes_version,
+            extra={"turns": float(self._turns)},
+        )
