@@ -341,7 +341,13 @@ def _combinations(recipe: Recipe) -> Iterator[UserError]:
             fix="set it to true",
         )
     for url in generation.sglang_cfg.urls:
-        if not url.startswith(("http://", "https://")):
+        if "@" in url:
+            yield UserError(
+                "holds credentials, which would be saved and logged with it",
+                where=f"{_GENERATION}.sglang_cfg.urls",
+                fix="give the key in $VESPO_SGLANG_API_KEY (sglang_cfg.api_key)",
+            )
+        elif not url.startswith(("http://", "https://")):
             yield UserError(
                 f"holds {url!r}",
                 where=f"{_GENERATION}.sglang_cfg.urls",

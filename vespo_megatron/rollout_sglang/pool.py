@@ -362,12 +362,16 @@ class ServerPool:
             self._dispatcher.forget()
         self._wake()
 
-    def join(self, servers: Sequence[Server]) -> None:
-        """These take part in a weight update, which ends in `admit` or `blame`."""
+    def join(self, servers: Sequence[Server]) -> bool:
+        """These take part in a weight update, which ends in `admit` or `blame`.
+
+        Returns whether any of them did not serve: it may be another process, which knows no group of before.
+        """
         with self._lock:
-            for server in servers:
-                if server.state is not State.SERVING:
-                    server.state = State.JOINING
+            joining = [server for server in servers if server.state is not State.SERVING]
+            for server in joining:
+                server.state = State.JOINING
+        return bool(joining)
 
     def blame(self, error: UserError, members: Sequence[Server]) -> list[Server]:
         """The servers that a weight update failed at, now out of service: the one that is named, or all not up."""

@@ -128,11 +128,11 @@ class SGLangEngine:
             if self._closed:
                 raise UserError("is closed", where=self.description)
             members = self.pool.candidates() or self.pool.wait_for_candidates()
-            self.pool.join(members)
+            anew = self.pool.join(members)
             self._broken = f"the weights of version {version} did not arrive whole"
             try:
                 clients = [server.client for server in members]
-                if clients != self.sync.clients:
+                if anew or clients != self.sync.clients:
                     self.sync.set_servers(clients)
                 digest = self.sync.update(named_tensors, version, resume=not self._paused)
             except UserError as error:
