@@ -69,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(serve)
     serve.set_defaults(run=_serve)
 
+    data = commands.add_parser("data", help="public problem sets").add_subparsers(required=True, metavar="ACTION")
+    prepare = data.add_parser("prepare", help="a public set as parquet in veRL's schema, from the hub or a local copy")
+    prepare.add_argument("sets", nargs="+", metavar="SET", help="as in dapo_math aime24 math500; `all` for each")
+    prepare.add_argument("--output", default="data", metavar="DIR", help="where <set>.parquet goes (default data)")
+    prepare.add_argument("--from", dest="local", metavar="PATH", help="a local copy of the set: a file or a folder")
+    prepare.add_argument("--revision", help="commit or tag on the hub (default the newest)")
+    prepare.add_argument("--force", action="store_true", help="make it anew")
+    prepare.set_defaults(run=_data_prepare)
+
     slurm = commands.add_parser("slurm", help="a recipe as SLURM batch scripts, submitted with --submit")
     _add_recipe(slurm)
     slurm.add_argument("--submit", action="store_true", help="give the scripts to sbatch")
@@ -167,6 +176,16 @@ def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.trainer import launch
 
     launch.serve(parsed.recipe, parsed.overrides)
+
+
+def _data_prepare(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.data.public.prepare import prepare
+    from vespo_megatron.data.public.sets import SETS
+
+    for name in SETS if parsed.sets == ["all"] else parsed.sets:
+        print(
+            prepare(name, parsed.output, local=parsed.local, revision=parsed.revision, force=parsed.force), flush=True
+        )
 
 
 def _slurm(parsed: argparse.Namespace, rest: list[str]) -> None:

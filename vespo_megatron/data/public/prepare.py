@@ -1,0 +1,157 @@
+"""`vespo-megatron data prepare`: a public set as parquet in veRL's schema, with a manifest that says what it is.
+
+Idempotent: a set that is there, made from the same source and unchanged since, is left alone. The file appears whole
+or not at all, and the manifest after it; a download that was cut off goes on where `datasets` left it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vespo_megatron.data.public.sets import SETS, PublicSet
+from vespo_megatron.errors import UserError
+
+_LOCAL = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+MADE_BY = 1
+"""Raised when a transformation changes: what an older one made is made anew."""
+
+
+def prepare(
+    name: str, output: str | Path, *, local: str | Path | None = None, revision: str | None = None, force: bool = False
+) -> Path:
+    """Write `<output>/<name>.parquet` and `<name>.json`; the parquet's path.
+
+    Args:
+        local: a file, or a folder of parquet or JSONL files, with the hub's columns; None downloads.
+        revision: commit or tag on the hub; None is the newest.
+        force: make it anew.
+
+    Raises:
+        UserError: an unknown set, a source that cannot be reached or read, missing columns, no rows left.
+    """
+    if name not in SETS:
+        raise UserError(f"unknown set {name!r}", where="data prepare", expected=f"one of {', '.join(SETS)}")
+    output = Path(output)
+    path, manifest = output / f"{name}.parquet", output / f"{name}.json"
+    wanted = {
+        "set": name,
+        "source": str(Path(local).resolve()) if local else SETS[name].source,
+        "split": SETS[name].split,
+        "revision": revision,
+        "made_by": MADE_BY,
+    }
+    if not force and _is_current(path, manifest, wanted):
+        return path
+    rows, found_revision = _read(SETS[name], local, revision)
+    made = _transform(name, SETS[name], rows)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_parquet(path, made)
+    facts = wanted | {"found_revision": found_revision, "rows": len(made), "sha256": _digest(path)}
+    facts["reward"] = SETS[name].reward
+    partial = manifest.with_suffix(".json.partial")
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(partial, manifest)
+    return path
+
+
+def _is_current(path: Path, manifest: Path, wanted: dict[str, Any]) -> bool:
+    try:
+        facts = json.loads(manifest.read_text())
+    except (OSError, ValueError):
+        return False
+    return path.is_file() and {key: facts.get(key) for key in wanted} == wanted and facts.get("sha256") == _digest(path)
+
+
+def _read(public: PublicSet, local: str | Path | None, revision: str | None) -> tuple[Any, str | None]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if local is not None:
+        files = _local_files(Path(local))
+        try:
+            rows = datasets.load_dataset(_LOCAL[files[0].suffix], data_files=[str(f) for f in files], split="train")
+        except Exception as error:  # datasets wraps every parser's own exceptions
+            raise UserError(f"cannot be read ({error.__cause__ or error})", where=str(local)) from None
+        found = None
+    else:
+        try:
+            rows = datasets.load_dataset(public.source, public.config, split=public.split, revision=revision)
+        except Exception as error:  # a dozen kinds: DNS, proxies, gated sets, missing revisions
+            raise UserError(
+                f"cannot be had from the hub ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+                where=public.source,
+                expected="a connection to the Hugging Face hub, or a copy",
+                fix="download it elsewhere (hf download --repo-type dataset …) and name the folder with --from",
+            ) from None
+        found = _hub_revision(rows)
+    missing = [column for column in public.columns if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"has no column {', '.join(missing)}", where=str(local or public.source),
+            expected=f"the columns of {public.source}; found {', '.join(rows.column_names)}",
+        )  # fmt: skip
+    return rows, found
+
+
+def _hub_revision(rows: Any) -> str | None:
+    """The commit the rows came from: `datasets` names the files as …@<commit>/…."""
+    for source in getattr(rows.info, "download_checksums", None) or {}:
+        _, at, rest = source.partition("@")
+        if at:
+            return rest.partition("/")[0]
+    return None
+
+
+def _local_files(path: Path) -> list[Path]:
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix in _LOCAL and not file.name.startswith("."))
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    files = parquet or [file for file in files if file.suffix in _LOCAL]
+    if not files:
+        raise UserError("holds no data", where=str(path), expected="parquet or JSONL files, as the hub has them")
+    return files
+
+
+def _transform(name: str, public: PublicSet, rows: Iterable[Any]) -> list[dict[str, Any]]:
+    made, seen = [], set()
+    for number, row in enumerate(rows):
+        try:
+            new = public.transform(row, name)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"is not as expected ({type(error).__name__}: {error})", where=f"{name}, row {number}"
+            ) from None
+        if new is None:
+            continue
+        text = json.dumps(new["prompt"])
+        if public.unique_prompts and text in seen:
+            continue
+        seen.add(text)
+        # One type per column in parquet: every answer is text, and extra_info has the same keys in every row.
+        new["reward_model"]["ground_truth"] = str(new["reward_model"]["ground_truth"])
+        new["extra_info"] = {"index": len(made), "split": public.split, **new["extra_info"]}
+        made.append(new)
+    if not made:
+        raise UserError("no row is left", where=name, fix="is it the right copy?")
+    return made
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    partial = path.with_suffix(".parquet.partial")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+    os.replace(partial, path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
