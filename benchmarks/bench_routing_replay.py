@@ -78,7 +78,7 @@ def prepare(arguments: argparse.Namespace):
         slice_routes(samples, where, policy.moe_layers, topk=topk, num_experts=experts)
         for where in layouts([part], place)
     ]
-    batch = slice_batches([part], place, temperature=1.0, chunk_tokens=4096, routes=tables)
+    batch = slice_batches([part], place, temperature=1.0, log_prob_bytes=32 << 20, routes=tables)
     batch[0].trainer_routes = policy.empty_routes(batch[0])
     policy.log_probs(batch, routes=RouteUse("record", lambda each: (each.trainer_routes, None)))
     return policy, batch, tables[0].nbytes, sum(sample.num_tokens for sample in samples)

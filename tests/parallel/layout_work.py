@@ -51,7 +51,6 @@ def policy_config(folder: str, layout: dict[str, Any], **changes: Any) -> Policy
     config.megatron_cfg.optimizer.lr = 1e-3
     # Adam's first step is lr · g / (|g| + eps): a small eps turns the rounding of near-zero gradients into full steps.
     config.megatron_cfg.optimizer.adam_eps = 1e-5
-    config.megatron_cfg.logprob_chunk_tokens = 16
     config.megatron_cfg.distributed_timeout = 60.0
     return config
 
@@ -67,7 +66,7 @@ def micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[
     place = policy.place
     mine = list(range(len(batch)))[place.data_rank :: place.data_size]
     return prepare(
-        [batch.select(mine[index::count]) for index in range(count)], place, temperature=0.9, chunk_tokens=16
+        [batch.select(mine[index::count]) for index in range(count)], place, temperature=0.9, log_prob_bytes=4096
     )
 
 
@@ -185,7 +184,7 @@ def routed_micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -
         slice_routes(part.samples, layout, policy.moe_layers, topk=TOPK, num_experts=NUM_EXPERTS)
         for part, layout in zip(parts, layouts(parts, place), strict=True)
     ]
-    return prepare(parts, place, temperature=0.9, chunk_tokens=16, routes=tables)
+    return prepare(parts, place, temperature=0.9, log_prob_bytes=4096, routes=tables)
 
 
 def replay_at_theta_old(folder: str, layout: dict[str, Any], store: str) -> bool | None:

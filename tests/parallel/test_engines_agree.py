@@ -42,7 +42,7 @@ def served(store: str, recipe, layout: dict, urls: list[str], version: int) -> d
         slice_routes(part.samples, where, policy.moe_layers, topk=2, num_experts=8)
         for part, where in zip(parts, layouts(parts, policy.place), strict=True)
     ]
-    batches = prepare(parts, policy.place, temperature=1.0, chunk_tokens=16, routes=tables)
+    batches = prepare(parts, policy.place, temperature=1.0, log_prob_bytes=4096, routes=tables)
     for each in batches:
         each.trainer_routes = policy.empty_routes(each)
     outputs = policy.log_probs(batches, routes=RouteUse("record", lambda each: (each.trainer_routes, None)))

@@ -98,17 +98,48 @@ class GroupedQKV(Rule):
         return [part.flatten(0, 1) for part in parts]
 
 
+@dataclass(frozen=True)
+class Stacked(Rule):
+    """Experts one above the other along a new first dimension, each by its own rule of `parts`."""
+
+    parts: tuple[Rule, ...] = ()
+    is_sharded = True
+
+    @staticmethod
+    def of(parts: Sequence[Rule]) -> Stacked:
+        names = tuple(name for part in parts for name in part.names)
+        return Stacked(names, is_expert=True, parts=tuple(parts))
+
+    def shard(self, tensors, index, count):
+        width = len(self.parts[0].names)
+        return torch.stack(
+            [
+                part.shard(tensors[number * width : (number + 1) * width], index, count)
+                for number, part in enumerate(self.parts)
+            ]
+        )
+
+    def merge(self, shards):
+        return [
+            tensor
+            for number, part in enumerate(self.parts)
+            for tensor in part.merge([shard[number] for shard in shards])
+        ]
+
+
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_STACK = re.compile(r"mlp\.experts\.(linear_fc[12])_weight")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))")
 
 
-def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert: int) -> Rule:
+def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert: int, num_local_experts: int) -> Rule:
     """The rule of a megatron-core parameter, local or Transformer Engine names.
 
     Args:
         name: as `PolicyModel.named_parameters` gives it.
         layer: global layer index (from 0) of a decoder layer's parameter.
         first_expert: global index of this rank's first expert.
+        num_local_experts: how many it has.
 
     Raises:
         KeyError: no rule for this name.
@@ -121,12 +152,12 @@ def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert
     if name == "decoder.final_layernorm.weight":
         return Rule(("model.norm.weight",))
     prefix, inside = f"model.layers.{layer}.", _LAYER.fullmatch(name)[2]
+    if stack := _STACK.fullmatch(inside):
+        numbers = range(first_expert, first_expert + num_local_experts)
+        return Stacked.of([_expert(f"{prefix}mlp.experts.{number}.", stack[1]) for number in numbers])
     if expert := _EXPERT.fullmatch(inside):
         number = first_expert + int(expert[1] or expert[4] or 0)
-        prefix += f"mlp.experts.{number}."
-        if "linear_fc1" in inside:
-            return GateUp((prefix + "gate_proj.weight", prefix + "up_proj.weight"), is_expert=True)
-        return Split((prefix + "down_proj.weight",), is_expert=True)
+        return _expert(f"{prefix}mlp.experts.{number}.", expert[2] or expert[3])
     is_moe = shape.is_moe_layer[layer]
     attention = prefix + "self_attn."
     rules = {
@@ -149,6 +180,12 @@ def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert
         rules["mlp.linear_fc1.weight"] = GateUp((prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"))
         rules["mlp.linear_fc2.weight"] = Split((prefix + "mlp.down_proj.weight",))
     return rules[inside]
+
+
+def _expert(prefix: str, linear: str) -> Rule:
+    if linear == "linear_fc1":
+        return GateUp((prefix + "gate_proj.weight", prefix + "up_proj.weight"), is_expert=True)
+    return Split((prefix + "down_proj.weight",), is_expert=True)
 
 
 def expected_tensors(shape: Qwen3MoeShape) -> dict[str, tuple[int, ...]]:

@@ -120,13 +120,14 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
 
 def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, place: Place) -> list[LocalParameter]:
     """Every parameter of this rank's chunks with its rule; layers are known by their own number, not their order."""
-    first_expert = place.expert_rank * (shape.num_experts // place.expert_size)
+    num_local_experts = shape.num_experts // place.expert_size
+    first_expert = place.expert_rank * num_local_experts
     result = []
     for chunk in map(unwrap, chunks):
         layer_of = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
             layer = layer_of[int(name.split(".")[2])] if name.startswith("decoder.layers.") else None
-            rule = rule_for(name, shape, layer=layer, first_expert=first_expert)
+            rule = rule_for(name, shape, layer=layer, first_expert=first_expert, num_local_experts=num_local_experts)
             rank, size = (
                 (place.expert_tensor_rank, place.expert_tensor_size)
                 if rule.is_expert

@@ -1,16 +1,23 @@
 """Token log-probs (and entropy) from hidden states, vocab-parallel, without ever keeping tokens × vocabulary.
 
-The forward makes the logits of a chunk of tokens, reduces them to one number per token and drops them; the backward
-makes them again, chunk by chunk, and turns them into gradients. That is one more matrix product than the plain form
-(4/3 of its work) and keeps [chunk, vocabulary / TP] instead of [tokens, vocabulary / TP], several times over.
+The logits are made a tile at a time, [rows, some of the vocabulary], and folded into a few numbers per row. The
+backward makes each tile again and turns it, in place, into the gradient of the logits, from which both gradients are
+accumulated: one matrix product more than the plain form (4/3 of its work), one tile instead of tokens × vocabulary
+several times over. Tiles span all rows where they can, so that the weight's gradient is written once per tile, and
+straight into megatron-core's `main_grad` where there is one: no second tensor of the embedding's size exists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+_MAX_TILE_ROWS = 2048
+_HOST_BLOCK = 1 << 18
+"""Numbers of a tile that the host turns at a time: what is made of them on the way stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -18,75 +25,160 @@ class LogProbRequest:
     """Which log-probs are wanted. Shapes: R rows out of this rank's T tokens.
 
     `rows` int64 [R] into the T tokens (after sequence parallel gathering), `targets` int64 [R] token ids whose
-    log-probability each row gives, `temperature` divides the logits.
+    log-probability each row gives, `temperature` divides the logits, `memory_bytes` is what a tile of logits may take.
     """
 
     rows: torch.Tensor
     targets: torch.Tensor
     temperature: float = 1.0
-    chunk_tokens: int = 1024
+    memory_bytes: int = 32 << 20
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How [rows, vocabulary] is cut: `columns` outside, `rows` inside."""
+
+    columns: list[slice]
+    rows: list[slice]
+
+    @staticmethod
+    def of(rows: int, columns: int, element_size: int, memory_bytes: int) -> _Tiles:
+        height = max(min(rows, _MAX_TILE_ROWS), 1)
+        width = max(memory_bytes // (element_size * height), 1)
+        return _Tiles(_slices(columns, width), _slices(rows, height) or [slice(0, 0)])
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
-    """hidden [R, H], weight [V / TP, H] → log-probs and entropies, float32 [2, R].
+    """hidden [R, H], weight [≥ V_local, H] → log-probs and entropies, float32 [2, R].
 
     The gradient of `hidden` is this rank's part of the sum over tensor parallel ranks.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, first_id, group, temperature, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, fuse):
+        tiles = _Tiles.of(len(hidden), vocab_size, hidden.element_size(), memory_bytes)
         local = targets - first_id
-        in_shard = (local >= 0) & (local < weight.shape[0])
-        local = local.clamp(0, weight.shape[0] - 1)
-        log_probs = hidden.new_empty(2, hidden.shape[0], dtype=torch.float32)
-        log_sum = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        for chunk in _chunks(hidden.shape[0], chunk_tokens):
-            logits = _logits(hidden[chunk], weight, temperature)
-            peak = logits.amax(dim=-1) if weight.shape[0] else logits.new_full((len(logits),), -torch.inf)
-            if group.size() > 1:
-                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            target = logits.gather(-1, local[chunk, None]).squeeze(-1).masked_fill(~in_shard[chunk], 0.0)
-            logits -= peak[:, None]
-            weights = logits.exp()
-            sums = torch.stack([weights.sum(-1), (weights * logits).sum(-1), target])
-            if group.size() > 1:
-                dist.all_reduce(sums, group=group)
-            log_total = sums[0].log()
-            log_sum[chunk] = log_total + peak
-            log_probs[0, chunk] = sums[2] - log_sum[chunk]
-            log_probs[1, chunk] = log_total - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, local, in_shard, log_sum, log_probs[1])
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        return log_probs
+        # Of each strip of the vocabulary: the largest logit, Σ e, Σ e·z with z the logit above the largest one.
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        strips = hidden.new_zeros(3, max(len(tiles.columns), 1), len(hidden), dtype=accurate)
+        if not tiles.columns:
+            strips[0] = -torch.inf
+        target = hidden.new_zeros(len(hidden), dtype=accurate)
+        for number, columns in enumerate(tiles.columns):
+            for rows in tiles.rows:
+                tile = _product(hidden[rows], weight[columns])
+                column, inside = _within(local[rows], columns)
+                found = tile.gather(1, column[:, None])[:, 0].to(accurate) / temperature
+                target[rows] = torch.where(inside, found, target[rows])
+                for block in _blocks(tile):
+                    z = _scaled(tile[block], temperature)
+                    statistics = strips[:, number, rows][:, block]
+                    torch.amax(z, dim=-1, out=statistics[0])
+                    z.sub_(statistics[0, :, None])
+                    e = z.exp()
+                    torch.sum(e, dim=-1, out=statistics[1])
+                    torch.sum(z.mul_(e), dim=-1, out=statistics[2])
+        peak = strips[0].amax(dim=0)
+        if group.size() > 1:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        below = strips[0] - peak
+        share = below.exp()
+        # A rank whose shard is all padding has one strip of −inf, which weighs nothing.
+        lowered = torch.where(share > 0, strips[2] + strips[1] * below, 0.0)
+        sums = torch.stack([(share * strips[1]).sum(0), (share * lowered).sum(0), target])
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        log_total = sums[0].log()
+        log_sum = log_total + peak
+        answer = torch.stack([sums[2] - log_sum, log_total - sums[1] / sums[0]])
+        ctx.save_for_backward(hidden, weight, local, log_sum, answer[1])
+        ctx.tiles, ctx.temperature, ctx.fuse = tiles, temperature, fuse
+        return answer
 
     @staticmethod
     def backward(ctx, gradient):
-        hidden, weight, local, in_shard, log_sum, entropy = ctx.saved_tensors
-        hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        hidden, weight, local, log_sum, entropy = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
         wants_entropy = bool(gradient[1].any()) if gradient.device.type == "cpu" else True
-        for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
-            log_p = _logits(hidden[chunk], weight, ctx.temperature).sub_(log_sum[chunk, None])
-            p = log_p.exp()
-            if wants_entropy:
-                log_p.add_(entropy[chunk, None]).mul_(gradient[1, chunk, None]).add_(gradient[0, chunk, None])
-                slope = p.mul_(log_p).neg_()
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
+        weight_gradient, main_grad = None, weight.main_grad if ctx.fuse and wants_weight else None
+        if wants_weight:
+            # Beside `main_grad` this is a token for autograd alone: never written, on the host it never takes memory.
+            weight_gradient = torch.empty_like(weight)
+            if main_grad is not None:
+                weight.grad_added_to_main_grad = True
             else:
-                slope = p.mul_(gradient[0, chunk, None]).neg_()
-            slope.scatter_add_(-1, local[chunk, None], (gradient[0, chunk] * in_shard[chunk])[:, None])
-            slope = slope.div_(ctx.temperature).to(weight.dtype)
-            torch.mm(slope, weight, out=hidden_gradient[chunk])
-            weight_gradient += slope.t() @ hidden[chunk]
-        return hidden_gradient, weight_gradient.to(weight.dtype), None, None, None, None, None
+                weight_gradient[ctx.tiles.columns[-1].stop if ctx.tiles.columns else 0 :] = 0
+        for columns in ctx.tiles.columns:
+            total = None
+            for rows in ctx.tiles.rows:
+                tile = _product(hidden[rows], weight[columns])
+                column, inside = _within(local[rows], columns)
+                for block in _blocks(tile):
+                    slope, e = gradient[:, rows][:, block, None], entropy[rows][block, None]
+                    z = _scaled(tile[block], ctx.temperature).sub_(log_sum[rows][block, None])
+                    if wants_entropy:
+                        p = z.exp()
+                        z.add_(e).mul_(slope[1]).add_(slope[0]).mul_(p).neg_()
+                    else:
+                        z.exp_().mul_(-slope[0])
+                    z.scatter_add_(1, column[block, None], slope[0] * inside[block, None])
+                    tile[block] = z
+                if wants_hidden:
+                    _add_product(hidden_gradient[rows], tile, weight[columns])
+                if not wants_weight:
+                    continue
+                if main_grad is not None:
+                    _add_product(main_grad[columns], tile.t(), hidden[rows])
+                elif len(ctx.tiles.rows) == 1:
+                    torch.mm(tile.t(), hidden, out=weight_gradient[columns])
+                else:
+                    if total is None:
+                        total = hidden.new_zeros(tile.shape[1], hidden.shape[1], dtype=log_sum.dtype)
+                    _add_product(total, tile.t(), hidden[rows])
+            if total is not None:
+                weight_gradient[columns] = total
+        if wants_hidden:
+            hidden_gradient = hidden_gradient.to(hidden.dtype)
+        return hidden_gradient, weight_gradient, None, None, None, None, None, None, None
 
 
-def _chunks(total: int, size: int) -> list[slice]:
+def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = (hidden @ weight.t()).float()
+def _blocks(tile: torch.Tensor) -> Iterator[slice]:
+    """Rows of a tile that are turned together."""
+    rows = max(_HOST_BLOCK // tile.shape[1], 1) if tile.device.type == "cpu" else len(tile)
+    return iter(_slices(len(tile), rows))
+
+
+def _within(local: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's target as a column of this strip, and whether it really is in it."""
+    column = local - columns.start
+    width = columns.stop - columns.start
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
+
+
+def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hidden @ weight.t()
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The block in at least float32, in place where it is that already."""
+    logits = logits if logits.element_size() >= 4 else logits.float()
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, summed in `total`'s dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:  # has not run on one yet
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
 
 
 def vocab_parallel_log_probs(
@@ -96,19 +188,28 @@ def vocab_parallel_log_probs(
     *,
     first_id: int,
     group: dist.ProcessGroup,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    memory_bytes: int = 32 << 20,
+    fuse_gradient_accumulation: bool = False,
 ) -> torch.Tensor:
     """Log-probs of `targets` and entropies of the full distribution.
 
     Args:
         hidden: [R, hidden_size], the same on every tensor parallel rank.
-        weight: [V_local, hidden_size], this rank's rows of the output embedding, real vocabulary only.
+        weight: [rows, hidden_size], this rank's rows of the output embedding.
         targets: int64 [R].
         first_id: token id of the shard's first row.
         group: tensor parallel group.
+        vocab_size: how many of the shard's rows are real; None: all. The others take no part.
+        memory_bytes: what one tile of logits may take.
+        fuse_gradient_accumulation: add the weight's gradient to `weight.main_grad` and give autograd a tensor that is
+            not initialised (megatron-core's `grad_added_to_main_grad`: layers.py:610). Not for a weight used twice.
 
     Returns:
-        float32 [2, R]: log-probs, entropies (nats).
+        float32 [2, R] (float64 for float64 input): log-probs, entropies (nats).
     """
-    return _VocabParallelLogProbs.apply(hidden, weight, targets, first_id, group, temperature, chunk_tokens)
+    real = weight.shape[0] if vocab_size is None else vocab_size
+    return _VocabParallelLogProbs.apply(
+        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, fuse_gradient_accumulation
+    )

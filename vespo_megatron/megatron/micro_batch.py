@@ -77,13 +77,13 @@ def prepare(
     place: Place,
     *,
     temperature: float,
-    chunk_tokens: int,
+    log_prob_bytes: int,
     routes: Sequence[RouteTable | None] | None = None,
 ) -> list[MicroBatch]:
     """Slice the micro-batches of one pass for this rank and move them to its device; `routes` are sliced already."""
     tables = routes or [None] * len(batches)
     return [
-        _slice(batch, layout, place, temperature, chunk_tokens, table)
+        _slice(batch, layout, place, temperature, log_prob_bytes, table)
         for batch, layout, table in zip(batches, layouts(batches, place), tables, strict=True)
     ]
 
@@ -93,7 +93,7 @@ def _slice(
     layout: SequenceLayout,
     place: Place,
     temperature: float,
-    chunk_tokens: int,
+    log_prob_bytes: int,
     engine_routes: RouteTable | None,
 ) -> MicroBatch:
     def to_device(array: np.ndarray) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _slice(
             rows=to_device(layout.prediction_rows),
             targets=to_device(layout.targets(token_ids)),
             temperature=temperature,
-            chunk_tokens=chunk_tokens,
+            memory_bytes=log_prob_bytes,
         ),
         cu_seqlens=torch.from_numpy(layout.response_cu_seqlens),
         response_positions=to_device(layout.response_positions),

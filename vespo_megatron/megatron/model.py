@@ -55,12 +55,14 @@ class PolicyModel(GPTModel):
         real_rows = min(max(self.real_vocab_size - first_id, 0), weight.shape[0])
         return vocab_parallel_log_probs(
             hidden.flatten(0, 1).index_select(0, wanted.rows),
-            weight[:real_rows],
+            weight,
             wanted.targets,
             first_id=first_id,
             group=group,
             temperature=wanted.temperature,
-            chunk_tokens=wanted.chunk_tokens,
+            vocab_size=real_rows,
+            memory_bytes=wanted.memory_bytes,
+            fuse_gradient_accumulation=hasattr(weight, "main_grad") and not self.share_embeddings_and_output_weights,
         )
 
 
@@ -87,6 +89,7 @@ def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype:
         moe_router_bias_update_rate=0.0,
         moe_router_dtype=megatron.moe_router_dtype,
         moe_token_dispatcher_type=megatron.moe_token_dispatcher_type,
+        moe_grouped_gemm=megatron.moe_grouped_gemm,
         moe_permute_fusion=megatron.moe_permute_fusion,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,

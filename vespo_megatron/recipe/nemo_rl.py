@@ -45,7 +45,6 @@ _OPTIMIZER = "policy.megatron_cfg.optimizer"
 RENAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "checkpointing.checkpoint_dir": ("exp_manager.exp_dir", _as_is),
     "policy.max_grad_norm": (f"{_OPTIMIZER}.clip_grad", _as_is),
-    "policy.logprob_chunk_size": ("policy.megatron_cfg.logprob_chunk_tokens", _as_is),
     "policy.generation.backend": ("policy.generation.backend", lambda value: "sglang"),
     "policy.generation.vllm_cfg.tensor_parallel_size": (f"{_SGLANG}.tensor_parallel_size", _as_is),
     "policy.generation.vllm_cfg.gpu_memory_utilization": (f"{_SGLANG}.mem_fraction_static", _as_is),
@@ -124,7 +123,8 @@ MEANINGLESS: tuple[tuple[str, str], ...] = (
     ("policy.megatron_cfg.empty_unused_memory_level", "memory is released in colocated mode"),
     ("policy.megatron_cfg.converter_type", "weights are mapped from config.json"),
     ("policy.megatron_cfg.pipeline_dtype", "policy.precision"),
-    ("policy.megatron_cfg.defer_fp32_logits", "log-probs are made in chunks"),
+    ("policy.megatron_cfg.defer_fp32_logits", "log-probs are made in tiles"),
+    ("policy.logprob_chunk_size", "tiles of logits are cut by memory: policy.megatron_cfg.logprob_memory_mb"),
     ("policy.megatron_cfg.bias_activation_fusion", "of Transformer Engine's spec"),
     ("policy.megatron_cfg.env_vars*", "set the environment of the job"),
     ("policy.megatron_cfg.fp8_cfg.*", "off"),

@@ -130,7 +130,7 @@ class MegatronConfig:
     moe_permute_fusion: bool = key(False, "Fused permutation (needs Transformer Engine).")
     apply_rope_fusion: bool = key(False, "Fused rotary embedding (needs Transformer Engine).")
     moe_grouped_gemm: bool = key(True, "(ours) Experts by grouped matmul, where the layer spec has it.")
-    logprob_chunk_tokens: int = key(1024, "(ours) Tokens whose logits exist at one time.")
+    logprob_memory_mb: int = key(32, "(ours) MiB of logits that exist at one time.")
     distributed_timeout: float = key(600.0, "(ours) Deadline of a collective, in seconds.")
     optimizer: OptimizerConfig = key(OptimizerConfig)
     scheduler: SchedulerConfig = key(SchedulerConfig)

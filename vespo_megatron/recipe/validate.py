@@ -59,7 +59,7 @@ AT_LEAST_ONE = (
     f"{_MEGATRON}.context_parallel_size",
     f"{_MEGATRON}.expert_model_parallel_size",
     f"{_MEGATRON}.expert_tensor_parallel_size",
-    f"{_MEGATRON}.logprob_chunk_tokens",
+    f"{_MEGATRON}.logprob_memory_mb",
     "policy.sequence_packing.train_mb_tokens",
     "policy.sequence_packing.logprob_mb_tokens",
     f"{_GENERATION}.max_new_tokens",

@@ -111,7 +111,7 @@ class Trainer:
                 micro_batches,
                 self.place,
                 temperature=self.recipe.policy.generation.temperature,
-                chunk_tokens=self.recipe.policy.megatron_cfg.logprob_chunk_tokens,
+                log_prob_bytes=self.recipe.policy.megatron_cfg.logprob_memory_mb << 20,
                 routes=tables,
             )
             for micro_batches, tables in zip(share.mini_batches, share.routes, strict=True)

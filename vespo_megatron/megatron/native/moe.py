@@ -26,6 +26,8 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from vespo_megatron.megatron.native.experts import GroupedExperts
+
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -53,10 +55,12 @@ class NativeMoELayer(MoELayer):
             config = copy(config)
             config.sequence_parallel = True
             router = TokenShardedRouter
-        experts = ModuleSpec(
-            module=SequentialMLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        )
+        experts = ModuleSpec(module=GroupedExperts)
+        if not config.moe_grouped_gemm:
+            experts = ModuleSpec(
+                module=SequentialMLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            )
         super().__init__(
             config,
             submodules=MoESubmodules(experts=experts, router=router),

@@ -1,0 +1,224 @@
+"""Log-probs and entropies from hidden states, forward and backward: ours, the plain log-softmax, TRL's, Liger's.
+
+    pip install --no-deps "trl==1.16.*" accelerate datasets liger-kernel
+    python benchmarks/bench_logprobs.py [--record]
+
+All four give log-probs, all but Liger's entropies besides; the gradient comes through log-probs alone, as in training
+without an entropy bonus. TRL's is the fused language-model head of its trainers, Liger's the function under its GRPO
+loss, each as its library calls it. "Extra" memory is the peak above the inputs and the gradients that any form must
+produce (`hidden.grad`, `weight.grad`), in a process of its own per form. Every form runs once per round and the
+rounds alternate, so that what else the machine does touches all alike. Errors are those of gradients against a
+float64 log-softmax, relative to its largest entry, at a vocabulary that float64 can afford.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import record  # noqa: E402
+from vespo_megatron.megatron.logprobs import vocab_parallel_log_probs  # noqa: E402
+
+Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGE_ERROR_VOCABULARY = 19000
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What everyone writes."""
+    log_probs = (hidden @ weight.t()).float().log_softmax(-1)
+    with torch.no_grad():
+        (log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, targets[:, None])[:, 0]
+
+
+def trl(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """TRL's fused head, as `add_fused_lm_head(outputs=("log_probs", "entropy"))` calls it."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    return ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )[0]
+
+
+def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probs under Liger's fused linear GRPO loss; it has no entropy."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
+
+    return _ChunkedSelectiveLogProbFunction.apply(hidden, weight, targets, None, 1.0, 4096)
+
+
+def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The output layer of the policy."""
+    first = dist.get_rank() * weight.shape[0]
+    return vocab_parallel_log_probs(hidden, weight, targets, first_id=first, group=dist.group.WORLD)[0]
+
+
+FORMS: dict[str, Form] = {"plain": plain, "TRL": trl, "Liger": liger, "ours": ours}
+
+
+def inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """hidden [rows, width], weight [vocabulary, width] as leaves, targets, and the gradient of the log-probs."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
+    weight = torch.empty(vocabulary, width, dtype=dtype).normal_(0, width**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(0, vocabulary, (rows,)), torch.randn(rows) / rows
+
+
+def step(form: Form, given: tuple[torch.Tensor, ...]) -> float:
+    """Seconds of one forward and backward; gradients are left in the leaves."""
+    hidden, weight, targets, gradient = given
+    hidden.grad = weight.grad = None
+    started = time.perf_counter()
+    form(hidden, weight, targets).backward(gradient)
+    return time.perf_counter() - started
+
+
+def peak_extra_bytes(form: Form, given: tuple[torch.Tensor, ...]) -> int:
+    """Peak resident memory of one step above inputs and gradients."""
+
+    def status(key: str) -> int:
+        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    step(form, given)
+    return status("VmHWM") - before - given[0].nbytes - given[1].nbytes
+
+
+def join_world(rank: int, size: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+
+
+def memory_of(name: str, arguments: argparse.Namespace, dtype: str) -> int:
+    """`peak_extra_bytes` in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name, "--dtypes", dtype, "--tokens", str(arguments.tokens)]
+    command += ["--hidden", str(arguments.hidden), "--vocabulary", str(arguments.vocabulary)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def errors(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Form → errors of the gradients of hidden and weight."""
+    given = inputs(256, arguments.hidden, LARGE_ERROR_VOCABULARY, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in given[:2]]
+    log_probs = (exact[0] @ exact[1].t()).log_softmax(-1)
+    log_probs.gather(-1, given[2][:, None])[:, 0].backward(given[3].double())
+    found = {}
+    for name, form in FORMS.items():
+        step(form, given)
+        found[name] = tuple(
+            float((ours.grad.double() - theirs.grad).abs().max() / theirs.grad.abs().max())
+            for ours, theirs in zip(given[:2], exact, strict=True)
+        )
+    return found
+
+
+def _tensor_parallel_rank(rank: int, store: str, arguments: argparse.Namespace, queue) -> None:
+    """Two ranks, each with half of the vocabulary and one thread: ours, and the plain form on a half of its own."""
+    torch.set_num_threads(1)
+    join_world(rank, 2, store)
+    given = inputs(arguments.tokens, arguments.hidden, arguments.vocabulary // 2, torch.float32)
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    half = (given[0], given[1], given[2] % (arguments.vocabulary // 2), given[3])
+    for number in range(arguments.repeats + 1):
+        for name, form, data in (("ours", ours, given), ("plain", plain, half)):
+            dist.barrier()
+            seconds = step(form, data)
+            if number:
+                times[name].append(seconds)
+    extra = peak_extra_bytes(ours, given)
+    queue.put((rank, {name: statistics.median(values) for name, values in times.items()}, extra))
+    dist.barrier()
+
+
+def tensor_parallel(arguments: argparse.Namespace) -> str:
+    """One line about TP2."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        ranks = [
+            context.Process(target=_tensor_parallel_rank, args=(rank, store, arguments, queue)) for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        answers = [queue.get(timeout=600) for _ in ranks]
+        for process in ranks:
+            process.join(60)
+    slowest = {name: max(answer[1][name] for answer in answers) for name in ("ours", "plain")}
+    extra = max(answer[2] for answer in answers) / 2**20
+    return (
+        f"TP2 (two processes, a thread and half of the vocabulary each, float32): {slowest['ours']:.2f} s, "
+        f"{slowest['ours'] / slowest['plain']:.2f} of a plain log-softmax over that half without any communication; "
+        f"{extra:.0f} MiB extra per rank."
+    )
+
+
+def main() -> None:
+    """Measure, print, and with --record write to RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-tp", action="store_true")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
+    parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        join_world(0, 1, f"{folder}/store")
+        shape = (arguments.tokens, arguments.hidden, arguments.vocabulary)
+        if arguments.memory_of:
+            step(FORMS[arguments.memory_of], inputs(8, arguments.hidden, 4096, DTYPES[arguments.dtypes[0]]))
+            print(peak_extra_bytes(FORMS[arguments.memory_of], inputs(*shape, DTYPES[arguments.dtypes[0]])))
+            return
+        lines = [
+            f"{arguments.tokens} tokens, hidden {arguments.hidden}, vocabulary {arguments.vocabulary}, "
+            f"{torch.get_num_threads()} threads, median of {arguments.repeats} alternating rounds, forward + backward.",
+            "",
+            "| dtype | form | time (s) | ours / it | extra memory (MiB) | ours / it | ∂hidden error | ∂weight error |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for dtype in arguments.dtypes:
+            memory = {name: memory_of(name, arguments, dtype) for name in FORMS}
+            wrong = errors(DTYPES[dtype], arguments)
+            given = inputs(*shape, DTYPES[dtype])
+            times: dict[str, list[float]] = {name: [] for name in FORMS}
+            for _ in range(arguments.repeats):
+                for name, form in FORMS.items():
+                    times[name].append(step(form, given))
+            took = {name: statistics.median(values) for name, values in times.items()}
+            lines += [
+                f"| {dtype} | {name} | {took[name]:.2f} | {took['ours'] / took[name]:.2f} | {memory[name] / 2**20:.0f} "
+                f"| {memory['ours'] / memory[name]:.3f} | {wrong[name][0]:.1e} | {wrong[name][1]:.1e} |"
+                for name in FORMS
+            ]
+            del given
+        dist.destroy_process_group()
+    if not arguments.no_tp:
+        lines += ["", tensor_parallel(arguments)]
+    text = "\n".join(lines)
+    print(text)
+    if arguments.record:
+        record("Log-probs from hidden states on cpu", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""This rank's experts as two stacked weights and one grouped SwiGLU, instead of a module per expert.
+
+Tokens come sorted by expert. On a GPU the products are `torch._grouped_mm`; on the host they are one `mm` per expert
+into its rows of one output (measured no slower there than `_grouped_mm` or padded `bmm`, and it pads nothing). The
+backward is written out: it keeps the input and the first product only, and adds the weights' gradients straight into
+megatron-core's `main_grad` where there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    _initialize_affine_weight_gpu,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+
+class _Groups:
+    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side."""
+
+    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor) -> None:
+        # _grouped_mm takes bfloat16 only there. This branch has not run on a GPU yet.
+        self.on_device = like.is_cuda and like.dtype is torch.bfloat16
+        if self.on_device:
+            self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
+            return
+        ends = tokens_per_expert.cumsum(0).tolist()
+        rows = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        self.slices = [(expert, here) for expert, here in enumerate(rows) if here.stop > here.start]
+
+    def product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """rows [T, K] by their expert's weight in [E, K, N] → [T, N]."""
+        if self.on_device:
+            return torch._grouped_mm(rows, weights, offs=self.ends)
+        result = rows.new_empty(rows.shape[0], weights.shape[2])
+        for expert, here in self.slices:
+            torch.mm(rows[here], weights[expert], out=result[here])
+        return result
+
+    def add_outer(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """total [E, M, N] += leftᵀ·right over each expert's rows, left [T, M], right [T, N]."""
+        if self.on_device:
+            total.add_(torch._grouped_mm(left.t(), right, offs=self.ends))
+            return
+        for expert, here in self.slices:
+            if total.dtype == left.dtype:
+                total[expert].addmm_(left[here].t(), right[here])
+            else:
+                total[expert].add_(left[here].t() @ right[here])
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """x [T, H], probs [T], fc1 [E, 2F, H] (gate above up), fc2 [E, H, F] → [T, H]: fc2 · (probs · silu(gate) · up)."""
+
+    @staticmethod
+    def forward(ctx, x, probs, fc1, fc2, tokens_per_expert):
+        groups = _Groups(tokens_per_expert, x)
+        gate_up = groups.product(x, fc1.transpose(1, 2))
+        gate, up = gate_up.chunk(2, dim=1)
+        active = F.silu(gate).mul_(up).mul_(probs[:, None].to(x.dtype))
+        ctx.save_for_backward(x, probs, gate_up, fc1, fc2)
+        ctx.groups = groups
+        return groups.product(active, fc2.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, probs, gate_up, fc1, fc2 = ctx.saved_tensors
+        groups, scale = ctx.groups, probs[:, None].to(x.dtype)
+        gate, up = gate_up.chunk(2, dim=1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        active = silu * up
+        slope = groups.product(gradient, fc2)
+        probs_gradient = (slope * active).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(probs.dtype)
+        fc2_gradient = _weight_gradient(groups, fc2, gradient, active.mul_(scale)) if ctx.needs_input_grad[3] else None
+        slope.mul_(scale)
+        gate_up_gradient = torch.empty_like(gate_up)
+        gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=1)
+        torch.mul(slope, silu, out=up_gradient)
+        # silu' = sigmoid + silu · (1 − sigmoid)
+        torch.mul(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up), slope, out=gate_gradient)
+        fc1_gradient = _weight_gradient(groups, fc1, gate_up_gradient, x) if ctx.needs_input_grad[2] else None
+        x_gradient = groups.product(gate_up_gradient, fc1) if ctx.needs_input_grad[0] else None
+        return x_gradient, probs_gradient, fc1_gradient, fc2_gradient, None
+
+
+def _weight_gradient(
+    groups: _Groups, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> torch.Tensor | None:
+    """leftᵀ·right per expert, in the weight's shape: into `main_grad` (autograd then gets an unwritten tensor)."""
+    if getattr(weight, "main_grad", None) is None:
+        total = torch.zeros_like(weight)
+        groups.add_outer(total, left, right)
+        return total
+    groups.add_outer(weight.main_grad, left, right)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+class GroupedExperts(MegatronModule):
+    """This rank's experts. Parameters, E local experts, F the width of this expert tensor parallel rank:
+
+    `linear_fc1_weight` [E, 2F, H] (gate above up), `linear_fc2_weight` [E, H, F].
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        width = config.moe_ffn_hidden_size // self.tp_group.size()
+        options = dict(dtype=config.params_dtype, device=torch.cuda.current_device())
+        fc1 = torch.empty(num_local_experts, 2 * width, config.hidden_size, **options)
+        fc2 = torch.empty(num_local_experts, config.hidden_size, width, **options)
+        self.linear_fc1_weight, self.linear_fc2_weight = torch.nn.Parameter(fc1), torch.nn.Parameter(fc2)
+        for parameter, initialise, dim in (
+            (self.linear_fc1_weight, config.init_method, 1),
+            (self.linear_fc2_weight, config.output_layer_init_method, 2),
+        ):
+            if config.perform_initialization:
+                _initialize_affine_weight_gpu(parameter, initialise, partition_dim=dim, is_expert=True)
+            else:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+            parameter.allreduce = False  # sum over expert data parallel ranks, not data parallel ones
+
+    def forward(
+        self,
+        permuted_local_hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        permuted_probs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """[T, H] sorted by expert, how many tokens each has, their gates [T] → [T, H] (this width's part), no bias."""
+        output = _GroupedSwiGLU.apply(
+            permuted_local_hidden_states,
+            permuted_probs,
+            self.linear_fc1_weight,
+            self.linear_fc2_weight,
+            tokens_per_expert,
+        )
+        return output, None
+
+    def backward_dw(self) -> None:
+        """megatron-core's delayed weight gradients: none are delayed."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Both weights as slices of [experts, …], under `SequentialMLP`'s keys and shapes (experts.py:935).
+
+        Gate and up are sharded apart, so that expert parallel and expert tensor parallel sizes may change.
+        """
+        axis = len(sharded_offsets)
+        experts = (axis, self.ep_group.rank(), self.ep_group.size())
+        rank, size = self.tp_group.rank(), self.tp_group.size()
+        replica = (0, 0, self.dp_group.rank())
+
+        def shard(key: str, tensor: torch.Tensor, replica_id, *offsets: tuple[int, int, int]) -> ShardedTensor:
+            return ShardedTensor.from_rank_offsets(
+                key, tensor, *sharded_offsets, experts, *offsets, replica_id=replica_id, prepend_axis_num=axis
+            )
+
+        def build(key: str, tensor: torch.Tensor, replica_id, flattened_range=None) -> list[ShardedTensor]:
+            return [
+                shard(key, half.contiguous(), replica_id, (axis + 1, part * size + rank, 2 * size))
+                for part, half in enumerate(tensor.chunk(2, dim=1))
+            ]
+
+        def merge(halves: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(halves, dim=1)
+
+        fc1, fc2 = f"{prefix}experts.linear_fc1.weight", f"{prefix}experts.linear_fc2.weight"
+        return {
+            f"{prefix}linear_fc1_weight": ShardedTensorFactory(fc1, self.linear_fc1_weight, build, merge, replica),
+            f"{prefix}linear_fc2_weight": shard(fc2, self.linear_fc2_weight, replica, (axis + 2, rank, size)),
+        }
