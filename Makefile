@@ -5,6 +5,7 @@
 #   make test-nightly   the tests that take minutes or hours
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
+#   make nightly many more examples for every property, and ten minutes of each fuzzer (FUZZ_SECONDS)
 #   make lint    ruff and the import contract
 #   make venv    install only
 
@@ -18,6 +19,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	&& echo $$python && break; done)
 # Options for the installation of torch alone, for instance an index whose build brings no CUDA libraries.
 TORCH_OPTIONS ?=
+FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .PHONY: train test test-nightly test-slurm test-triton lint venv example clean
@@ -41,6 +43,17 @@ test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0
 	$(BIN)/python -m pytest -m triton tests/losses
 
+# Only the tests of properties: the others do not change with the number of examples.
+nightly: example fuzz
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest --timeout=1800 --hypothesis-show-statistics \
+		$$(grep -rlE '^@given' tests) $(PYTEST_ARGS)
+
+# What a fuzzer finds is a crash-* file here; the fuzzer takes it as its argument to run it again.
+fuzz: $(STAMP)
+	for parser in reply recipe; do \
+		mkdir -p .fuzz/$$parser && $(BIN)/python tests/fuzz/fuzz_$$parser.py \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=1024 .fuzz/$$parser || exit 1; done
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
@@ -61,4 +74,4 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.tx
 	touch $(STAMP)
 
 clean:
-	rm -rf $(EXAMPLE)/build .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(EXAMPLE)/build .fuzz .hypothesis .pytest_cache .ruff_cache .import_linter_cache

@@ -57,7 +57,7 @@ EXTRAS = {
     # The bare transformer-engine imports with a RuntimeError that megatron-core does not catch.
     "te": ["transformer-engine[pytorch,core_cu12]>=2.9,<2.12"],
     "nemo": ["nemo-toolkit[core]==3.0.0", "einops", "sentencepiece", "pandas"],
-    "dev": ["accelerate", "hypothesis", "import-linter", "pytest>=8", "pytest-timeout", "ruff"],
+    "dev": ["accelerate", "atheris", "hypothesis", "import-linter", "pytest>=8", "pytest-timeout", "ruff"],
     "bench": ["trl==1.16.0"],
 }
 

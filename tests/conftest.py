@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 from tiny_model import write_tiny_qwen3_moe
+
+# `make nightly` takes the second one: other examples each time, and enough of them. Explaining a failure traces every
+# line that runs, which takes minutes where a recipe is loaded.
+phases = set(Phase) - {Phase.explain}
+settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True, phases=phases)
+settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True, phases=phases)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 unexplained failure, 2 `UserError`, 130 Ctrl-C, 143 SIGTERM."""
+    """Run one command; returns the exit status.
+
+    0: done. 1: a failure nobody explained. 2: `UserError`. 70: the watchdog ended a run that hung. 75: stopped by
+    SIGTERM or SIGUSR1 after a checkpoint, to be resumed. 128 + n: stopped by signal n (130 Ctrl-C, 143 SIGTERM).
+    """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
     if rest and not getattr(parsed, "takes_rest", False):
@@ -65,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     keys.add_argument("filter", nargs="?", default="", help="only keys that contain this")
     keys.set_defaults(run=_recipe_keys)
 
+    replay = commands.add_parser(
+        "replay-step", help="run a skipped update again on one process: where is it not finite?"
+    )
+    replay.add_argument("bundle", metavar="BUNDLE", help="a folder under <run>/bundles")
+    replay.set_defaults(run=_replay_step)
+
     serve = commands.add_parser("serve", help="start a recipe's SGLang servers and keep them")
     _add_recipe(serve)
     serve.set_defaults(run=_serve)
@@ -114,7 +124,7 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
         run_dir = launch.train(parsed.recipe, parsed.overrides, tiny_folder=parsed.scale_down)
     except launch.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
-        return 1
+        return failure.exit_code
     if run_dir is not None:
         from vespo_megatron.study.report import write_report
 
@@ -132,7 +142,7 @@ def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:
         )
     except launch.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
-        return 1
+        return failure.exit_code
     if run_dir is not None:
         print(table(run_dir))
     return 0
@@ -170,6 +180,14 @@ def _recipe_keys(parsed: argparse.Namespace, rest: list[str]) -> None:
     for name, meaning in documentation().items():
         if parsed.filter in name:
             print(f"{name}: {meaning}" if meaning else name)
+
+
+def _replay_step(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from pathlib import Path
+
+    from vespo_megatron.trainer.replay_step import replay
+
+    print(replay(Path(parsed.bundle)))
 
 
 def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vespo_megatron.data.layout import SequenceLayout
@@ -34,7 +34,6 @@ def rows(layout: SequenceLayout, *trailing: int) -> list[np.ndarray]:
 
 
 @given(layouts())
-@settings(max_examples=300, deadline=None)
 def test_every_token_is_held_once_and_ranks_hold_equal_shares(layout):
     positions = [rank.positions for rank in every_rank(layout)]
     assert sorted(np.concatenate(positions)) == list(range(layout.num_global_tokens))
@@ -44,7 +43,6 @@ def test_every_token_is_held_once_and_ranks_hold_equal_shares(layout):
 
 
 @given(layouts())
-@settings(max_examples=300, deadline=None)
 def test_gathering_the_shards_undoes_the_zigzag(layout):
     tokens = rows(layout)
     gathered = np.concatenate([rank.token_ids(tokens) for rank in every_rank(layout)])[layout.gather_order]
@@ -53,7 +51,6 @@ def test_gathering_the_shards_undoes_the_zigzag(layout):
 
 
 @given(layouts())
-@settings(max_examples=300, deadline=None)
 def test_positions_increase_inside_a_sequence_and_match_the_token(layout):
     tokens = [np.arange(length) for length in layout.lengths]
     for rank in every_rank(layout):
@@ -67,7 +64,6 @@ def test_positions_increase_inside_a_sequence_and_match_the_token(layout):
 
 
 @given(layouts())
-@settings(max_examples=300, deadline=None)
 def test_every_response_token_is_predicted_once_from_the_token_before_it(layout):
     tokens = rows(layout)
     values = [row[prompt:] * 10 for row, prompt in zip(tokens, layout.prompt_lengths, strict=False)]
@@ -86,7 +82,6 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(layout)
 
 
 @given(layouts(), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
 def test_routes_follow_their_token_and_padding_gets_a_valid_distinct_route(layout, random):
     layers, topk = 2, 3
     routes = [row[:-1] for row in rows(layout, layers, topk)]  # the last token has none

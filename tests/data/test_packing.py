@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vespo_megatron.data.packing import plan_mini_batches
@@ -13,7 +13,6 @@ lengths = st.lists(st.integers(1, 200), min_size=8, max_size=80)
 
 
 @given(lengths, st.integers(1, 4), st.integers(1, 4), st.integers(200, 900), st.sampled_from([1, 2]))
-@settings(max_examples=400, deadline=None)
 def test_a_plan_keeps_its_invariants(lengths, num_mini_batches, ranks, budget, round_up_to):
     try:
         plan = plan_mini_batches(
@@ -45,7 +44,6 @@ def test_a_plan_keeps_its_invariants(lengths, num_mini_batches, ranks, budget, r
 
 
 @given(lengths.filter(lambda lengths: len(lengths) % 4 == 0), st.sampled_from([1, 2, 4]), st.integers(1, 3))
-@settings(max_examples=200, deadline=None)
 def test_without_packing_no_micro_batch_has_more_sequences_than_asked(lengths, ranks, limit):
     plan = plan_mini_batches(lengths, num_mini_batches=1, data_parallel_size=ranks, max_sequences=limit)
     assert max(len(micro_batch) for rank in plan.mini_batches[0] for micro_batch in rank) <= limit

@@ -193,3 +193,24 @@ def test_a_request_the_server_would_choke_on_is_refused_before_it_is_sent(prompt
     request = GenerationRequest("r", prompt, SamplingParams(**({"max_new_tokens": 4} | sampling)))
     with pytest.raises(UserError, match=says):
         check_request(request, SHAPE, 64)
+
+
+HUGE = {
+    "token ids beyond int64": {"output_ids": [60, 83, 96, 2**63]},
+    "a log-prob beyond float64": {"meta": {"output_token_logprobs": [[-(10**400), 60], [0, 83], [0, 96], [0, 30]]}},
+    "a weight version beyond int64": {"meta": {"weight_version": str(2**63), "weight_versions": None}},
+    "a weight version that is infinite": {"meta": {"weight_version": float("inf"), "weight_versions": None}},
+    "weight versions that are a number": {"meta": {"weight_versions": 7}},
+    "cached tokens that are text": {"meta": {"cached_tokens": "many"}},
+    "routes with a lone surrogate": {"meta": {"routed_experts": "\udc80"}},
+}
+"""Found by tests/fuzz/fuzz_reply.py, each of which ended in an exception of its own."""
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_what_the_fuzzer_found_is_an_error_like_any_other(name):
+    wrong = HUGE[name]
+    value = reply(**wrong.get("meta", {})) | {key: part for key, part in wrong.items() if key != "meta"}
+    with pytest.raises(UserError, match="step1/p/0") as error:
+        parse(value)
+    assert len(str(error.value)) < 400

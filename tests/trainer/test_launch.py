@@ -17,12 +17,15 @@ import pytest
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer import launch
 from vespo_megatron.trainer.process import wait_until
+from vespo_megatron.trainer.pulse import read_beats
 
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from vespo_megatron.errors import UserError
 from vespo_megatron.trainer import worker
+from vespo_megatron.trainer.pulse import Pulse
+from vespo_megatron.trainer.stopping import StopRequest
 
 def train(recipe, run_dir):
     rank, what = int(os.environ["RANK"]), recipe.exp_manager.name
@@ -40,6 +43,14 @@ def train(recipe, run_dir):
         raise RuntimeError("boom")
     if what == "vanish" and rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+    if what in ("saves", "late"):  # asked to stop, a rank that has trained saves and ends, or is too slow
+        pulse, stop = Pulse(run_dir, rank), StopRequest(run_dir)
+        pulse.step = 3
+        pulse.beat()
+        while what == "late" or not stop.asked():
+            time.sleep(0.05)
+        stop.note_stopped(3, "checkpoints/step_3")
+        return
     if what == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(300)
@@ -80,9 +91,9 @@ class Launched:
     def __init__(self, folder: Path, what: str) -> None:
         (folder / "obedient_worker.py").write_text(WORKER)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(f"policy: {{model_name: m}}\ncluster: {{gpus_per_node: 2}}\nexp_manager: {{exp_dir: {folder}/runs, name: {what}}}\n")  # fmt: skip # noqa: E501
+        recipe.write_text(f"policy: {{model_name: m}}\ncluster: {{gpus_per_node: 2, stop_timeout: {8 if what == 'late' else 60}}}\nexp_manager: {{exp_dir: {folder}/runs, name: {what}}}\n")  # fmt: skip # noqa: E501
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        environment["PYTHONPATH"] = str(folder)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         self.run_dir = folder / "runs" / what / "version_0"
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, str(recipe)],
@@ -160,10 +171,10 @@ def test_an_unexplained_error_is_shown_once_with_its_rank(start):
     assert wait_until(lambda: not run.alive(), 20), run.alive()
 
 
-def test_a_worker_killed_without_a_word_ends_the_run(start):
+def test_a_worker_killed_without_a_word_is_named(start):
     run = start("vanish")
     status, _, errors = run.finish()
-    assert status == 1 and "ended without a word" in errors
+    assert status == 1 and errors.startswith("vespo-megatron: rank 0 was ended by SIGKILL\n")
     assert wait_until(lambda: not run.alive(), 20), run.alive()
 
 
@@ -189,6 +200,32 @@ def test_a_signal_stops_everything_within_seconds(start, what, signum, expected)
     assert errors == f"vespo-megatron: stopped by {signal.Signals(signum).name}\n"
     assert wait_until(lambda: not run.alive(), 20), run.alive()
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_has_trained_saves_first_and_says_that_it_can_be_resumed(start, signum):
+    run = start("saves")
+    run.wait_until_training()
+    assert wait_until(lambda: len(read_beats(run.run_dir)) == 2, 20)
+    run.process.send_signal(signum)
+    status, output, errors = run.finish(timeout=60)
+    assert status == 75
+    assert errors == f"vespo-megatron: stopped by {signal.Signals(signum).name} after step 3: checkpoints/step_3\n"
+    assert wait_until(lambda: not run.alive(), 20), run.alive()
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+def test_saving_has_a_deadline_and_a_second_signal_does_not_wait_for_it(start, impatient):
+    run = start("late")
+    run.wait_until_training()
+    assert wait_until(lambda: len(read_beats(run.run_dir)) == 2, 20)
+    run.process.send_signal(signal.SIGTERM)
+    assert wait_until(lambda: (run.run_dir / "stop").exists(), 20)
+    if impatient:
+        run.process.send_signal(signal.SIGTERM)
+    status, _, errors = run.finish(timeout=60)
+    assert status == 143 and errors == "vespo-megatron: stopped by SIGTERM\n"
+    assert wait_until(lambda: not run.alive(), 20), run.alive()
 
 
 def test_a_launcher_killed_outright_takes_everything_with_it(start):

@@ -14,14 +14,14 @@ from vespo_megatron.trainer.process import Stopped, clear_failures, note_failure
 
 @pytest.fixture
 def handlers():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_raises_once_and_handlers_come_back(handlers, signum):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with pytest.raises(Stopped) as stopped, stop_on_signals():

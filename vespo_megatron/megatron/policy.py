@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class UpdateResult:
     """One optimizer update."""
 
     grad_norm: float
-    """Before clipping, over the whole model."""
+    """Before clipping, over the whole model; NaN when the update was refused."""
     learning_rate: float
     succeeded: bool
     reports: list[Any]
@@ -78,6 +79,17 @@ class MegatronPolicy:
         )
         model_config = get_model_config(self.chunks[0])
         model_config.grad_scale_func = self.optimizer.scale_loss
+        finalize = model_config.finalize_model_grads_func
+        self.own_gradients_finite = True
+        """Whether this rank's last gradients were, before they were added to other ranks'."""
+
+        def look_and_finalize(*args: Any, **kwargs: Any) -> None:
+            self.own_gradients_finite = self.gradients_finite()
+            finalize(*args, **kwargs)
+
+        model_config.finalize_model_grads_func = look_and_finalize
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called before every forward of a micro-batch."""
         self.replay = RouteReplay(
             [hf_weights.unwrap(chunk) for chunk in self.chunks],
             recomputes=model_config.recompute_granularity == "full",
@@ -112,6 +124,13 @@ class MegatronPolicy:
         finally:
             for parameter, value in zip(self._parameters(), own, strict=True):
                 parameter.copy_(value)
+
+    def gradients_finite(self) -> bool:
+        """Whether every gradient on this rank is, as the buffers hold them now."""
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        # The extremes carry NaN and infinities on, and need no copy of the gradients.
+        extremes = [extreme for buffer in buffers for extreme in torch.aminmax(buffer.grad_data)]
+        return bool(torch.isfinite(torch.stack([extreme.float() for extreme in extremes])).all()) if extremes else True
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -152,14 +171,16 @@ class MegatronPolicy:
         loss: LossFunction,
         *,
         routes: RouteUse = LIVE,
-        before_step: Callable[[list[Any]], None] = lambda reports: None,
+        before_step: Callable[[list[Any]], bool] = lambda reports: True,
     ) -> UpdateResult:
         """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share).
 
-        `before_step` sees the reports and may raise before any weight has changed.
+        `before_step` sees the reports before any weight has changed; it may raise, or refuse the update by False,
+        which then leaves weights, optimizer and schedule as they were.
         """
         reports = self.compute_gradients(micro_batches, loss, routes=routes)
-        before_step(reports)
+        if not before_step(reports):
+            return UpdateResult(math.nan, self.optimizer.param_groups[0]["lr"], False, reports)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -183,6 +204,7 @@ class MegatronPolicy:
     ) -> list[Any]:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
+            self.on_progress()
             chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
             table, observed = routes.tables(micro_batch)
             with self.replay.forward(chunk, table, observed, self.place.device):

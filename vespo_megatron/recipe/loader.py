@@ -27,6 +27,11 @@ from vespo_megatron.recipe.schema import Recipe
 
 _DEFAULTS, _OVERRIDE = "defaults", "_override_"
 _COMMAND_LINE = "command line"
+_NOT_TAKEN = (
+    OmegaConfBaseException, TypeError, ValueError, AssertionError, LookupError, AttributeError, RecursionError,
+    OverflowError,
+)  # fmt: skip
+"""What OmegaConf raises for content it does not take: its own errors, and those tests/fuzz/fuzz_recipe.py met."""
 
 
 @dataclasses.dataclass
@@ -66,7 +71,7 @@ def _merged(layers: Iterable[Layer], source: str) -> Recipe:
             OmegaConf.update(config, ".".join(keys), {}, merge=False)
         try:
             config = OmegaConf.merge(config, _without_marks(layer.content))
-        except OmegaConfBaseException as error:
+        except _NOT_TAKEN as error:
             raise _type_error(error, layer) from None
     return _to_recipe(config, source)
 
@@ -132,7 +137,7 @@ def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
         raise UserError(f"{path} is a folder", where=where, expected="a recipe file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text", where=where, expected="a YAML file") from None
-    except (yaml.YAMLError, GrammarParseError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, GrammarParseError, *_NOT_TAKEN) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"is not YAML ({getattr(error, 'problem', None) or error})", where=place) from None
@@ -157,7 +162,7 @@ def _override_layer(text: str) -> Layer:
         raise UserError(f"{text!r} is no override", where=_COMMAND_LINE, expected="key=value, as in grpo.seed=7")
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, *_NOT_TAKEN) as error:
         raise UserError(f"the value of {name} is not YAML ({error})", where=f"{_COMMAND_LINE}: {text}") from None
     return Layer(f"{_COMMAND_LINE}: {text}", _replace_recipe_dir(content, os.getcwd()))
 
@@ -240,8 +245,8 @@ def _leaves(section: Any, above: str) -> Iterator[tuple[str, Any]]:
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
-def _type_error(error: OmegaConfBaseException, layer: Layer) -> UserError:
-    name = error.full_key or _misplaced_section(layer.content, Recipe, "") or "the recipe"
+def _type_error(error: Exception, layer: Layer) -> UserError:
+    name = getattr(error, "full_key", None) or _misplaced_section(layer.content, Recipe, "") or "the recipe"
     item = _field_of(name)
     if item is None:
         expected = ""
@@ -249,13 +254,17 @@ def _type_error(error: OmegaConfBaseException, layer: Layer) -> UserError:
         expected = f"a section with {', '.join(_fields(inner))}"
     else:
         expected = str(item.type).replace(" | None", " or null")
-    return UserError(f"{name}: {str(error).splitlines()[0]}", where=layer.source, expected=expected)
+    return UserError(f"{name}: {_first_line(error)}", where=layer.source, expected=expected)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _misplaced_section(content: Any, section: type, above: str) -> str | None:
     for name, value in content.items():
         inner = _section_type(_fields(section)[name])
-        if inner is not None and not isinstance(value, dict):
+        if (inner is not None or _is_free(_fields(section)[name])) and not isinstance(value, dict):
             return f"{above}{name}"
         if inner is not None and (found := _misplaced_section(value, inner, f"{above}{name}.")):
             return found
@@ -278,9 +287,9 @@ def _to_recipe(config: DictConfig, source: str) -> Recipe:
         missing = sorted(str(name) for name in OmegaConf.missing_keys(config))
         if not missing:
             return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        name = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{name}{str(error).splitlines()[0]}", where=source) from None
+    except _NOT_TAKEN as error:
+        key = getattr(error, "full_key", None)
+        raise UserError((f"{key}: " if key else "") + _first_line(error), where=source) from None
     raise UserError(
         f"{', '.join(missing)} has no value", where=source, fix=f"add it to the recipe, or pass {missing[0]}=…"
     )
@@ -292,10 +301,10 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_string(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     # OmegaConf reads 1e-6 as a number where YAML 1.1 reads a string, so such strings need their quotes.
-    looks_like_number = re.fullmatch(r"[-+]?[\d_.]+([eE][-+]?\d+)?", value) is not None
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", value.replace("${", "\\${"), style="'" if looks_like_number else None
-    )
+    style = "'" if re.fullmatch(r"[-+]?[\d_.]+([eE][-+]?\d+)?", value) else None
+    if re.search("[\x85\u2028\u2029\ufeff]", value):  # line breaks to YAML, which only double quotes escape
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value.replace("${", "\\${"), style=style)
 
 
 _Dumper.add_representer(str, _represent_string)

@@ -264,6 +264,22 @@ class CheckpointingConfig:
 
 
 @dataclass
+class GuardConfig:
+    """`guard` (ours): numbers that are not finite, and signs of collapse. Windows are in steps."""
+
+    max_skipped_updates: int = key(3, "Updates in a row skipped for numbers that are not finite before the run stops.")
+    max_bundles: int = key(3, "Skipped updates to keep under bundles/ for vespo-megatron replay-step; 0 none.")
+    save_weights: bool = key(True, "Keep the weights with a bundle; without them the step is replayed on model_name.")
+    on_collapse: str = key("warn", "warn, or stop: save and end the run, as SIGTERM does.")
+    window: int = key(10, "Steps of a mean that is compared; nothing is said before two windows.")
+    reward_drop: float | None = key(0.5, "Fall of the mean reward below its best window, in units of reward.")
+    length_drop: float | None = key(0.2, "Mean response length below this share of the first window's.")
+    truncated_share: float | None = key(0.9, "Share of responses cut off at their limit.")
+    entropy_drop: float | None = key(0.02, "Mean policy entropy below this share of the first window's.")
+    loss_spike: float | None = key(100.0, "Gradient norm of one step above this multiple of the window's median.")
+
+
+@dataclass
 class LoggerConfig:
     """`logger`."""
 
@@ -279,6 +295,14 @@ class ClusterConfig:
     gpus_per_node: int = key(1, "Trainer processes per node.")
     num_nodes: int = key(1, "Trainer nodes.")
     device: str = key("auto", "(ours) auto, cuda or cpu.")
+    watchdog_timeout: float | None = key(
+        None,
+        "(ours) Seconds without progress after which a hanging rank ends the run; 0 never; None: nine tenths of "
+        "policy.megatron_cfg.distributed_timeout. Phases that wait for servers have those deadlines besides.",
+    )
+    stop_timeout: float = key(
+        300.0, "(ours) Seconds for SIGTERM or SIGUSR1 to finish the step and save; 0 stops at once, unsaved."
+    )
 
 
 @dataclass
@@ -321,6 +345,7 @@ class Recipe:
     data: DataConfig = key(DataConfig)
     env: EnvConfig = key(EnvConfig)
     checkpointing: CheckpointingConfig = key(CheckpointingConfig)
+    guard: GuardConfig = key(GuardConfig)
     logger: LoggerConfig = key(LoggerConfig)
     cluster: ClusterConfig = key(ClusterConfig)
     slurm: SlurmConfig = key(SlurmConfig)

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss_fn.on_bad_sample": ("error", "drop"),
     "loss_fn.reference_policy_kl_type": ("k1", "k2", "k3"),
     "data.on_long_prompt": ("error", "drop"),
+    "guard.on_collapse": ("warn", "stop"),
     "cluster.device": ("auto", "cuda", "cpu"),
 }
 
@@ -71,6 +72,8 @@ AT_LEAST_ONE = (
     "data.train.max_samples",
     "data.validation.max_samples",
     "env.num_workers",
+    "guard.max_skipped_updates",
+    "guard.window",
     "checkpointing.keep_top_k",
     "cluster.gpus_per_node",
     "cluster.num_nodes",
@@ -85,6 +88,11 @@ POSITIVE = (
     f"{_GENERATION}.sglang_cfg.recovery_timeout",
     "env.timeout",
     "loss_fn.ess_base",
+    "guard.reward_drop",
+    "guard.length_drop",
+    "guard.truncated_share",
+    "guard.entropy_drop",
+    "guard.loss_spike",
 )
 
 NOT_NEGATIVE = (
@@ -94,6 +102,9 @@ NOT_NEGATIVE = (
     "grpo.seed",
     "checkpointing.save_period",
     "logger.num_val_samples_to_print",
+    "guard.max_bundles",
+    "cluster.watchdog_timeout",
+    "cluster.stop_timeout",
     "loss_fn.reference_policy_kl_penalty",
     f"{_MEGATRON}.optimizer.weight_decay",
     f"{_MEGATRON}.optimizer.clip_grad",
@@ -161,7 +172,7 @@ def _out_of_range(recipe: Recipe) -> Iterator[UserError]:
             if values[name] is not None and values[name] < least:
                 yield UserError(f"is {values[name]}", where=name, expected=expected)
     for name in POSITIVE:
-        if not values[name] > 0:
+        if values[name] is not None and not values[name] > 0:
             yield UserError(f"is {values[name]}", where=name, expected="more than 0")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import reprlib
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,10 @@ MAX_TRUNCATED = 4096
 """SGLang 0.5.23 reports truncated distributions of at most so many tokens (`--sampling-mask-max-tokens`)."""
 _LOG_PROB_SLACK = 1e-3
 """A log-prob above zero by rounding alone stays below this."""
+_MAX_DIGITS = 18
+"""Whole numbers of so many digits fit int64."""
+_HUGE = 10**300
+"""JSON's integers know no bound, but float64 does."""
 
 
 def check_request(request: GenerationRequest, shape: ModelShape, context_length: int) -> None:
@@ -133,7 +138,7 @@ def parse_reply(
     if _wants_truncated(request):
         log_probs = _truncated_log_probs(meta.get("output_token_sampling_logprobs"), log_probs, check, keep_bad_numbers)
     versions = _weight_versions(meta, length, check)
-    extra = {"cached_tokens": float(meta.get("cached_tokens") or 0)}
+    extra = {"cached_tokens": float(check.whole_number(meta.get("cached_tokens") or 0, "cached_tokens"))}
     routes, routes_version = None, None
     if return_routes and length > 0:
         routes = _routes(meta.get("routed_experts"), prompt_length + length - 1, shape, check)
@@ -163,7 +168,14 @@ class _Check:
             raise UserError(what, where=self.where, expected=expected, fix="see the server's log")
 
     def equal(self, value: Any, expected: Any, name: str) -> None:
-        self.that(value == expected, f"{name} is {value!r}", repr(expected))
+        self.that(value == expected, f"{name} is {_short(value)}", repr(expected))
+
+    def whole_number(self, value: Any, name: str) -> int:
+        """Versions travel as text (`"7"`), the rest as numbers."""
+        text = value if isinstance(value, str) else str(value) if type(value) is int else ""
+        good = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+        self.that(good, f"{name} is {_short(value)}", "a whole number that is not negative")
+        return int(text)
 
     def dictionary(self, value: Any, name: str) -> dict[str, Any]:
         self.that(isinstance(value, dict), f"{name} is a {type(value).__name__}", "an object")
@@ -172,14 +184,19 @@ class _Check:
     def token_ids(self, value: Any, vocab_size: int) -> np.ndarray:
         good = isinstance(value, list) and all(type(token) is int for token in value)
         self.that(good, "output_ids is not a list of integers", "a list of token ids")
-        ids = np.array(value, dtype=np.int64)
-        self.that(bool(((ids >= 0) & (ids < vocab_size)).all()), "a token id outside the vocabulary", f"< {vocab_size}")
-        return ids
+        inside = not value or (min(value) >= 0 and max(value) < vocab_size)
+        self.that(inside, "a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+        return np.array(value, dtype=np.int64)
+
+
+def _short(value: Any) -> str:
+    """A server can send megabytes where a number belongs; a message shows the beginning."""
+    return reprlib.repr(value)
 
 
 def _finish_reason(value: Any, check: _Check) -> str:
     reason = value.get("type") if isinstance(value, dict) else value
-    check.that(reason in FINISH_REASONS, f"finish_reason {value!r}", f"one of {FINISH_REASONS}")
+    check.that(reason in FINISH_REASONS, f"finish_reason {_short(value)}", f"one of {FINISH_REASONS}")
     return reason
 
 
@@ -188,11 +205,12 @@ def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbe
     rows = value if isinstance(value, list) else []
     check.that(len(rows) == len(output_ids), f"{len(rows)} log-probs", f"{len(output_ids)}, one per output token")
     good = all(
-        isinstance(row, (list, tuple)) and len(row) >= 2 and isinstance(row[0], (int, float)) and row[1] == token
+        isinstance(row, (list, tuple)) and len(row) >= 2 and type(row[0]) in (int, float) and row[1] == token
         for row, token in zip(rows, output_ids.tolist(), strict=True)
     )
     check.that(good, "log-probs that do not belong to the output tokens", "[log_prob, token id] per output token")
-    log_probs = np.array([row[0] for row in rows], dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as that
+        log_probs = np.array([max(min(row[0], _HUGE), -_HUGE) for row in rows], dtype=np.float64).astype(np.float32)
     sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
     check.that(keep_bad_numbers or bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
     return log_probs
@@ -214,18 +232,17 @@ def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_n
 def _weight_versions(meta: dict[str, Any], length: int, check: _Check) -> np.ndarray:
     """int64 [R] out of spans that must cover the response exactly."""
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
+    check.that(isinstance(spans, list), f"weight_versions {_short(spans)}", "a list of spans")
+    expected = f"spans that cover {length} tokens"
     versions = np.empty(length, dtype=np.int64)
     position = 0
     for span in spans:
-        try:
-            start, end, version = int(span["start"]), int(span["end"]), int(span["version"])
-        except (TypeError, ValueError, KeyError):
-            check.that(False, f"weight version span {span!r}", "start, end and a whole number as version")
-            raise
-        check.that(start == position <= end <= length, f"weight version spans {spans!r}", f"spans that cover {length}")
+        fields = check.dictionary(span, "weight version span")
+        start, end, version = (check.whole_number(fields.get(name), name) for name in ("start", "end", "version"))
+        check.that(start == position <= end <= length, f"weight version spans {_short(spans)}", expected)
         versions[start:end] = version
         position = end
-    check.that(position == length, f"weight version spans {spans!r}", f"spans that cover {length} tokens")
+    check.that(position == length, f"weight version spans {_short(spans)}", expected)
     return versions
 
 

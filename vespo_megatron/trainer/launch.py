@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,23 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
 from vespo_megatron.rollout_sglang.secrets import hide_api_key
 from vespo_megatron.trainer import preflight
-from vespo_megatron.trainer.process import clear_failures, read_failure, stop_on_signals
+from vespo_megatron.trainer.process import (
+    TrainingFailed,
+    clear_failures,
+    read_death,
+    read_failure,
+    stop_on_signals,
+)
+from vespo_megatron.trainer.pulse import clear_beats
 from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
+from vespo_megatron.trainer.stopping import StopKeeper
+from vespo_megatron.trainer.watchdog import Watchdog, describe_death
 
 WORKER_MODULE = "vespo_megatron.trainer.worker"
 _AGENT_GRACE_S = 10.0
 """torchrun has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
 _POLL_S = 0.2
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class TrainingFailed(Exception):
-    """A trainer process failed in a way nobody explained; the message holds what there is."""
 
 
 def train(
@@ -48,8 +53,10 @@ def train(
 
     Raises:
         UserError: a mistake or fault that was explained, here, by a server or by a trainer process.
-        TrainingFailed: any other failure of a trainer process.
-        Stopped: SIGINT, SIGTERM or SIGHUP. Whatever is raised, all processes started here have ended.
+        TrainingFailed: any other failure of a trainer process; `watchdog.Stalled` when one hung.
+        Stopped: SIGINT, SIGTERM, SIGHUP or SIGUSR1; with a checkpoint where there was time for one.
+
+    Whatever is raised, all processes started here have ended.
     """
     recipe = load_recipe(recipe_path, overrides)
     hide_api_key(recipe)
@@ -67,15 +74,17 @@ def train(
         preflight.check(recipe)
         run_dir = make_run_directory(recipe.exp_manager)
         clear_failures(run_dir)
+        clear_beats(run_dir)
         print(f"run directory: {run_dir}", flush=True)
         with _servers(recipe, run_dir) as servers:
             recipe.policy.generation.sglang_cfg.urls = servers.urls
             save_recipe(recipe, run_dir / RECIPE_FILE)
-            with _agent(recipe, run_dir, work) as agent:
-                _watch(agent, servers)
+            with _agent(recipe, run_dir, work) as agent, StopKeeper(recipe, run_dir) as stop:
+                _watch(agent, (servers.tend, Watchdog.from_recipe(recipe, run_dir).check, stop.check))
             if agent.returncode != 0:
                 servers.check()  # that none is left is why the trainer failed
                 raise _failure(run_dir, agent.returncode)
+            stop.ended()
     return run_dir
 
 
@@ -177,7 +186,7 @@ def _agent(recipe: Recipe, run_dir: Path, work: str) -> Iterator[subprocess.Pope
 def agent_command(recipe: Recipe, run_dir: Path, work: str = "train") -> list[str]:
     """The command line of torchrun for this run: one node, the loopback interface, no restarts."""
     return [
-        sys.executable, "-m", "vespo_megatron.trainer.agent", str(os.getpid()),
+        sys.executable, "-m", "vespo_megatron.trainer.agent", str(os.getpid()), str(run_dir),
         "--nnodes=1", f"--nproc-per-node={recipe.cluster.gpus_per_node}", "--max-restarts=0",
         "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={run_dir.name}", "--local-addr=127.0.0.1",
         "-m", WORKER_MODULE, str(run_dir), work,
@@ -199,10 +208,11 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str]) -> dic
     return environment
 
 
-def _watch(agent: subprocess.Popen, servers: Any) -> None:
-    """Wait for torchrun, and tend the servers; raises `UserError` as soon as none is left."""
+def _watch(agent: subprocess.Popen, tend: Sequence[Callable[[], None]]) -> None:
+    """Wait for torchrun; raises what one of `tend` raises: no server is left, a rank hangs, a stop took too long."""
     while agent.poll() is None:
-        servers.tend()
+        for each in tend:
+            each()
         try:
             agent.wait(_POLL_S)
         except subprocess.TimeoutExpired:
@@ -210,6 +220,9 @@ def _watch(agent: subprocess.Popen, servers: Any) -> None:
 
 
 def _failure(run_dir: Path, returncode: int) -> Exception:
+    death = read_death(run_dir)
+    if death is not None:  # the errors of the others come of it
+        return TrainingFailed(describe_death(run_dir, *death))
     found = read_failure(run_dir)
     if found is None:
         return TrainingFailed(

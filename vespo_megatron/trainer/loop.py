@@ -20,6 +20,7 @@ from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 from vespo_megatron.trainer.controller import Controller
+from vespo_megatron.trainer.guard import Guard
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.routes import StepRoutes, held_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter, Share
@@ -29,17 +30,27 @@ from vespo_megatron.trainer.timers import Timers
 class Trainer:
     """One rank of a synchronous run."""
 
-    def __init__(self, recipe: Recipe, place: Place, policy: MegatronPolicy, controller: Controller | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        place: Place,
+        policy: MegatronPolicy,
+        controller: Controller | None,
+        guard: Guard | None = None,
+    ) -> None:
         if (controller is None) != (place.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
         self.recipe, self.place, self.policy, self.controller = recipe, place, policy, controller
         self.objective = Objective(recipe.loss_fn)
         self.scatter = Scatter(recipe, policy)
-        self.timers = Timers()
         self.weight_version = 0
+        self.guard = guard or Guard(recipe, place, policy)
+        self.timers = Timers(self.guard.pulse)
+        self.save_checkpoint: Callable[[int], str] = lambda step: ""
+        """Saves all there is to resume from after a step and says where; '' when nothing was saved."""
 
-    def train(self) -> None:
-        """All steps, with evaluation and logging; rank 0 writes."""
+    def train(self) -> bool:
+        """All steps, with evaluation and logging; rank 0 writes. False when the run was stopped before the last."""
         schedule = self.recipe.grpo
         if self.objective.needs_reference:
             self.policy.keep_reference()
@@ -52,6 +63,7 @@ class Trainer:
         if schedule.val_at_start and schedule.val_period:
             self.with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(1, schedule.max_num_steps + 1):
+            self.guard.begin(step)
             metrics = self.step(step)
             last = step == schedule.max_num_steps
             due = schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end))
@@ -60,6 +72,13 @@ class Trainer:
                     metrics |= self.with_servers(lambda controller, step=step: controller.evaluate(step)) or {}
             if self.controller is not None:
                 self.controller.log(step, metrics | self.timers.pop())
+            if self.guard.should_stop(step, metrics) and not last:
+                with self.timers("checkpoint"):
+                    saved = self.save_checkpoint(step)
+                if self.controller is not None:
+                    self.guard.stop.note_stopped(step, saved)
+                return False
+        return True
 
     def step(self, step: int) -> dict[str, Any]:
         """One rollout batch: the paragraph of the module docstring. Returns metrics on rank 0."""
@@ -93,6 +112,8 @@ class Trainer:
                     )
                 )
                 routes.after_update(micro_batches, first=first)
+                if not results[-1].succeeded:
+                    self.guard.after_skip(step, index, rollout.batch if rollout else None)
         with self.timers("sync_weights"):
             self.push_weights(version=step)
         metrics = self.reduce(results) | self.reduce_routes(routes, everything)
@@ -133,12 +154,14 @@ class Trainer:
             for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
                 micro_batch.reference_log_probs = output[0]
 
-    def before_step(self, reports: list[Any]) -> None:
+    def before_step(self, reports: list[Any]) -> bool:
         """Between gradients and step: refuse numbers that are not finite, scale the learning rate by the ESS (VCPO)."""
         self.objective.raise_if_bad(reports)
+        if not self.guard.fit(reports):
+            return False
         rule = self.recipe.loss_fn.ess_learning_rate
         if rule == "none":
-            return
+            return True
         ess = torch.zeros(1, device=self.place.device)
         if self.place.is_last_stage:
             metrics = self.objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
@@ -147,6 +170,7 @@ class Trainer:
         dist.all_reduce(ess)
         share = ess.item() / (self.place.data_size * self.place.context_size)
         self.policy.scale_learning_rate(learning_rate_scale(share, rule, self.recipe.loss_fn.ess_base))
+        return True
 
     def push_weights(self, version: int) -> None:
         """Stream the policy's weights to the rollout engine, which answers with an agreed checksum.
@@ -198,7 +222,10 @@ class Trainer:
         return route_metrics(self.scatter.to_rank_zero(report))
 
     def reduce(self, results: list[UpdateResult]) -> dict[str, Any]:
-        """Metrics of all mini-batches over all ranks; complete on rank 0, empty elsewhere."""
+        """Metrics of the updates that were taken, over all ranks; complete on rank 0, empty elsewhere."""
+        skipped = sum(not result.succeeded for result in results)
+        last_rate = results[-1].learning_rate
+        results = [result for result in results if result.succeeded] or results[-1:]
         finished: list[dict[str, float]] = []
         histograms: dict[str, Any] = {}
         if self.place.is_last_stage:
@@ -222,8 +249,8 @@ class Trainer:
             | {
                 "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
                 "loss/grad_norm_max": max(result.grad_norm for result in results),
-                "loss/skipped_updates": float(sum(not result.succeeded for result in results)),
-                "loss/learning_rate": results[-1].learning_rate,
+                "loss/skipped_updates": float(skipped),
+                "loss/learning_rate": last_rate,
                 "loss/updates": float(len(results)),
                 "histograms": histograms,
             }

@@ -14,21 +14,34 @@ from pathlib import Path
 from vespo_megatron.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_RESUMABLE = 75
+"""EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint; the same command resumes."""
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class TrainingFailed(Exception):
+    """The trainer failed in a way that is no mistake of the input; the message holds what there is."""
+
+    exit_code = 1
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. Not an `Exception`: no handler of failures may swallow it."""
+    """A signal asked this process to end. Not an `Exception`: no handler of failures may swallow it.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+    Args:
+        saved: what was saved before the end and where, when it was; the run can be resumed then.
+    """
+
+    def __init__(self, signum: int, saved: str = "") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}" + (f" {saved}" if saved else ""))
+        self.exit_code = EXIT_RESUMABLE if saved else 128 + signum
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Within the block, the first SIGINT, SIGTERM or SIGHUP raises `Stopped`; later ones do not interrupt the clean-up.
+    """Within the block, the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 raises `Stopped`.
 
+    Later ones do not interrupt the clean-up.
     SIGHUP stays ignored under nohup. Does nothing outside the main thread, where Python lets no handler be set.
     """
 
@@ -78,6 +91,20 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> int:
     return 2 if explained else 1
 
 
+def note_death(run_dir: Path, rank: int, signum: int) -> None:
+    """Write that a signal ended this rank, which could not say so itself."""
+    folder = run_dir / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank_{rank}.signal").write_text(str(signum))
+
+
+def read_death(run_dir: Path) -> tuple[int, int] | None:
+    """(rank, signal) of the rank whose death ended the run."""
+    for note in sorted((run_dir / "errors").glob("rank_*.signal")):
+        return int(note.stem.removeprefix("rank_")), int(note.read_text())
+    return None
+
+
 def read_failure(run_dir: Path) -> tuple[str, bool] | None:
     """What to show of a failed run, and whether it is an explained `UserError`; None when no rank left a note.
 
@@ -95,7 +122,7 @@ def read_failure(run_dir: Path) -> tuple[str, bool] | None:
 
 def clear_failures(run_dir: Path) -> None:
     """Remove the notes of an earlier attempt."""
-    for note in (run_dir / "errors").glob("*rank_*"):
+    for note in (run_dir / "errors").glob("*rank_*"):  # tracebacks, explained errors and deaths
         note.unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.process import die_with_parent, note_failure
+from vespo_megatron.trainer.pulse import Pulse
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 
@@ -38,27 +39,30 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     from vespo_megatron.megatron import parallel
 
+    pulse = Pulse(run_dir, int(os.environ["RANK"]))
     device = parallel.pick_device(recipe.cluster.device)
     place = parallel.initialize(recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device)
-    _run(recipe, run_dir, place, work)
+    _run(recipe, run_dir, place, work, pulse)
     parallel.finalize()  # not after a failure: peers may not be there to meet
+    pulse.close()
 
 
-def _run(recipe: Recipe, run_dir: Path, place, work: str) -> None:
+def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer.guard import Guard
     from vespo_megatron.trainer.loop import Trainer
     from vespo_megatron.trainer.mismatch import measure
 
     policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     controller = build_controller(recipe, run_dir, place) if place.rank == 0 else None
     try:
-        trainer = Trainer(recipe, place, policy, controller)
+        trainer = Trainer(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse))
         if work == "mismatch":
             measure(trainer, run_dir)
             return
-        trainer.train()
-        if recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
+        finished = trainer.train()
+        if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, place)}

@@ -1,0 +1,67 @@
+"""`vespo-megatron train` whose ranks fail as the recipe's run name says.
+
+The launcher, torchrun, megatron-core and the watchdog are the real ones. As the module torchrun starts it is a worker
+with one thing changed: at a given step and rank, in the forward of a micro-batch or before the gradients are added up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+NAN = (3, 2)
+"""(rank, step) of gradients that are not a number; the run goes on."""
+FAULT = (5, 4)
+"""(rank, step) of what ends the run."""
+
+
+def fail(kind: str) -> None:
+    if kind == "hang":
+        ctypes.PyDLL(None).sleep(600)  # in C, and holding the interpreter's lock: no Python thread can run
+    elif kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def worker(run_dir: Path, work: str) -> int:
+    from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer import worker
+    from vespo_megatron.trainer.guard import Guard
+
+    rank, kind = int(os.environ["RANK"]), run_dir.parent.name
+    now = {"step": 0}
+    begin, finite = Guard.begin, MegatronPolicy.gradients_finite
+
+    def note_step(self: Guard, step: int) -> None:
+        now["step"] = step
+        begin(self, step)
+        beat = self.policy.on_progress
+
+        def forward() -> None:
+            beat()
+            if (rank, step) == FAULT:
+                fail(kind)
+
+        self.policy.on_progress = forward
+
+    def spoil(self: MegatronPolicy) -> bool:
+        if (rank, now["step"]) == NAN:
+            self.chunks[0].buffers[0].grad_data[0] = float("nan")
+        return finite(self)
+
+    Guard.begin, MegatronPolicy.gradients_finite = note_step, spoil
+    return worker.main(run_dir, work)
+
+
+def train() -> int:
+    from vespo_megatron import cli
+    from vespo_megatron.trainer import launch
+
+    launch.WORKER_MODULE = "faulty_ranks"
+    return cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(worker(Path(sys.argv[1]), sys.argv[2]))

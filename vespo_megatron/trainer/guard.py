@@ -1,0 +1,104 @@
+"""What a rank does besides training: shows that it lives, refuses bad updates, sees collapse, stops when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer import bundle
+from vespo_megatron.trainer.detectors import Detectors
+from vespo_megatron.trainer.nonfinite import Verdict, judge
+from vespo_megatron.trainer.pulse import Pulse
+from vespo_megatron.trainer.scatter import plan_shares
+from vespo_megatron.trainer.stopping import StopRequest
+
+
+class Guard:
+    """One rank's; without a run directory (tests, measurements) it watches numbers and keeps nothing."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        place: Place,
+        policy: MegatronPolicy,
+        run_dir: Path | None = None,
+        pulse: Pulse | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.recipe, self.place, self.policy, self.run_dir, self.pulse = recipe, place, policy, run_dir, pulse
+        self.stop = stop or StopRequest(run_dir)
+        self.detectors = Detectors(recipe.guard)
+        self.verdict: Verdict | None = None
+        self._skipped_in_a_row = 0
+        self._bundles = 0
+        if pulse is not None:
+            policy.on_progress = pulse.beat
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        if self.pulse is not None:
+            self.pulse.step = step
+            self.pulse.enter("step")
+
+    def fit(self, reports: Sequence[Any]) -> bool:
+        """Whether this update's loss and gradients are finite on every rank; a collective."""
+        self.verdict = judge(self.policy, reports, self.place)
+        if self.verdict.finite:
+            self._skipped_in_a_row = 0
+        return self.verdict.finite
+
+    def after_skip(self, step: int, update: int, batch: Batch | None) -> None:
+        """An update was not taken: keep what it was; a collective. Rank 0 has the whole rollout batch.
+
+        Raises:
+            UserError: on every rank, when there have been `guard.max_skipped_updates` in a row.
+        """
+        config, verdict = self.recipe.guard, self.verdict
+        self._skipped_in_a_row += 1
+        kept = ""
+        if self.run_dir is not None and self._bundles < config.max_bundles:
+            self._bundles += 1
+            kept = self._keep(step, update, batch, str(verdict))
+        text = f"step {step}, update {update}: not finite: {verdict}; skipped" + (f", kept in {kept}" if kept else "")
+        if self.place.rank == 0:
+            print(f"vespo-megatron: {text}", flush=True)
+        if self._skipped_in_a_row >= config.max_skipped_updates:
+            raise UserError(
+                f"{self._skipped_in_a_row} updates in a row were not finite; the last: {verdict}",
+                where=f"step {step}",
+                expected=f"fewer than guard.max_skipped_updates={config.max_skipped_updates}",
+                fix=f"vespo-megatron replay-step {kept or '<run>/bundles/…'} says where the first such number appears",
+            )
+
+    def _keep(self, step: int, update: int, batch: Batch | None, blame: str) -> str:
+        folder = bundle.bundle_folder(self.run_dir, step, update)
+        if batch is not None:
+            shares = plan_shares(batch, self.recipe, self.place.data_size)
+            parts = [part for share in shares for part in share.mini_batches[update]]
+            wanted = {sample.sample_id for part in parts for sample in part.samples}
+            indices = [index for index, sample in enumerate(batch.samples) if sample.sample_id in wanted]
+            bundle.write(folder, bundle.Bundle(self.recipe, step, update, blame, batch.select(indices)))
+        if self.recipe.guard.save_weights:
+            hf_weights.save(self.policy.exporter, folder / bundle.WEIGHTS, copy_from=self.policy.model_folder)
+        return str(folder)
+
+    def should_stop(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Whether to leave the loop after this step, agreed on by all ranks; a collective. Rank 0 has the metrics."""
+        wanted = self.stop.asked()
+        for finding in self.detectors.observe(metrics) if self.place.rank == 0 else ():
+            print(f"vespo-megatron: step {step}: {finding.text}", flush=True)
+            if self.recipe.guard.on_collapse == "stop":
+                wanted, self.stop.reason = True, f"{finding.rule} collapsed: {finding.text}"
+        flag = torch.tensor([int(wanted)], device=self.place.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
