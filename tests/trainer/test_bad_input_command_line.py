@@ -110,10 +110,13 @@ def test_a_fault_on_rank_0_in_the_midst_of_a_run_ends_the_other_rank_too(folder)
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_midst_of_training_stops_everything(folder, signum, status):
+@pytest.mark.parametrize(
+    ("signum", "override", "status"),
+    [(signal.SIGINT, "checkpointing.enabled=true", 130), (signal.SIGTERM, "checkpointing.enabled=false", 143)],
+)
+def test_a_signal_in_the_midst_of_training_stops_everything(folder, signum, override, status):
     metrics = folder / "runs" / "bad" / "version_0" / "metrics.jsonl"
-    with started(folder) as process:
+    with started(folder, override) as process:
         assert wait_until(lambda: metrics.exists() and metrics.stat().st_size or process.poll() is not None, 150)
         assert process.poll() is None, (folder / "err").read_text()
         assert len(of_this_run(folder)) >= 4  # the launcher, torchrun and two workers

@@ -174,3 +174,25 @@ def test_a_rank_leaves_its_stack_even_from_within_c(tmp_path, hang):
     message = str(stalled.value)
     assert "rank 3 hangs in phase train of step 2: no progress for 100 s" in message
     assert ("the process is stopped" if "STOP" in hang else "stuck") in message
+
+
+def test_under_another_launcher_the_rank_that_watches_ends_itself_with_the_report(tmp_path):
+    program = """
+    import sys, time
+    from pathlib import Path
+    from vespo_megatron.recipe.schema import Recipe
+    from vespo_megatron.trainer.pulse import Pulse
+    from vespo_megatron.trainer.watchdog import watched
+    recipe, run_dir = Recipe(), Path(sys.argv[1])
+    recipe.cluster.watchdog_timeout = 0.5
+    pulse = Pulse(run_dir, 0)
+    pulse.step = 4
+    pulse.enter("train")
+    with watched(recipe, run_dir):
+        time.sleep(60)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 70
+    assert ended.stderr.startswith("vespo-megatron: rank 0 hangs in phase train of step 4"), ended.stderr

@@ -276,5 +276,7 @@ def save(
             flush()
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / _INDEX).write_text(json.dumps(index, indent=1))
+        if target.exists():  # of an earlier attempt at the same run
+            shutil.rmtree(target)
         os.replace(partial, target)
     dist.barrier()

@@ -96,8 +96,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 
 MEANINGLESS: tuple[tuple[str, str], ...] = (
     ("grpo.async_grpo.*", "training is synchronous"),
-    ("checkpointing.metric_name", "checkpoints are kept by age"),
-    ("checkpointing.higher_is_better", "checkpoints are kept by age"),
     ("grpo.val_batch_size", "all validation prompts are in flight together"),
     ("grpo.reward_scaling.*", "off"),
     ("grpo.batch_multiplier", "dynamic sampling draws until the batch is full"),

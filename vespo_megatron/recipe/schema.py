@@ -258,9 +258,15 @@ class CheckpointingConfig:
     """`checkpointing`."""
 
     enabled: bool = key(True, "")
-    save_period: int = key(0, "Steps between checkpoints; 0: none but at the end.")
+    save_period: int = key(0, "Steps between checkpoints, the last step besides; 0: only when the run is stopped.")
+    keep_top_k: int | None = key(None, "Checkpoints to keep: the best by metric_name; None: all.")
+    metric_name: str | None = key(None, "Metric that tells the best, as in metrics.jsonl; None: the newest are.")
+    higher_is_better: bool = key(True, "Of that metric.")
+    keep_last: int = key(1, "(ours) Newest checkpoints to keep whatever their metric.")
+    async_save: bool = key(True, "(ours) Write beside training; the state is copied first.")
+    timeout: float = key(1800.0, "(ours) Deadline of writing a checkpoint, in seconds.")
     save_hf: bool = key(True, "(ours) Export the final policy as a Hugging Face folder.")
-    keep_top_k: int | None = key(None, "Checkpoints to keep; None: all.")
+    save_hf_with_each: bool = key(False, "(ours) Put such an export into every checkpoint as well.")
 
 
 @dataclass
@@ -332,7 +338,7 @@ class ExpManagerConfig:
     exp_dir: str = key("runs", "Runs are kept in <exp_dir>/<name>/<version>.")
     name: str = key("vespo", "")
     version: str | None = key(None, "None: the next free version_<n>.")
-    resume_if_exists: bool = key(False, "Continue the version's latest checkpoint.")
+    resume_if_exists: bool = key(False, "Go on from the version's newest whole checkpoint; without one, begin.")
 
 
 @dataclass

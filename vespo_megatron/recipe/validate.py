@@ -75,6 +75,7 @@ AT_LEAST_ONE = (
     "guard.max_skipped_updates",
     "guard.window",
     "checkpointing.keep_top_k",
+    "checkpointing.keep_last",
     "cluster.gpus_per_node",
     "cluster.num_nodes",
 )
@@ -87,6 +88,7 @@ POSITIVE = (
     f"{_GENERATION}.sglang_cfg.request_timeout",
     f"{_GENERATION}.sglang_cfg.recovery_timeout",
     "env.timeout",
+    "checkpointing.timeout",
     "loss_fn.ess_base",
     "guard.reward_drop",
     "guard.length_drop",

@@ -294,6 +294,14 @@ class Controller:
         histograms = metrics.pop("histograms", {})
         self.logger.log_step(step, metrics, histograms=histograms)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: the position in the prompts."""
+        return {"prompts": self.prompts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. Raises UserError when the prompts are not those it was taken with."""
+        self.prompts.load_state_dict(state["prompts"])
+
     def close(self) -> None:
         """Release the engine's connections, the reward workers and the thread."""
         self.engine.close()

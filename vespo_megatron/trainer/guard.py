@@ -92,6 +92,16 @@ class Guard:
             hf_weights.save(self.policy.exporter, folder / bundle.WEIGHTS, copy_from=self.policy.model_folder)
         return str(folder)
 
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps of it; the detectors read the run's own metrics again."""
+        return {"skipped_in_a_row": self._skipped_in_a_row, "bundles": self._bundles}
+
+    def load_state_dict(self, state: Mapping[str, int], history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Go on from `state`; rank 0 gives the metrics of the steps so far."""
+        self._skipped_in_a_row, self._bundles = state["skipped_in_a_row"], state["bundles"]
+        for metrics in history:
+            self.detectors.observe(metrics)
+
     def should_stop(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether to leave the loop after this step, agreed on by all ranks; a collective. Rank 0 has the metrics."""
         wanted = self.stop.asked()

@@ -32,9 +32,9 @@ from vespo_megatron.trainer.process import (
     stop_on_signals,
 )
 from vespo_megatron.trainer.pulse import clear_beats
-from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
-from vespo_megatron.trainer.stopping import StopKeeper
-from vespo_megatron.trainer.watchdog import Watchdog, describe_death
+from vespo_megatron.trainer.run_directory import RECIPE_FILE, changed_keys, claimed, make_run_directory
+from vespo_megatron.trainer.stopping import StopKeeper, clear_stop
+from vespo_megatron.trainer.watchdog import Watchdog, describe_death, watched
 
 WORKER_MODULE = "vespo_megatron.trainer.worker"
 _AGENT_GRACE_S = 10.0
@@ -73,12 +73,8 @@ def train(
     with stop_on_signals():
         preflight.check(recipe)
         run_dir = make_run_directory(recipe.exp_manager)
-        clear_failures(run_dir)
-        clear_beats(run_dir)
         print(f"run directory: {run_dir}", flush=True)
-        with _servers(recipe, run_dir) as servers:
-            recipe.policy.generation.sglang_cfg.urls = servers.urls
-            save_recipe(recipe, run_dir / RECIPE_FILE)
+        with _attempt(recipe, run_dir) as servers:
             with _agent(recipe, run_dir, work) as agent, StopKeeper(recipe, run_dir) as stop:
                 _watch(agent, (servers.tend, Watchdog.from_recipe(recipe, run_dir).check, stop.check))
             if agent.returncode != 0:
@@ -111,10 +107,8 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
     with stop_on_signals():
         preflight.check(recipe)
         run_dir = make_run_directory(recipe.exp_manager)
-        with _servers(recipe, run_dir) as servers:
-            recipe.policy.generation.sglang_cfg.urls = servers.urls
-            save_recipe(recipe, run_dir / RECIPE_FILE)
-            with servers.tended():
+        with _attempt(recipe, run_dir) as servers:
+            with servers.tended(), watched(recipe, run_dir):
                 worker.run(recipe, run_dir, work)
     return run_dir
 
@@ -151,6 +145,21 @@ class _NoServers:
     def tended(self) -> Any:
         """Nothing to tend."""
         return nullcontext()
+
+
+@contextmanager
+def _attempt(recipe: Recipe, run_dir: Path) -> Iterator[Any]:
+    """The run directory for this process alone, without an earlier attempt's notes, its recipe saved; the servers."""
+    with claimed(run_dir):
+        clear_failures(run_dir)
+        clear_beats(run_dir)
+        clear_stop(run_dir)
+        for change in changed_keys(run_dir, recipe):
+            print(f"resuming with another {change}", flush=True)
+        with _servers(recipe, run_dir) as servers:
+            recipe.policy.generation.sglang_cfg.urls = servers.urls
+            save_recipe(recipe, run_dir / RECIPE_FILE)
+            yield servers
 
 
 def _servers(recipe: Recipe, run_dir: Path) -> Any:

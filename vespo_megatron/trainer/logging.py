@@ -84,8 +84,9 @@ class RunLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         self._stream = stream or sys.stderr
-        self._started = time.monotonic()
         self._history: list[dict[str, Any]] = _keep_until(self.run_dir / METRICS_FILE, start_step)
+        taken = self._history[-1].get("wall_time", 0.0) if self._history else 0.0
+        self._started = time.monotonic() - taken  # a resumed run's time goes on
         self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard = self._open_tensorboard(start_step) if tensorboard else None
         self._bar = self._open_bar(start_step) if progress and self._stream.isatty() else None

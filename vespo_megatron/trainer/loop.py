@@ -6,7 +6,7 @@ Every rank runs this program. Rank 0 has a `Controller` besides, which talks to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vespo_megatron.megatron.parallel import Place, data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.trainer.checkpoint import Checkpointer, Found
 from vespo_megatron.trainer.controller import Controller
 from vespo_megatron.trainer.guard import Guard
 from vespo_megatron.trainer.objective import Objective
@@ -37,6 +38,7 @@ class Trainer:
         policy: MegatronPolicy,
         controller: Controller | None,
         guard: Guard | None = None,
+        checkpointer: Checkpointer | None = None,
     ) -> None:
         if (controller is None) != (place.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
@@ -46,23 +48,28 @@ class Trainer:
         self.weight_version = 0
         self.guard = guard or Guard(recipe, place, policy)
         self.timers = Timers(self.guard.pulse)
-        self.save_checkpoint: Callable[[int], str] = lambda step: ""
-        """Saves all there is to resume from after a step and says where; '' when nothing was saved."""
+        self.checkpointer = checkpointer
 
-    def train(self) -> bool:
-        """All steps, with evaluation and logging; rank 0 writes. False when the run was stopped before the last."""
+    def train(self, resumed: Found | None = None) -> bool:
+        """All steps after the checkpoint `resumed`, with evaluation and logging; rank 0 writes.
+
+        False when the run was stopped before the last.
+        """
         schedule = self.recipe.grpo
         if self.objective.needs_reference:
-            self.policy.keep_reference()
-        self.push_weights(version=0)
+            self.policy.keep_reference()  # of the policy the run started with, which no checkpoint holds
+        done = self.resume(resumed) if resumed is not None else 0
+        if done == schedule.max_num_steps:
+            return True
+        self.push_weights(self.weight_version)
         if self.recipe.policy.router_replay.mode == "R3":
             shape = self.policy.shape
             self.on_controller(
                 lambda controller: controller.probe_routes(shape.num_moe_layers, shape.num_experts_per_tok)
             )
-        if schedule.val_at_start and schedule.val_period:
+        if schedule.val_at_start and schedule.val_period and not done:
             self.with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
-        for step in range(1, schedule.max_num_steps + 1):
+        for step in range(done + 1, schedule.max_num_steps + 1):
             self.guard.begin(step)
             metrics = self.step(step)
             last = step == schedule.max_num_steps
@@ -70,15 +77,39 @@ class Trainer:
             if due:
                 with self.timers("evaluate"):
                     metrics |= self.with_servers(lambda controller, step=step: controller.evaluate(step)) or {}
+            if self.checkpointer is not None:
+                metrics |= self.checkpointer.pop_metrics()
             if self.controller is not None:
                 self.controller.log(step, metrics | self.timers.pop())
-            if self.guard.should_stop(step, metrics) and not last:
-                with self.timers("checkpoint"):
-                    saved = self.save_checkpoint(step)
+            # After the log, so that no step is missing from it: a resumed run writes what comes after the checkpoint.
+            stop = self.guard.should_stop(step, metrics) and not last
+            saved = self.save_checkpoint(step, metrics, last=last, stop=stop)
+            if stop:
                 if self.controller is not None:
                     self.guard.stop.note_stopped(step, saved)
                 return False
         return True
+
+    def save_checkpoint(self, step: int, metrics: Mapping[str, Any], *, last: bool, stop: bool) -> str:
+        """Save where the recipe wants it or the run ends here; where, when it is known already."""
+        checkpointer = self.checkpointer
+        if checkpointer is None or not (stop or checkpointer.due(step, last=last)):
+            return ""
+        controller = self.controller.state_dict if self.controller is not None else None
+        with self.timers("checkpoint"):
+            return checkpointer.save(step, self.state_dict(), controller, metrics, wait=stop or last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every rank needs to go on, besides its policy; as JSON."""
+        return {"weight_version": self.weight_version, "guard": self.guard.state_dict()}
+
+    def resume(self, found: Found) -> int:
+        """Be what the checkpoint holds; the step it was taken after."""
+        controller_state = self.checkpointer.load(found)
+        self.weight_version = found.facts["weight_version"]
+        self.guard.load_state_dict(found.facts["guard"], self.controller.logger.history if self.controller else ())
+        self.on_controller(lambda controller: controller.load_state_dict(controller_state))
+        return found.step
 
     def step(self, step: int) -> dict[str, Any]:
         """One rollout batch: the paragraph of the module docstring. Returns metrics on rank 0."""

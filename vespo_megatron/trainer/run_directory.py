@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.schema import ExpManagerConfig
+from vespo_megatron.recipe.loader import differences, load_recipe
+from vespo_megatron.recipe.schema import ExpManagerConfig, Recipe
 
 RECIPE_FILE = "recipe.yaml"
+_MAY_CHANGE = ("policy.generation.sglang_cfg.urls", "exp_manager.resume_if_exists")
 
 
 def make_run_directory(config: ExpManagerConfig) -> Path:
@@ -42,6 +49,38 @@ def make_run_directory(config: ExpManagerConfig) -> Path:
             expected="a folder that can be written",
         ) from None
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Within the block this process is the only one that writes to the run; the kernel ends a dead one's claim.
+
+    Raises:
+        UserError: another process has it.
+    """
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"another run writes to it ({file.read().strip() or 'it has not said which'})",
+                where=str(run_dir),
+                fix="wait for it or stop it, or choose another exp_manager.version",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def changed_keys(run_dir: Path, recipe: Recipe) -> list[str]:
+    """`key: old → new` of what a resumed run does otherwise than before; nothing for a new run."""
+    saved = run_dir / RECIPE_FILE
+    if not saved.exists():
+        return []
+    changes = differences(load_recipe(saved), recipe)
+    return [f"{name}: {old} → {new}" for name, (old, new) in changes.items() if name not in _MAY_CHANGE]
 
 
 def version_numbers(parent: Path) -> list[int]:

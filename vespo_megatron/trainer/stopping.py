@@ -1,7 +1,7 @@
 """Stopping on request without losing anything: SIGTERM or SIGUSR1 → finish the step, save, end with status 75.
 
 The launcher writes `<run_dir>/stop`; the ranks look at the end of each step, and agree on it, so that all of them leave
-the loop after the same one. Under another launcher (torchrun, srun) the signal reaches the ranks themselves.
+the loop after the same one. Under another launcher (torchrun, srun) whoever wants the run to stop writes that file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vespo_megatron.trainer.process import Stopped
 from vespo_megatron.trainer.pulse import read_beats
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_ASKED, _STOPPED = "stop", "stopped.json"
+STOP_FILE, STOPPED_FILE = "stop", "stopped.json"
 
 
 class StopRequest:
@@ -25,26 +25,17 @@ class StopRequest:
 
     def __init__(self, run_dir: Path | None) -> None:
         self._run_dir = run_dir
-        self.signum: int | None = None
         self.reason = ""
         """Why this rank itself wants to stop; empty when it was asked."""
 
-    def listen(self) -> None:
-        """Take the signals in this process; for ranks that no launcher of ours watches over."""
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, frame: object) -> None:
-        self.signum = signum
-
     def asked(self) -> bool:
-        """Whether a signal or the launcher's file asked for a stop."""
-        return self.signum is not None or (self._run_dir is not None and (self._run_dir / _ASKED).exists())
+        """Whether the run's `stop` file is there."""
+        return self._run_dir is not None and (self._run_dir / STOP_FILE).exists()
 
     def note_stopped(self, step: int, saved: str) -> None:
         """Say after which step this run left the loop, and where its state is."""
         if self._run_dir is not None:
-            (self._run_dir / _STOPPED).write_text(json.dumps({"step": step, "saved": saved, "reason": self.reason}))
+            (self._run_dir / STOPPED_FILE).write_text(json.dumps({"step": step, "saved": saved, "reason": self.reason}))
 
 
 class StopKeeper:
@@ -78,7 +69,7 @@ class StopKeeper:
                 signal.signal(number, signal.SIG_IGN)
             raise Stopped(signum)
         self._signum, self._deadline = signum, time.monotonic() + self._timeout
-        (self._run_dir / _ASKED).write_text(f"{signal.Signals(signum).name}\n")
+        (self._run_dir / STOP_FILE).write_text(f"{signal.Signals(signum).name}\n")
         print(f"{signal.Signals(signum).name}: stopping after this step, within {self._timeout:.0f} s", flush=True)
 
     def check(self) -> None:
@@ -88,7 +79,7 @@ class StopKeeper:
 
     def ended(self) -> None:
         """The ranks have ended well: raises `Stopped` when that was early and on request, `UserError` when not."""
-        note = self._run_dir / _STOPPED
+        note = self._run_dir / STOPPED_FILE
         if not note.exists():
             return
         told = json.loads(note.read_text())
@@ -105,5 +96,5 @@ class StopKeeper:
 
 def clear_stop(run_dir: Path) -> None:
     """Remove the request and the note of an earlier attempt."""
-    for name in (_ASKED, _STOPPED):
+    for name in (STOP_FILE, STOPPED_FILE):
         (run_dir / name).unlink(missing_ok=True)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vespo_megatron.recipe.schema import Recipe
@@ -158,6 +161,31 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return 0
+
+
+@contextmanager
+def watched(recipe: Recipe, run_dir: Path) -> Iterator[None]:
+    """Within the block a thread of this process (rank 0, where no launcher of ours runs) watches every rank.
+
+    When one hangs this process ends with `EXIT_STALLED`, upon which torchrun ends the others on every node.
+    """
+    watchdog, ended = Watchdog.from_recipe(recipe, run_dir), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            try:
+                watchdog.check()
+            except Stalled as stalled:
+                print(f"vespo-megatron: {stalled}", file=sys.stderr, flush=True)
+                os._exit(EXIT_STALLED)  # the main thread is in a collective, from which nothing returns
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(10)
 
 
 def describe_death(run_dir: Path, rank: int, signum: int) -> str:

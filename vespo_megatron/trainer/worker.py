@@ -50,18 +50,21 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
     from vespo_megatron.trainer.loop import Trainer
     from vespo_megatron.trainer.mismatch import measure
 
     policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
-    controller = build_controller(recipe, run_dir, place) if place.rank == 0 else None
+    checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
+    resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
+    controller = build_controller(recipe, run_dir, place, resumed.step if resumed else 0) if place.rank == 0 else None
     try:
-        trainer = Trainer(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse))
+        trainer = Trainer(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse), checkpointer)
         if work == "mismatch":
             measure(trainer, run_dir)
             return
-        finished = trainer.train()
+        finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
         if controller is not None:
@@ -73,8 +76,8 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
             controller.close()
 
 
-def build_controller(recipe: Recipe, run_dir: Path, place):
-    """Rank 0's engine, prompts, rewards and logger."""
+def build_controller(recipe: Recipe, run_dir: Path, place, start_step: int = 0):
+    """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
     from transformers import AutoTokenizer
 
     from vespo_megatron.data.prompts import PromptStream, load_prompts
@@ -90,7 +93,10 @@ def build_controller(recipe: Recipe, run_dir: Path, place):
         total_steps=recipe.grpo.max_num_steps,
         tensorboard=recipe.logger.tensorboard_enabled,
         progress=recipe.logger.progress,
+        start_step=start_step,
     )
+    if start_step:
+        logger.print(f"resuming after step {start_step}")
     engine = build_engine(recipe, place)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, place)}")

@@ -1,0 +1,57 @@
+"""A whole run in one process that is quick to start: forked from a process that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from vespo_megatron.trainer.pulse import read_beats
+
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(["resume_imports"])
+
+
+def start(run_dir: Path) -> multiprocessing.Process:
+    """The worker of the run in `run_dir`, whose recipe is there."""
+    process = _fork.Process(target=_train, args=(str(run_dir),))
+    process.start()
+    return process
+
+
+def _train(run_dir: str) -> None:
+    import torch
+
+    from vespo_megatron.trainer import worker
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os._exit(worker.main(Path(run_dir)))
+
+
+def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: int, chance: random.Random) -> str:
+    """SIGKILL at a random moment of `phase` in `step` or later; '' when the run has ended before.
+
+    `checkpoint write` is the thread beside training: while the folder has its provisional name.
+    """
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        beat = read_beats(run_dir).get(0)
+        if beat is not None and beat.step >= step and _is_in(run_dir, beat.phase, phase):
+            time.sleep(chance.uniform(0.0, 0.08))
+            where = read_beats(run_dir).get(0)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(10)
+            return f"{where.phase} of step {where.step}" if where else ""
+        time.sleep(0.0005)
+    process.join(10)
+    return ""
+
+
+def _is_in(run_dir: Path, now: str, wanted: str) -> bool:
+    if wanted == "checkpoint write":
+        return any((run_dir / "checkpoints").glob("*.partial"))
+    return now == wanted

@@ -1,0 +1,202 @@
+"""A policy's state on disk by megatron-core's `dist_checkpointing`: any parallel layout saves, any other loads.
+
+Weights, the optimizer's float32 weights and moments, and the schedule. Every rank writes its own shards; a tensor that
+several ranks hold is written by one of them. Loading into the same layout is exact to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.policy import MegatronPolicy
+
+# isort: split
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+Write = Callable[[], None]
+"""Writes this rank's shards; raises one of `FAILURES` on every rank when it fails on one."""
+FAILURES = (Exception, CheckpointException)
+"""What saving and loading may raise; torch's own is no `Exception`."""
+
+# megatron-core writes process groups into the copies it is given.
+_METADATA = {
+    # The distributed optimizer's flat buffers as tensors of the parameters' shapes: independent of the layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(policy: MegatronPolicy, folder: Path, *, group: dist.ProcessGroup | None = None) -> Write:
+    """Copy the policy's state and return what writes it to `folder`, which must exist and be empty. A collective.
+
+    Args:
+        group: a gloo group of all ranks that nothing else uses: the write may then run in a thread beside training.
+    """
+    for part in _with_torch_adam(policy):
+        _make_moments(part.optimizer)
+    state = _state(policy, is_loading=False)
+    state["rng"] = _rng_state(policy)
+    request = dist_checkpointing.save(
+        state, str(folder), _TorchWriter(group), async_sharded_save=True, content_metadata=dict(_METADATA)
+    )
+    return lambda: request.async_fn(*request.async_fn_args)
+
+
+def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
+    """Bring the policy to the state in `folder`. A collective.
+
+    Args:
+        same_layout: it was saved by as many ranks in the same layout, so that each finds its own random state.
+
+    Raises:
+        UserError: the folder holds another model, or cannot be read.
+    """
+    for part in _with_torch_adam(policy):
+        _make_moments(part.optimizer)
+        if isinstance(part, DistributedOptimizer):
+            _keep_steps(part)
+    state = _state(policy, is_loading=True)
+    if same_layout:
+        state["rng"] = _rng_state(policy)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except FAILURES as error:
+        raise UserError(
+            f"cannot be loaded ({reason(error)})", where=str(folder),
+            expected="a checkpoint of this model", fix="resume from an older one: remove this folder",
+        ) from error  # fmt: skip
+    for index, chunk in enumerate(policy.chunks):
+        hf_weights.unwrap(chunk).load_state_dict(loaded[_chunk_key(policy, index)])
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.load_state_dict(loaded["scheduler"])
+    for part in _with_torch_adam(policy):
+        for moments in part.optimizer.state.values():  # distrib_optimizer.py:829 gives all one tensor to count in
+            moments["step"] = moments["step"].clone()
+    if same_layout:
+        _set_rng_state(loaded["rng"])
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, on the first rank where it did."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+
+
+def _state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
+    model = {
+        _chunk_key(policy, index): hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
+        for index, chunk in enumerate(policy.chunks)
+    }
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
+    return {**model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
+
+
+def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
+    """megatron-core's optimizers of dense and of expert parameters, when PyTorch's Adam is inside.
+
+    Transformer Engine and Apex have Adams of their own, for which megatron-core needs no help.
+    """
+    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            yield part
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Adam's state before its first step, which distrib_optimizer.py:642 takes for granted."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _keep_steps(part: DistributedOptimizer) -> None:
+    """distrib_optimizer.py:939 copies every entry of a parameter's state, of which line 2103 leaves out the step."""
+    copy_entries = type(part)._set_main_param_and_optimizer_states
+
+    def with_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        own = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        copy_entries(part, model_param, {"step": own["step"], **tensors})
+
+    part._set_main_param_and_optimizer_states = with_step
+
+
+def _chunk_key(policy: MegatronPolicy, index: int) -> str:
+    return "model" if len(policy.chunks) == 1 else f"model{index}"
+
+
+def _rng_state(policy: MegatronPolicy) -> ShardedObject:
+    """This rank's generators: the host's, the device's and megatron-core's per parallel region."""
+    state = {
+        "host": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "regions": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    place = policy.place
+    return ShardedObject("rng", state, (place.world_size,), (place.rank,), replica_id=0)
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["host"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["regions"])
+
+
+class _TorchWriter(AsyncSaveShardedStrategy):
+    """megatron-core's format, written by torch.distributed.checkpoint in threads.
+
+    megatron-core's own writer forks a process per file and keeps a manager process (filesystem_async.py:54 and 266);
+    forks of a process with gloo's threads and an event loop may hang, and orphans would stay behind.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__("torch_dist", 1)
+        self.group = group
+
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+        for tensor in nested_values(sharded_state_dict):
+            if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+                tensor.data = tensor.data.detach().to("cpu", copy=True)
+        plain, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        return AsyncRequest(self._write, (mcore_to_pyt_state_dict(plain, False), Path(checkpoint_dir)), [])
+
+    def _write(self, state: dict[str, Any], folder: Path) -> None:
+        torch.distributed.checkpoint.save(
+            state,
+            storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=self.group,
+        )
+        if dist.get_rank() == 0:  # where megatron-core would first meet all ranks in the group that trains
+            save_config(CheckpointingConfig(self.backend, self.version), str(folder))

@@ -1,0 +1,230 @@
+"""Saving and resuming a whole run: the policy in any layout, and all that the next step depends on.
+
+A save copies the state and returns; a thread on each rank writes it beside training, over a gloo group of its own.
+What goes wrong while writing is told and counted, and training goes on: the last good checkpoint is still there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron import checkpoint as policy_checkpoint
+from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.recipe.schema import CheckpointingConfig
+from vespo_megatron.trainer.checkpoint_store import POLICY, CheckpointStore, Entry, Kept, damage, read_manifest
+
+TRAINER, CONTROLLER, HF = "trainer.json", "controller.pt", "hf"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was verified and can be resumed."""
+
+    step: int
+    folder: Path
+    facts: dict[str, Any]
+    """trainer.json"""
+
+
+class Checkpointer:
+    """One rank's; every public method is a collective."""
+
+    def __init__(self, config: CheckpointingConfig, policy: MegatronPolicy, run_dir: Path) -> None:
+        self.config, self.policy, self.place = config, policy, policy.place
+        self.store = CheckpointStore(run_dir / "checkpoints")
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout))
+        self._thread: threading.Thread | None = None
+        self._saved = ""
+        self._failures = 0
+        self._metrics: dict[str, float] = {}
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether the recipe wants a checkpoint after this step."""
+        return self.config.save_period > 0 and (step % self.config.save_period == 0 or last)
+
+    def save(
+        self,
+        step: int,
+        facts: Mapping[str, Any],
+        controller: Callable[[], Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        wait: bool = False,
+    ) -> str:
+        """Save everything after `step`; with `wait`, returns the folder when it is on the disk, '' when that failed.
+
+        Args:
+            facts: what every rank needs to go on, as JSON.
+            controller: rank 0's: gives the state of its controller, of types that `torch.load` trusts.
+            metrics: rank 0's metrics of this step, which decide what is kept.
+        """
+        self.wait()
+        started = time.perf_counter()
+        partial = self.store.root / f"step_{step:06d}.partial"
+        write: Callable[[], None] = _nothing
+        if not self._agreed(lambda: self.store.begin(step) if self.place.rank == 0 else None, step):
+            return ""
+
+        def copy() -> None:
+            nonlocal write
+            if self.place.rank == 0:
+                about = {"step": step, "layout": _layout(self.place), **facts}
+                (partial / TRAINER).write_text(json.dumps(about, indent=1))
+                torch.save(controller() if controller is not None else {}, partial / CONTROLLER)
+            write = policy_checkpoint.save(self.policy, partial / POLICY, group=self._group)
+            if self.config.save_hf_with_each:
+                hf_weights.save(self.policy.exporter, partial / HF, copy_from=self.policy.model_folder)
+
+        if not self._agreed(copy, step):
+            return ""
+        numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
+        self._thread = threading.Thread(
+            target=self._finish, args=(write, partial, step, numbers, started), name="checkpoint", daemon=True
+        )
+        self._saved = ""
+        self._thread.start()
+        if wait or not self.config.async_save:
+            self.wait()
+        self._metrics["checkpoint/stall_seconds"] = time.perf_counter() - started
+        return self._saved
+
+    def wait(self) -> None:
+        """Until the write that is under way has ended, well or not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def pop_metrics(self) -> dict[str, float]:
+        """What the last save took, once it is known: `checkpoint/…`."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _finish(
+        self, write: Callable[[], None], partial: Path, step: int, metrics: Mapping[str, float], started: float
+    ) -> None:
+        """Write, take checksums, publish, remove old ones. Runs in the thread."""
+        files: dict[str, Entry] = {}
+
+        def write_and_read() -> None:
+            write()
+            # The page cache still has them. What no rank wrote alone is rank 0's.
+            mine = f"{POLICY}/__{self.place.rank}_"
+            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+                name = str(path.relative_to(partial))
+                if name.startswith(mine) or (self.place.rank == 0 and not name.startswith(f"{POLICY}/__")):
+                    files[name] = Entry.of(path)
+
+        if not self._agreed(write_and_read, step):
+            return
+        gathered: list[dict[str, Entry]] = [{}] * self.place.world_size
+        dist.all_gather_object(gathered, files, group=self._group)
+        everything = {name: entry for part in gathered for name, entry in part.items()}
+
+        def publish() -> None:
+            if self.place.rank == 0:
+                self.store.publish(partial, everything, metrics)
+                self.store.prune(self._kept())
+
+        if not self._agreed(publish, step):
+            return
+        self._saved = str(partial.with_suffix(""))
+        self._metrics["checkpoint/seconds"] = time.perf_counter() - started
+        self._metrics["checkpoint/bytes"] = float(sum(entry.size for entry in everything.values()))
+
+    def _kept(self) -> Kept:
+        config = self.config
+        return Kept(config.keep_last, config.keep_top_k, config.metric_name, config.higher_is_better)
+
+    def _agreed(self, action: Callable[[], Any], step: int) -> bool:
+        """Do it on every rank; False on all of them, and said once, when it failed on one."""
+        failure = ""
+        try:
+            action()
+        except policy_checkpoint.FAILURES as error:
+            failure = policy_checkpoint.reason(error)
+        failures = [""] * self.place.world_size
+        dist.all_gather_object(failures, failure, group=self._group)
+        if not any(failures):
+            return True
+        self._failures += 1
+        self._metrics["checkpoint/failures"] = float(self._failures)
+        if self.place.rank == 0:
+            rank = next(index for index, text in enumerate(failures) if text)
+            last = next(iter(self.store.checkpoints()), None)
+            kept = f"the last good one is that of step {last}" if last is not None else "there is none yet"
+            print(
+                f"vespo-megatron: the checkpoint of step {step} failed on rank {rank}: {failures[rank]}; {kept}",
+                flush=True,
+            )
+        return False
+
+    # ---- resuming ----------------------------------------------------------------------------------------------
+
+    def find(self) -> Found | None:
+        """The newest checkpoint whose files are those that were written; None when the run has none at all.
+
+        Damaged ones are named and passed over.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are damaged.
+        """
+        shared = [list(self.store.checkpoints().items()) if self.place.rank == 0 else None]
+        dist.broadcast_object_list(shared, src=0, group=self._group)
+        problems: list[str] = []
+        for step, folder in shared[0]:
+            found = self._damage(folder)
+            if not found:
+                return Found(step, folder, json.loads((folder / TRAINER).read_text()))
+            problems.append(f"{folder}: {'; '.join(found)}")
+            if self.place.rank == 0:
+                print(f"vespo-megatron: passing over a damaged checkpoint: {problems[-1]}", flush=True)
+        if problems:
+            raise UserError(
+                "every checkpoint of the run is damaged\n  " + "\n  ".join(problems),
+                where=str(self.store.root),
+                fix="restore one, or start anew: exp_manager.resume_if_exists=false",
+            )
+        return None
+
+    def _damage(self, folder: Path) -> list[str]:
+        """Each rank reads a part of the files."""
+        try:
+            names = sorted(read_manifest(folder)["files"])
+            found = damage(folder, names[self.place.rank :: self.place.world_size])
+        except UserError as error:
+            found = [str(error)]
+        gathered: list[list[str]] = [[]] * self.place.world_size
+        dist.all_gather_object(gathered, found, group=self._group)
+        return sorted({text for part in gathered for text in part})
+
+    def load(self, found: Found) -> Any:
+        """Bring the policy to what it was; returns the controller's state on rank 0."""
+        same_layout = found.facts["layout"] == _layout(self.place)
+        policy_checkpoint.load(self.policy, found.folder / POLICY, same_layout=same_layout)
+        if self.place.rank != 0:
+            return None
+        return torch.load(found.folder / CONTROLLER, weights_only=True)
+
+
+def _layout(place: Place) -> dict[str, int]:
+    """Sizes under which each rank finds its own random state."""
+    return {name: value for name, value in vars(place).items() if name.endswith("_size")}
+
+
+def _nothing() -> None:
+    """Stands for a write that was never prepared."""
