@@ -79,6 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(serve)
     serve.set_defaults(run=_serve)
 
+    convert = commands.add_parser(
+        "convert", help="a Hugging Face folder as a Megatron distributed checkpoint, or the other way round"
+    )
+    convert.add_argument("source", metavar="SOURCE", help="HF folder, run, checkpoint of a run, distributed checkpoint")
+    convert.add_argument("target", metavar="TARGET", help="folder to make, in the other format")
+    convert.add_argument("--model", metavar="DIR", help="HF folder with config.json, where the source's run has none")
+    convert.add_argument(
+        "--layout", nargs="+", default=[], metavar="KEY=VALUE",
+        help="under torchrun, how the processes share the model: expert_model_parallel_size=8",
+    )  # fmt: skip
+    convert.set_defaults(run=_convert)
+
     data = commands.add_parser("data", help="public problem sets").add_subparsers(required=True, metavar="ACTION")
     prepare = data.add_parser("prepare", help="a public set as parquet in veRL's schema, from the hub or a local copy")
     prepare.add_argument("sets", nargs="+", metavar="SET", help="as in dapo_math aime24 math500; `all` for each")
@@ -194,6 +206,16 @@ def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.trainer import launch
 
     launch.serve(parsed.recipe, parsed.overrides)
+
+
+def _convert(parsed: argparse.Namespace, rest: list[str]) -> None:
+    import os
+
+    from vespo_megatron.trainer.convert import convert
+
+    done = convert(parsed.source, parsed.target, model=parsed.model, layout=parsed.layout)
+    if os.environ.get("RANK", "0") == "0":
+        print(done)
 
 
 def _data_prepare(parsed: argparse.Namespace, rest: list[str]) -> None:

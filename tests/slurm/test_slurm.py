@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_moe" / "build"
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,24 @@ def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_pa
     wait_until(lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING"), 300, lambda: logs(tmp_path))
     assert state(cluster, job) == ("COMPLETED", 0), logs(tmp_path)
     assert steps(tmp_path, "whole", job) == [1, 2]
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
+
+
+def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_completes(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "limited", 150, time="00:04:00", checkpoint_lead=90)
+    wait_until(lambda: state(cluster, job)[1] >= 1, 400, lambda: logs(tmp_path))
+    done = steps(tmp_path, "limited", job)
+    assert done and done[-1] < 150, "the time limit came too early or too late to show anything"
+    wait_until(
+        lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 1200,
+        lambda: logs(tmp_path),
+    )  # fmt: skip
+    assert state(cluster, job)[0] == "COMPLETED", logs(tmp_path)
+    assert steps(tmp_path, "limited", job) == list(range(1, 151))
+    attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())
+    assert attempts[:2] == ["attempt_0", "attempt_1"]
+    assert "stopped with a checkpoint: back into the queue" in logs(tmp_path)
+    assert f"resuming after step {done[-1]}" in logs(tmp_path)
     wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
 
 

@@ -6,7 +6,7 @@ several ranks hold is written by one of them. Loading into the same layout is ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,7 @@ def save(policy: MegatronPolicy, folder: Path, *, group: dist.ProcessGroup | Non
         _make_moments(part.optimizer)
     state = _state(policy, is_loading=False)
     state["rng"] = _rng_state(policy)
-    request = dist_checkpointing.save(
-        state, str(folder), _TorchWriter(group), async_sharded_save=True, content_metadata=dict(_METADATA)
-    )
-    return lambda: request.async_fn(*request.async_fn_args)
+    return _save(state, folder, group)
 
 
 def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
@@ -80,15 +77,8 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     state = _state(policy, is_loading=True)
     if same_layout:
         state["rng"] = _rng_state(policy)
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except FAILURES as error:
-        raise UserError(
-            f"cannot be loaded ({reason(error)})", where=str(folder),
-            expected="a checkpoint of this model", fix="resume from an older one: remove this folder",
-        ) from error  # fmt: skip
-    for index, chunk in enumerate(policy.chunks):
-        hf_weights.unwrap(chunk).load_state_dict(loaded[_chunk_key(policy, index)])
+    loaded = _load(state, folder)
+    _fill(policy.chunks, loaded)
     policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
@@ -96,6 +86,33 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
             moments["step"] = moments["step"].clone()
     if same_layout:
         _set_rng_state(loaded["rng"])
+
+
+def save_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Write the weights alone to `folder`, which must exist and be empty. A collective."""
+    _save(_model_state(chunks), folder, None)()
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Fill the chunks with the weights in `folder`, whatever else it holds. A collective; raises as `load` does."""
+    _fill(chunks, _load(_model_state(chunks), folder))
+
+
+def _save(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Write:
+    request = dist_checkpointing.save(
+        state, str(folder), _TorchWriter(group), async_sharded_save=True, content_metadata=dict(_METADATA)
+    )
+    return lambda: request.async_fn(*request.async_fn_args)
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except FAILURES as error:
+        raise UserError(
+            f"cannot be loaded ({reason(error)})", where=str(folder),
+            expected="a checkpoint of this model", fix="name another one; to resume from an older one remove this one",
+        ) from error  # fmt: skip
 
 
 def reason(error: BaseException) -> str:
@@ -106,11 +123,22 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
+def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    return {key: hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA)) for key, chunk in _named(chunks)}
+
+
+def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for key, chunk in _named(chunks):
+        hf_weights.unwrap(chunk).load_state_dict(loaded[key])
+
+
+def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """The chunks under Megatron-LM's keys."""
+    return [("model" if len(chunks) == 1 else f"model{index}", chunk) for index, chunk in enumerate(chunks)]
+
+
 def _state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
-    model = {
-        _chunk_key(policy, index): hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
-        for index, chunk in enumerate(policy.chunks)
-    }
+    model = _model_state(policy.chunks)
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
     return {**model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
 
@@ -147,10 +175,6 @@ def _keep_steps(part: DistributedOptimizer) -> None:
         copy_entries(part, model_param, {"step": own["step"], **tensors})
 
     part._set_main_param_and_optimizer_states = with_step
-
-
-def _chunk_key(policy: MegatronPolicy, index: int) -> str:
-    return "model" if len(policy.chunks) == 1 else f"model{index}"
 
 
 def _rng_state(policy: MegatronPolicy) -> ShardedObject:

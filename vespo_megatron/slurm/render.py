@@ -12,13 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.process import EXIT_RESUMABLE
+from vespo_megatron.trainer.stopping import STOP_FILE, STOPPED_FILE
 
 FIRST_PORT, PORT_STEP = 31000, 100
 """Servers of the i-th rollout node listen from 31000 + 100·i on (virtual nodes share one machine's ports)."""
 GRACE_S = 30
 """What the scripts ask to stop has so long before it is killed."""
-RESUMABLE = 75
-"""Exit status of a trainer that saved a checkpoint because it was asked to stop (EX_TEMPFAIL)."""
 LAYOUTS = ("colocated", "disaggregated", "heterogeneous")
 
 
@@ -59,7 +59,10 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         port=recipe.policy.generation.sglang_cfg.port or FIRST_PORT,
         port_step=PORT_STEP,
         grace_s=GRACE_S,
-        resumable=RESUMABLE,
+        resumable=EXIT_RESUMABLE,
+        runs=str(Path(recipe.exp_manager.exp_dir).resolve() / recipe.exp_manager.name),
+        stop_file=STOP_FILE,
+        stopped_file=STOPPED_FILE,
         step=" ".join(["--exact" if not colocated else "--overlap", *_container(recipe), "--kill-on-bad-exit=1"]),
         trainer_group="--het-group=0" if heterogeneous else "",
         rollout_group="--het-group=1" if heterogeneous else "",
