@@ -89,19 +89,26 @@ def _generate(policy, recipe, urls, version, generator):
     return samples, checksum
 
 
-@pytest.mark.parametrize("name", ["one", "tp2_sp", "ep2", "tp2_ep2", "pp2", "pp2_ep2", "tp2_cp2"])
-def test_the_server_and_the_trainer_agree_after_new_weights(name, workers, sglang_servers, tiny_recipe):
+CASES = [(name, "distributed") for name in ("one", "tp2_sp", "ep2", "tp2_ep2", "pp2", "pp2_ep2", "tp2_cp2")]
+CASES += [(name, transport) for name in ("tp2_sp", "ep2", "pp2_ep2", "tp2_cp2") for transport in ("tensor", "disk")]
+
+
+@pytest.mark.parametrize(("name", "transport"), CASES)
+def test_the_server_and_the_trainer_agree_after_new_weights(
+    name, transport, workers, sglang_servers, tiny_recipe, tmp_path
+):
     """Log-probs within 1e-4 and every route identical, in float32, with weights neither has seen before."""
     uneven = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2}  # three layers
     shapes = LAYOUTS | {"one": (1, {}), "pp2": (2, uneven), "pp2_ep2": (4, uneven | {"expert_model_parallel_size": 2})}
     world_size, layout = shapes[name]
-    version = 10 + sorted(shapes).index(name)
-    answers = workers.run(
-        served, world_size, recipe=copy.deepcopy(tiny_recipe), layout=layout, urls=sglang_servers.urls, version=version
-    )
+    version = 10 + CASES.index((name, transport))
+    recipe = copy.deepcopy(tiny_recipe)
+    recipe.policy.generation.sglang_cfg.weight_transport = transport
+    recipe.policy.generation.sglang_cfg.weight_folder = str(tmp_path / "weights")
+    answers = workers.run(served, world_size, recipe=recipe, layout=layout, urls=sglang_servers.urls, version=version)
     gap, compared = max(answer["gap"] for answer in answers), sum(answer["compared"] for answer in answers)
     differing = sum(answer["differing"] for answer in answers)
-    print(f"{name}: log-probs within {gap:.1e}, {differing} of {compared} routes differ")
+    print(f"{name}, {transport}: log-probs within {gap:.1e}, {differing} of {compared} routes differ")
     assert len({answer["checksum"] for answer in answers}) == 1
     assert gap <= 1e-4
     assert compared > 0 and differing == 0

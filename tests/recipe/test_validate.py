@@ -8,8 +8,9 @@ import json
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_config import read_model_config
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import CHOICES, model_problems, problems, read_model_config, validate
+from vespo_megatron.recipe.validate import CHOICES, model_problems, problems, validate
 
 CONFIG = {
     "num_attention_heads": 4,

@@ -126,9 +126,3 @@ def test_a_server_without_our_plugin_is_told_apart_from_a_broken_one(recipe):
         with pytest.raises(UserError, match="vespo_weights plugin"):
             engine.update_weights([], 1)
         engine.close()
-
-
-def test_another_transport_says_that_it_is_not_there_yet(recipe):
-    recipe.policy.generation.sglang_cfg.weight_transport = "disk"
-    with pytest.raises(UserError, match="'disk' is not available yet"):
-        connect(recipe, ["http://127.0.0.1:1"])

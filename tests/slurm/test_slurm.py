@@ -98,16 +98,16 @@ def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_pa
 
 
 def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_completes(cluster, tmp_path):
-    job = submit(cluster, tmp_path, "limited", 150, time="00:04:00", checkpoint_lead=90)
+    job = submit(cluster, tmp_path, "limited", 260, time="00:04:00", checkpoint_lead=90)
     wait_until(lambda: state(cluster, job)[1] >= 1, 400, lambda: logs(tmp_path))
     done = steps(tmp_path, "limited", job)
-    assert done and done[-1] < 150, "the time limit came too early or too late to show anything"
+    assert done and done[-1] < 260, "the time limit came too early or too late to show anything"
     wait_until(
         lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 1200,
         lambda: logs(tmp_path),
     )  # fmt: skip
     assert state(cluster, job)[0] == "COMPLETED", logs(tmp_path)
-    assert steps(tmp_path, "limited", job) == list(range(1, 151))
+    assert steps(tmp_path, "limited", job) == list(range(1, 261))
     attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())
     assert attempts[:2] == ["attempt_0", "attempt_1"]
     assert "stopped with a checkpoint: back into the queue" in logs(tmp_path)

@@ -1,12 +1,12 @@
-"""The shape of a Qwen3-MoE, read from a Hugging Face `config.json` (json alone, no transformers)."""
+"""The shape of a Qwen3-MoE, read from a Hugging Face `config.json` (no transformers)."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_config import read_model_config
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,7 @@ def read_shape(model_folder: str | Path) -> Qwen3MoeShape:
     Raises:
         UserError: no such file, not a Qwen3-MoE, a key is missing, or a feature this project does not train.
     """
-    path = Path(model_folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            "is missing", where=str(path), expected="a Hugging Face model folder", fix="check policy.model_name"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not JSON ({error})", where=str(path)) from None
+    path, config = Path(model_folder) / "config.json", read_model_config(model_folder)
     if config.get("model_type") != "qwen3_moe":
         raise UserError(f"has model_type {config.get('model_type')!r}", where=str(path), expected="'qwen3_moe'")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -2,7 +2,7 @@
 
 Loading: each rank reads the slices it needs from disk. Exporting: all ranks agree once on which rank holds which
 shard of which parameter; then, bucket by bucket, the holders send their shards to global rank 0, which joins them
-and yields HF-named tensors. No more than two buckets exist beside the model, whatever the layout.
+and yields HF-named tensors. One bucket and one tensor joined from it exist beside the model, whatever the layout.
 """
 
 from __future__ import annotations
@@ -208,6 +208,11 @@ class WeightExporter:
         read = read or torch.nn.Parameter.detach
         for bucket in self._buckets:
             senders = bucket[0][1].senders
+            if senders == (0,):  # nothing to gather
+                if self.place.rank == 0:
+                    for key, entry in bucket:
+                        yield from self._join([(key, entry)], [read(self._local[key].parameter).reshape(-1)])
+                continue
             mine = None
             if self.place.rank in senders:
                 mine = torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])

@@ -95,7 +95,7 @@ class MegatronPolicy:
             recomputes=model_config.recompute_granularity == "full",
         )
         self.exporter = hf_weights.WeightExporter(
-            self.chunks, self.shape, place, bucket_bytes=config.generation.sglang_cfg.weight_bucket_bytes
+            self.chunks, self.shape, place, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
         )
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, routes: RouteUse = LIVE) -> list[torch.Tensor]:

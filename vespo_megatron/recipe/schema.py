@@ -178,8 +178,16 @@ class SGLangConfig:
     api_key: str | None = key(None, "(ours) The servers' key; better in $VESPO_SGLANG_API_KEY. Never saved nor logged.")
     max_concurrent_requests: int = key(1024, "(ours) Requests in flight per server.")
     weight_transport: str = key("distributed", "(ours) distributed, tensor or disk.")
-    weight_bucket_bytes: int = key(268435456, "(ours) Size of one weight bucket.")
+    weight_folder: str | None = key(None, "(ours) Folder of transport disk, shared; None: in the run directory.")
+    weight_bucket_bytes: int = key(268435456, "(ours) Half of the memory that a weight update takes on the trainer.")
+    weight_sync_only_changed: bool = key(False, "(ours) Send only tensors whose hash changed since the last update.")
+    colocated: bool = key(False, "(ours) Servers on the trainer's devices give their memory back while it trains.")
     server_args: dict[str, Any] = key({}, "(ours) Further server flags, without the dashes.")
+
+    @property
+    def weight_piece_bytes(self) -> int:
+        """What is gathered from the ranks at a time; it and a tensor joined from it fit beside two smaller buckets."""
+        return self.weight_bucket_bytes // 8
 
 
 @dataclass

@@ -6,13 +6,12 @@ torch, megatron-core or transformers. Names that tables own (objectives, estimat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import flatten
+from vespo_megatron.recipe.model_config import read_model_config
 from vespo_megatron.recipe.schema import MegatronConfig, Recipe
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
@@ -125,25 +124,6 @@ def validate(recipe: Recipe) -> None:
         raise found[0]
     if found:
         raise UserError(f"the recipe has {len(found)} problems\n" + "\n".join(str(problem) for problem in found))
-
-
-def read_model_config(model_folder: str | Path) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder. Raises UserError when it cannot be read."""
-    path = Path(model_folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror})",
-            where=str(path),
-            expected="a Hugging Face model folder",
-            fix="check policy.model_name (relative paths start at the current directory), or prepare the model first",
-        ) from None
-    except ValueError as error:
-        raise UserError(f"is not JSON ({error})", where=str(path)) from None
-    if not isinstance(config, dict):
-        raise UserError("is not a mapping", where=str(path), expected="a Hugging Face model configuration")
-    return config
 
 
 # ---- the recipe alone --------------------------------------------------------------------------------------------
@@ -366,6 +346,31 @@ def _combinations(recipe: Recipe) -> Iterator[UserError]:
                 where=f"{_GENERATION}.sglang_cfg.urls",
                 expected="addresses such as http://127.0.0.1:30000",
             )
+
+
+def _weight_sync(recipe: Recipe) -> Iterator[UserError]:
+    config = recipe.policy.generation.sglang_cfg
+    if config.weight_transport == "tensor":
+        where, fix = f"{_GENERATION}.sglang_cfg.weight_transport", "set it to distributed or disk"
+        if config.urls:
+            yield UserError(
+                "is tensor, which sends a server what it unpickles, but the servers of `urls` are not this run's own",
+                where=where,
+                fix=fix,
+            )
+        elif config.host not in ("127.0.0.1", "localhost", "::1"):
+            yield UserError(
+                f"is tensor, which sends a server what it unpickles, but the servers listen on {config.host}",
+                where=where,
+                expected=f"{_GENERATION}.sglang_cfg.host=127.0.0.1",
+                fix=fix,
+            )
+    if config.colocated and config.weight_transport == "distributed" and recipe.cluster.device != "cpu":
+        yield UserError(
+            "is true with weight_transport distributed: NCCL takes no two processes on one GPU",
+            where=f"{_GENERATION}.sglang_cfg.colocated",
+            fix=f"set {_GENERATION}.sglang_cfg.weight_transport=tensor",
+        )
 
 
 # ---- the recipe and its model ------------------------------------------------------------------------------------

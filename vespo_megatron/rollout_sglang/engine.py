@@ -96,6 +96,9 @@ class RolloutEngine(Protocol):
         when a server failed and the same update can be made without it.
         """
 
+    def release_memory(self) -> None:
+        """Give device memory to the trainer until the next weight update, which brings everything back."""
+
     async def pause(self) -> None: ...
 
     async def resume(self) -> None: ...

@@ -141,6 +141,9 @@ class InProcessEngine:
             checksum.add(name, view)
         return checksum.hexdigest()
 
+    def release_memory(self) -> None:
+        """Nothing: the weights are all that is kept between calls, and they are this process's own."""
+
     async def pause(self) -> None:
         """End running requests as 'abort' and hold new ones back; returns when none is running."""
         self._paused.set()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_config import read_model_config
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,7 @@ class ModelShape:
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelShape:
         """Read `config.json`; raises `UserError` naming the file and what it lacks."""
-        path = Path(folder) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except OSError as error:
-            raise UserError(
-                f"cannot be read ({error.strerror})", where=str(path), expected="a Hugging Face folder"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"is not JSON ({error})", where=str(path)) from error
+        path, config = Path(folder) / "config.json", read_model_config(folder)
         try:
             layers = config["num_hidden_layers"]
             experts = config.get("num_experts", config.get("num_local_experts", 0))  # transformers 5 writes the latter

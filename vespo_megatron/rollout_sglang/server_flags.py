@@ -31,6 +31,7 @@ _OWNED = {
     "context-length": "policy.generation.sglang_cfg.context_length",
     "mem-fraction-static": "policy.generation.sglang_cfg.mem_fraction_static",
     "max-total-tokens": "policy.generation.sglang_cfg.max_total_tokens",
+    "enable-memory-saver": "policy.generation.sglang_cfg.colocated",
     "enable-return-routed-experts": "policy.generation.sglang_cfg.enable_return_routed_experts",
     "random-seed": "grpo.seed",
     "api-key": "policy.generation.sglang_cfg.api_key",
@@ -117,6 +118,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
         }
     else:
         flags["base-gpu-id"] = index * config.tensor_parallel_size
+        flags["enable-memory-saver"] = config.colocated  # needs CUDA: without, the endpoints answer and free nothing
     flags |= {name.lstrip("-").replace("_", "-"): value for name, value in config.server_args.items()}
     return _command_line(flags)
 

@@ -4,11 +4,13 @@ Why not SGLang's own `/weights_checker {"action": "checksum"}`: 0.5.23 hashes *i
 fused, all experts of a layer in one tensor, a tensor-parallel shard of each) with SHA-256 on CPU and a Triton hash
 on CUDA. A trainer that streams single tensors would have to hold whole layers back to rebuild those, and run the
 same GPU kernel. So this plugin (entry-point group `sglang.srt.plugins`, loaded by SGLang in every scheduler) adds
-two actions to the same endpoint:
+three actions to the same endpoint:
 
 - `vespo_manifest`: Hugging Face name -> `"<dtype> <start>:<stop>,..."`, the slice this rank holds;
 - `vespo_checksum`: Hugging Face name -> hexadecimal `checksum.tensor_checksum` of that slice, read out of the *live*
-  parameters that the next forward pass uses, un-fused.
+  parameters that the next forward pass uses, un-fused;
+- `vespo_sees <path>`: whether this rank sees a file, for transports that share memory or a filesystem. Only names that
+  the trainer makes up for it, `vespo-<random>.probe`, are looked for.
 
 The trainer hashes the same slices of what it streams (`weight_sync`). The two agree only if names, fusion, sharding,
 dtype, transport and loading were all right: nothing is assumed about how the bytes got there.
@@ -18,8 +20,10 @@ Only SGLang's processes import this module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +33,8 @@ from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checks
 ERROR_KEY = "error"
 MANIFEST_ACTION = "vespo_manifest"
 CHECKSUM_ACTION = "vespo_checksum"
+SEES_ACTION = "vespo_sees "
+_PROBE = re.compile(r"vespo-[0-9a-f]{32}\.probe")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def register() -> None:
 
 
 def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-    if action not in (MANIFEST_ACTION, CHECKSUM_ACTION):
+    if action not in (MANIFEST_ACTION, CHECKSUM_ACTION) and not action.startswith(SEES_ACTION):
         return original(checker, action, *args, **kwargs)
     try:
         values, digest = _answer(action, checker._get_model())
@@ -66,6 +72,9 @@ def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any,
 
 def _answer(action: str, model: torch.nn.Module) -> tuple[dict[str, str], str]:
     """The values by Hugging Face name, and their digest."""
+    if action.startswith(SEES_ACTION):
+        path = Path(action.removeprefix(SEES_ACTION))
+        return {"sees": "yes" if _PROBE.fullmatch(path.name) and path.exists() else "no"}, ""
     values: dict[str, str] = {}
     total = WeightChecksum()
     for held in held_slices(model):

@@ -19,7 +19,7 @@ from vespo_megatron.rollout_sglang.pool import ServerPool
 from vespo_megatron.rollout_sglang.reply import check_request
 from vespo_megatron.rollout_sglang.secrets import api_key
 from vespo_megatron.rollout_sglang.server_flags import context_length
-from vespo_megatron.rollout_sglang.weight_sync import WeightSync
+from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,6 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
     though the recipe wants them.
     """
     config = recipe.policy.generation.sglang_cfg
-    if config.weight_transport != "distributed":
-        raise UserError(
-            f"weight_transport {config.weight_transport!r} is not available yet",
-            where="policy.generation.sglang_cfg.weight_transport",
-            fix="set it to distributed",
-        )
     if not urls:
         raise UserError("no server", where="policy.generation.sglang_cfg.urls", fix="launch servers or give their URLs")
     shape = ModelShape.from_folder(recipe.policy.model_name)
@@ -64,7 +58,7 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
         health_timeout_s=config.health_timeout,
         recovery_timeout_s=config.recovery_timeout,
     )
-    return SGLangEngine(pool, device=device, bucket_bytes=config.weight_bucket_bytes)
+    return SGLangEngine(pool, lambda clients, served: make_sync(config, clients, device or served))
 
 
 class SGLangEngine:
@@ -72,11 +66,10 @@ class SGLangEngine:
 
     Args:
         pool: the servers, all of the same model.
-        device: "cuda" or "cpu", of the weight buckets; None is what the servers report.
-        bucket_bytes: size of one weight bucket.
+        make_sync: their weight sync, from the clients and the device they report.
     """
 
-    def __init__(self, pool: ServerPool, *, device: str | None = None, bucket_bytes: int = 2**28) -> None:
+    def __init__(self, pool: ServerPool, make_sync: Callable[[list[SGLangClient], str], WeightSync]) -> None:
         self.pool = pool
         self.clients = [server.client for server in pool.servers]
         self.shape, self.context_length = self.clients[0].shape, self.clients[0].context_length
@@ -88,7 +81,7 @@ class SGLangEngine:
         served = infos[0].get("device", "cuda")
         self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
         self.weight_version = self._first_version()
-        self.sync = WeightSync(self.clients, device=device or served, bucket_bytes=bucket_bytes)
+        self.sync = make_sync(self.clients, served)
         self._gate = Gate()
         self._closed = False
         self._broken = ""
@@ -147,6 +140,12 @@ class SGLangEngine:
             self._broken = ""
             self.weight_version = version
             return digest
+
+    def release_memory(self) -> None:
+        """See `RolloutEngine.release_memory`. Waits for running requests."""
+        with self._gate.exclusive(self.clients[0].request_timeout_s + 30):
+            self._broken = "the servers' memory is released"
+            self.sync.release_memory()
 
     def metrics(self) -> dict[str, float]:
         """See `rollout_metrics`."""

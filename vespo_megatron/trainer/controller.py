@@ -288,6 +288,10 @@ class Controller:
         self.engine.update_weights(stream, version)
         self.weight_version = version
 
+    def release_memory(self) -> None:
+        """The engine's device memory is the trainer's until `update_weights`."""
+        self.engine.release_memory()
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step to every record of the run."""
         metrics = dict(metrics)

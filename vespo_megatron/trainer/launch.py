@@ -169,6 +169,7 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
     from vespo_megatron.rollout_sglang.server import launch_servers
 
     config = recipe.policy.generation.sglang_cfg
+    config.weight_folder = config.weight_folder or str(run_dir / "weights")
     if not config.urls:
         print(f"starting {config.num_servers} SGLang server(s), logs in {run_dir / 'servers'}", flush=True)
     return launch_servers(recipe, run_dir)

@@ -119,6 +119,8 @@ class Trainer:
         with self.timers("scatter"):
             share = self.scatter.batch(rollout.batch if rollout else None)
             mini_batches = self.prepare(share)
+        if self.recipe.policy.generation.sglang_cfg.colocated:
+            self.on_controller(lambda controller: controller.release_memory())
         everything = [micro_batch for micro_batches in mini_batches for micro_batch in micro_batches]
         replay = self.recipe.policy.router_replay
         routes = StepRoutes(replay.mode, self.policy, everything, replay.measure_agreement)

@@ -16,7 +16,8 @@ from vespo_megatron.recipe.loader import differences, load_recipe
 from vespo_megatron.recipe.schema import ExpManagerConfig, Recipe
 
 RECIPE_FILE = "recipe.yaml"
-_MAY_CHANGE = ("policy.generation.sglang_cfg.urls", "exp_manager.resume_if_exists")
+_SGLANG = "policy.generation.sglang_cfg"
+_MAY_CHANGE = (f"{_SGLANG}.urls", f"{_SGLANG}.weight_folder", "exp_manager.resume_if_exists")
 
 
 def make_run_directory(config: ExpManagerConfig) -> Path:
