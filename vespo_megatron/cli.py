@@ -162,8 +162,11 @@ def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 def _recipe_show(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.recipe.loader import load_recipe, to_yaml
+    from vespo_megatron.rollout_sglang.secrets import hide_api_key
 
-    print(to_yaml(load_recipe(parsed.recipe, parsed.overrides)), end="")
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    hide_api_key(recipe)
+    print(to_yaml(recipe), end="")
 
 
 def _recipe_check(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -14,6 +14,7 @@ from fault_server import FaultServer
 from rollout_helpers import generate, make_requests
 
 import vespo_megatron.rollout_sglang
+from vespo_megatron import cli
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
@@ -71,6 +72,13 @@ def test_a_redirect_is_not_followed_with_the_key(tiny_recipe):
         with Redirects() as server, pytest.raises(UserError, match="answered 307"):
             connect(with_key(tiny_recipe), [server.url])
         assert thief.calls == {}
+
+
+def test_the_shown_recipe_has_no_key(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"policy: {{model_name: m, generation: {{sglang_cfg: {{api_key: {KEY}}}}}}}")
+    assert cli.main(["recipe", "show", str(path)]) == 0
+    assert KEY not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["api_key", "admin-api-key", "config"])

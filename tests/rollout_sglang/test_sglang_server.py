@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -14,6 +15,7 @@ from rollout_helpers import Reference, generate, make_requests
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect, launch_servers
+from vespo_megatron.rollout_sglang.conversation import Conversation
 
 pytestmark = pytest.mark.sglang
 
@@ -118,6 +120,26 @@ def test_weights_of_another_dtype_are_cast_to_the_servers(sglang_engine, referen
         for dtype in (torch.bfloat16, torch.float32)
     ]
     assert checksums[0] == checksums[1]
+
+
+def test_a_request_past_its_own_deadline_comes_back_with_what_it_has(sglang_engine, reference):
+    """And goes on from there; the others of its call are left alone."""
+    expected = reference.with_weights(reference.named_tensors())
+    sglang_engine.update_weights(reference.named_tensors(), sglang_engine.weight_version + 1)
+    hurried, patient = (replace(r, group_id="g") for r in make_requests(2, max_new_tokens=100, longest_prompt=12))
+    hurried = replace(hurried, deadline_s=0.2)
+    first, second = generate(sglang_engine, [hurried, patient])
+    assert first.finish_reason == "abort" and 0 < len(first.output_ids) < 100
+    assert second.finish_reason == "length" and len(second.output_ids) == 100
+    conversation = Conversation(hurried, context_length=sglang_engine.context_length)
+    conversation.add(first)
+    conversation.add(generate(sglang_engine, [replace(conversation.next_request(), deadline_s=None)])[0])
+    whole = conversation.result()
+    assert whole.finish_reason == "length" and len(whole.output_ids) == 100
+    for request, result in ((hurried, first), (hurried, whole)):
+        log_probs, routes = expected.score(request, result)
+        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
 def test_concurrent_groups_reach_the_batch_sizes_that_make_it_fast(sglang_engine):

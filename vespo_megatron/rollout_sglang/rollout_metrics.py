@@ -3,6 +3,7 @@
 | metric | meaning |
 |---|---|
 | `queue_max`, `queue_mean` | requests that waited for a server: most at one time; over all requests dispatched |
+| `in_flight_max` | requests that servers had at one time, at most |
 | `latency_p50`, `_p95`, `_p99` | seconds from a call's dispatch to its answer, retries included, per request |
 | `tokens_per_second` | response tokens over the time in which anything was in flight |
 | `retries` | calls repeated to the same server because it had not taken them on |
@@ -94,6 +95,7 @@ class RolloutMetrics:
         latencies = [entry for counts in every for entry in counts.latencies]
         result = {
             "rollout/queue_max": float(self.queue_max),
+            "rollout/in_flight_max": float(self._together.in_flight_max),
             "rollout/queue_mean": self._queue_sum / max(1, self._dispatched),
             "rollout/tokens_per_second": _rate(sum(counts.tokens for counts in every), self._together.busy_s),
             "rollout/retries": float(self.retries),
