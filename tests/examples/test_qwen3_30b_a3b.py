@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "qwen3_30b_a3b"
 TINY = ROOT / "examples" / "tiny_moe" / "build"
 RUNS = sorted(path for part in ("grid", "mismatch", "ablations") for path in (FOLDER / part).glob("*.yaml"))
+ASYNC = sorted(path for path in (FOLDER / "async").glob("*.yaml") if path.stem != "async")
 HARDWARE = sorted((FOLDER / "hardware").glob("*.yaml"))
 SHAPE = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
@@ -56,6 +57,18 @@ def test_every_machine_s_layout_holds_with_the_base(hardware, model, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"defaults: [{FOLDER / 'grid' / 'vespo_n8.yaml'}, {hardware}]\n")
     validate(load_recipe(path, [f"policy.model_name={model}"]))
+
+
+@pytest.mark.parametrize("path", ASYNC, ids=name)
+def test_the_asynchronous_runs_are_the_papers_and_keep_their_staleness_scaled_down(path, model):
+    recipe = load_recipe(path, [f"policy.model_name={model}"])
+    validate(recipe)
+    assert (recipe.loss_fn.name, recipe.num_mini_batches, recipe.world_size) == (path.stem, 1, 16)
+    rule = recipe.grpo.async_grpo
+    assert (rule.enabled, rule.staleness, rule.sync_every, recipe.slurm.rollout_nodes) == (True, 1.0, 4, 6)
+    small = scale_down(load_recipe(path), TINY)
+    validate(small)
+    assert small.grpo.async_grpo == rule and small.num_mini_batches == 1
 
 
 def test_the_grid_is_the_papers():
@@ -110,7 +123,7 @@ def test_a_layout_too_large_for_one_machine_and_a_missing_model_are_refused(tmp_
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", RUNS, ids=name)
+@pytest.mark.parametrize("path", [*RUNS, *ASYNC], ids=name)
 def test_every_recipe_runs_scaled_down(path, tmp_path):
     command = [sys.executable, "-m", "vespo_megatron.cli", "train", "--scale-down", str(TINY), str(path)]
     command += ["policy.generation.backend=in_process", "exp_manager.resume_if_exists=false"]

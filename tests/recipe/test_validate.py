@@ -89,6 +89,35 @@ IMPOSSIBLE = {
     "top-k in training": ({G + "top_k": 20}, "top_k", "set it to null"),
     "val_top_p out of range": ({G + "val_top_p": 0.0}, "val_top_p", "(0, 1]"),
     "negative val_temperature": ({G + "val_temperature": -1.0}, "val_temperature", "at least 0"),
+    "a staleness of two names": (
+        {"grpo__async_grpo__max_staleness": 1.0, "grpo__async_grpo__staleness_threshold": 1.0},
+        "staleness_threshold",
+        "max_staleness",
+    ),
+    "R3 of interrupted responses": (
+        {
+            "grpo__async_grpo__enabled": True,
+            "policy__router_replay__mode": "R3",
+            G + "sglang_cfg__enable_return_routed_experts": True,
+            "policy__router_replay__on_stale_routes": "error",
+        },
+        "on_stale_routes",
+        "live or drop",
+    ),
+    "an old policy that is gone": (
+        {"grpo__async_grpo__enabled": True, "loss_fn__behavior": "recompute"},
+        "loss_fn.behavior",
+        "rollout",
+    ),
+    "in_place without SGLang": (
+        {
+            "grpo__async_grpo__enabled": True,
+            "grpo__async_grpo__on_weight_update": "in_place",
+            G + "backend": "in_process",
+        },
+        "on_weight_update",
+        "abort_and_continue",
+    ),
     "groups of one": ({"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32}, "num_generations_per_prompt", "2"),
     "no training data": ({"data__train__path": None}, "data.train.path", "parquet"),
     "token-sum-norm without its length": ({"loss_fn__aggregation": "token-sum-norm"}, "aggregation_length", "length"),

@@ -111,7 +111,8 @@ def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_co
     attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())
     assert attempts[:2] == ["attempt_0", "attempt_1"]
     assert "stopped with a checkpoint: back into the queue" in logs(tmp_path)
-    assert f"resuming after step {done[-1]}" in logs(tmp_path)
+    resumed = f"resuming after step {done[-1]}"
+    assert any(resumed in path.read_text() for path in tmp_path.glob("logs/*/attempt_1/trainer_*.log")), resumed
     wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
 
 

@@ -17,6 +17,8 @@ class Batch:
     samples: list[Sample]
     advantages: np.ndarray
     """float32 [B]"""
+    lags: np.ndarray | None = None
+    """int64 [B]: how many weight versions the oldest token of each is behind; None in a synchronous run."""
 
     def __post_init__(self) -> None:
         if len(self.samples) != len(self.advantages):
@@ -27,4 +29,6 @@ class Batch:
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The samples at `indices`, in that order."""
-        return Batch([self.samples[index] for index in indices], self.advantages[np.asarray(indices, dtype=int)])
+        rows = np.asarray(indices, dtype=int)
+        lags = None if self.lags is None else self.lags[rows]
+        return Batch([self.samples[index] for index in indices], self.advantages[rows], lags)

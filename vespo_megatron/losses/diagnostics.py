@@ -230,6 +230,10 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
             out["vespo/ess"] = math.exp(2 * others["_log_sum_w"] - others["_log_sum_w_square"]) / count
         if mean("_w_square") > 0:
             out["vespo/ess_clamped"] = out["vespo/w_mean"] ** 2 / mean("_w_square")
+    for name in [name for name in out if name.startswith("staleness/w_mean_lag_")]:
+        lag = name.rpartition("_")[2]
+        if (square := mean(f"_w_square_lag_{lag}")) > 0:
+            out[f"staleness/ess_lag_{lag}"] = out[name] ** 2 / square
     if "_phi_square" in pairs and mean("_phi_square") > 0:
         out["vespo/phi_ess"] = out["vespo/phi_mean"] ** 2 / mean("_phi_square")
     if "_phi_w" in pairs and out.get("vespo/phi_mean", 0.0) > 0:

@@ -69,6 +69,8 @@ class LossOutput:
     metrics: MetricSums
     bad_sequences: Tensor
     """bool [num_sequences], the same on every context parallel rank: a number in them is not finite."""
+    sequence_log_ratio: Tensor
+    """[num_sequences]: S = log W, the same on every context parallel rank."""
     config: PolicyLossConfig
     _coefficient: Any = field(repr=False)
 
@@ -123,7 +125,7 @@ def compute_policy_loss(
     for name, factor, term in plan.extra_terms():
         loss = loss + factor * term
         metrics.add(name, term.detach(), 0.0)
-    return LossOutput(loss, metrics, plan.bad, config, coefficient)
+    return LossOutput(loss, metrics, plan.bad, plan.ratios.sequence_log_ratio, config, coefficient)
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ _SGLANG = "policy.generation.sglang_cfg"
 _OPTIMIZER = "policy.megatron_cfg.optimizer"
 
 RENAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "grpo.async_grpo.max_trajectory_age_steps": ("grpo.async_grpo.max_staleness", float),
+    "grpo.async_grpo.in_flight_weight_updates": (
+        "grpo.async_grpo.on_weight_update",
+        lambda value: "in_place" if value else "drain",
+    ),
     "checkpointing.checkpoint_dir": ("exp_manager.exp_dir", _as_is),
     "policy.max_grad_norm": (f"{_OPTIMIZER}.clip_grad", _as_is),
     "policy.generation.backend": ("policy.generation.backend", lambda value: "sglang"),
@@ -69,7 +74,6 @@ COMBINED = {
 """Keys that are the objective together: `loss_fn.name`, its hyper-parameters, aggregation and correction."""
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "grpo.async_grpo.enabled": ((False,), "training is synchronous"),
     "grpo.overlong_filtering": ((False,), "truncated responses are trained on"),
     "grpo.max_rollout_turns": ((1,), "one turn per sample"),
     "grpo.reward_scaling.enabled": ((False,), "rewards are scaled by env.rewards' weights"),
@@ -95,7 +99,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 """Their key → (values that ask for what is done here anyway, what that is). Any other value is not supported."""
 
 MEANINGLESS: tuple[tuple[str, str], ...] = (
-    ("grpo.async_grpo.*", "training is synchronous"),
+    ("grpo.async_grpo.recompute_kv_cache_after_weight_updates", "abort_and_continue does, in_place does not"),
     ("grpo.val_batch_size", "all validation prompts are in flight together"),
     ("grpo.reward_scaling.*", "off"),
     ("grpo.batch_multiplier", "dynamic sampling draws until the batch is full"),

@@ -33,6 +33,25 @@ class RewardShapingConfig:
 
 
 @dataclass
+class AsyncGRPOConfig:
+    """`grpo.async_grpo`: rollout beside training. A step is one batch of num_prompts_per_step groups."""
+
+    enabled: bool = key(False, "")
+    max_staleness: float | None = key(None, "(ours) Weight versions a token may be behind, or a fraction; None: 1.")
+    staleness_threshold: float | None = key(None, "(ours) veRL's name of the same number; give one of the two.")
+    sync_every: int = key(1, "(ours) Steps between weight updates.")
+    on_weight_update: str = key(
+        "abort_and_continue", "(ours) What runs meanwhile: abort_and_continue, in_place, or drain."
+    )
+
+    @property
+    def staleness(self) -> float:
+        """Whichever of the two names was used; rounded up it bounds every token's lag."""
+        given = self.max_staleness if self.staleness_threshold is None else self.staleness_threshold
+        return 1.0 if given is None else given
+
+
+@dataclass
 class GRPOConfig:
     """`grpo`: the rollout batch and the loop, whatever the loss is called."""
 
@@ -50,6 +69,7 @@ class GRPOConfig:
     val_at_end: bool = key(True, "Evaluate after the last step.")
     max_val_samples: int = key(256, "Prompts of the validation set to use at most.")
     val_num_generations: int = key(1, "(ours) Responses per validation prompt: avg@k.")
+    async_grpo: AsyncGRPOConfig = key(AsyncGRPOConfig)
     seed: int = key(42, "Seed of initialisation, prompt order and the in-process sampler.")
 
 

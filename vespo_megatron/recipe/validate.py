@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss_fn.on_bad_sample": ("error", "drop"),
     "loss_fn.reference_policy_kl_type": ("k1", "k2", "k3"),
     "data.on_long_prompt": ("error", "drop"),
+    "grpo.async_grpo.on_weight_update": ("abort_and_continue", "in_place", "drain"),
     "guard.on_collapse": ("warn", "stop"),
     "cluster.device": ("auto", "cuda", "cpu"),
 }
@@ -44,6 +45,7 @@ AT_LEAST_ONE = (
     "grpo.reward_shaping.max_response_length",
     "grpo.num_generations_per_prompt",
     "grpo.max_num_steps",
+    "grpo.async_grpo.sync_every",
     "grpo.max_num_epochs",
     "grpo.max_val_samples",
     "grpo.val_num_generations",
@@ -100,6 +102,8 @@ NOT_NEGATIVE = (
     f"{_GENERATION}.sglang_cfg.health_timeout",
     f"{_GENERATION}.sglang_cfg.max_restarts",
     "grpo.val_period",
+    "grpo.async_grpo.max_staleness",
+    "grpo.async_grpo.staleness_threshold",
     "grpo.seed",
     "checkpointing.save_period",
     "logger.num_val_samples_to_print",
@@ -140,6 +144,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _lengths(recipe)
     yield from _sampling(recipe)
     yield from _combinations(recipe)
+    yield from _asynchronous(recipe)
 
 
 def _out_of_range(recipe: Recipe) -> Iterator[UserError]:
@@ -346,6 +351,42 @@ def _combinations(recipe: Recipe) -> Iterator[UserError]:
                 where=f"{_GENERATION}.sglang_cfg.urls",
                 expected="addresses such as http://127.0.0.1:30000",
             )
+
+
+def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
+    asynchronous, generation = recipe.grpo.async_grpo, recipe.policy.generation
+    if asynchronous.max_staleness is not None and asynchronous.staleness_threshold is not None:
+        yield UserError(
+            "is given with max_staleness, whose other name it is", where="grpo.async_grpo.staleness_threshold"
+        )
+    if not asynchronous.enabled:
+        return
+    if generation.sglang_cfg.colocated:
+        yield UserError(
+            "is true: servers that give their memory to the trainer cannot generate beside it",
+            where=f"{_GENERATION}.sglang_cfg.colocated",
+            fix="set it to false, or grpo.async_grpo.enabled=false",
+        )
+    if asynchronous.on_weight_update == "in_place" and generation.backend != "sglang":
+        yield UserError(
+            f"is in_place with backend {generation.backend}",
+            where="grpo.async_grpo.on_weight_update",
+            expected="abort_and_continue or drain: only SGLang changes weights under a running request",
+        )
+    replay = recipe.policy.router_replay
+    if replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
+        yield UserError(
+            "is error, but responses that new weights interrupt have routes of the last weights only",
+            where="policy.router_replay.on_stale_routes",
+            expected="live or drop",
+            fix="or set grpo.async_grpo.on_weight_update=drain",
+        )
+    if recipe.loss_fn.behavior == "recompute" and asynchronous.staleness > 0:
+        yield UserError(
+            "is recompute: π_old of the weights that sampled is gone when a stale sample is trained on",
+            where="loss_fn.behavior",
+            expected="rollout, or grpo.async_grpo.max_staleness=0",
+        )
 
 
 def _weight_sync(recipe: Recipe) -> Iterator[UserError]:

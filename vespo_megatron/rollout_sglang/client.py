@@ -185,6 +185,10 @@ class SGLangClient:
         """End what runs (clients get what there is, finish reason 'abort') and hold back what comes."""
         self.call("/pause_generation", {"mode": "abort"})
 
+    def hold(self) -> None:
+        """Stop what runs where it is, to go on from there, and hold back what comes."""
+        self.call("/pause_generation", {"mode": "in_place"})
+
     def resume(self) -> None:
         """Serve again."""
         self.call("/continue_generation", {})

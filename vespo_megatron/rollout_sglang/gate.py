@@ -43,15 +43,18 @@ class Gate:
             self._closed = False
 
     @contextmanager
-    def exclusive(self, timeout_s: float) -> Iterator[None]:
-        """Alone inside; raises `UserError` when another update is under way or generation does not end in time."""
+    def exclusive(self, timeout_s: float, *, wait: bool = True) -> Iterator[None]:
+        """Alone inside; raises `UserError` when another update is under way or generation does not end in time.
+
+        Without `wait` the generations that are inside stay; only new ones are held back.
+        """
         with self._condition:
             if self._updating:
                 raise UserError("a weight update is already under way", where="rollout engine")
             self._updating = True
         try:
             with self._condition:
-                if not self._condition.wait_for(lambda: self._inside == 0, timeout_s):
+                if wait and not self._condition.wait_for(lambda: self._inside == 0, timeout_s):
                     raise UserError(f"generation did not end within {timeout_s:g} s", where="rollout engine")
             yield
         finally:

@@ -132,9 +132,10 @@ class ServerPool:
         requests: Sequence[GenerationRequest],
         *,
         version: int,
+        newest: Callable[[], int] | None = None,
         on_result: Callable[[GenerationResult], None] | None = None,
     ) -> list[GenerationResult]:
-        """Results in the order of `requests`, all drawn under weight version `version`.
+        """Results in the order of `requests`, all drawn under weight version `version` or a later one up to `newest()`.
 
         Raises:
             WeightsNeeded: the last server failed, and one is back that needs weights.
@@ -143,6 +144,9 @@ class ServerPool:
         import aiohttp
 
         results: dict[int, GenerationResult] = {}
+
+        def allowed() -> range:
+            return range(version, (version if newest is None else newest()) + 1)
 
         def arrived(index: int, result: GenerationResult) -> None:
             results[index] = result
@@ -155,7 +159,7 @@ class ServerPool:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for indices in split_calls(requests, _CALL_SIZE):
-                        tasks.create_task(self._answer(session, requests, indices, version, arrived))
+                        tasks.create_task(self._answer(session, requests, indices, allowed, arrived))
             except BaseExceptionGroup as group:
                 error = _first_error(group)
                 if not isinstance(error, _NoServerLeft):
@@ -177,7 +181,7 @@ class ServerPool:
         session: aiohttp.ClientSession,
         requests: Sequence[GenerationRequest],
         indices: list[int],
-        version: int,
+        allowed: Callable[[], range],
         arrived: Callable[[int, GenerationResult], None],
     ) -> None:
         """One call, on as many servers as it takes."""
@@ -188,7 +192,7 @@ class ServerPool:
             start = time.monotonic()
             try:
                 answers = await self._while_present(server, server.client.generate(session, wanted))
-                _check_version(server, answers, version)
+                _check_version(server, answers, allowed())
                 break
             except ServerFault as fault:
                 faults.append(fault)
@@ -389,14 +393,14 @@ class _NoServerLeft(Exception):
     """A call found no server that serves."""
 
 
-def _check_version(server: Server, answers: Sequence[GenerationResult], version: int) -> None:
+def _check_version(server: Server, answers: Sequence[GenerationResult], allowed: range) -> None:
     for answer in answers:
-        if (answer.weight_versions != version).any():
-            found = sorted(set(answer.weight_versions.tolist()))
+        found = sorted(set(answer.weight_versions.tolist()))
+        if any(version not in allowed for version in found):
             raise ServerFault(
                 f"answered with weight version {', '.join(map(str, found))}",
                 where=f"server {server.url}, request {answer.request_id}",
-                expected=f"version {version}",
+                expected=f"version {allowed[0]}" + (f" to {allowed[-1]}" if len(allowed) > 1 else ""),
                 fix="it was restarted or updated by someone else: update the weights again",
             )
 

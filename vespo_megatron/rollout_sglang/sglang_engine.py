@@ -80,7 +80,7 @@ class SGLangEngine:
             server.started = info.get("startup_time", 0)
         served = infos[0].get("device", "cuda")
         self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
-        self.weight_version = self._first_version()
+        self.weight_version = self._newest_version = self._first_version()
         self.sync = make_sync(self.clients, served)
         self._gate = Gate()
         self._closed = False
@@ -107,17 +107,24 @@ class SGLangEngine:
         await self._gate.enter()
         try:
             self._check_usable()
-            return await self.pool.generate(requests, version=self.weight_version, on_result=on_result)
+            return await self.pool.generate(
+                requests, version=self.weight_version, newest=lambda: self._newest_version, on_result=on_result
+            )
         finally:
             self._gate.leave()
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
+    ) -> str:
         """See `RolloutEngine.update_weights`. Waits for running requests; new ones wait for the update.
+
+        With `in_place` running requests are not waited for: they stand still meanwhile, and go on with the new weights
+        and the old cache. Their tokens carry the version they were drawn under.
 
         Every server that is ready takes part, those that had failed as well, and serves again afterwards. After a
         failure the engine refuses to generate until an update succeeds.
         """
-        with self._gate.exclusive(self.clients[0].request_timeout_s + 30):
+        with self._gate.exclusive(self.clients[0].request_timeout_s + 30, wait=not in_place):
             if self._closed:
                 raise UserError("is closed", where=self.description)
             members = self.pool.candidates() or self.pool.wait_for_candidates()
@@ -127,7 +134,8 @@ class SGLangEngine:
                 clients = [server.client for server in members]
                 if anew or clients != self.sync.clients:
                     self.sync.set_servers(clients)
-                digest = self.sync.update(named_tensors, version, resume=not self._paused)
+                self._newest_version = version
+                digest = self.sync.update(named_tensors, version, resume=not self._paused, in_place=in_place)
             except UserError as error:
                 failed = self.pool.blame(error, members)
                 if failed and any(server not in failed for server in members):

@@ -145,10 +145,10 @@ class Controller:
             wanted = schedule.num_prompts_per_step - len({sample.prompt_id for sample in samples})
             records = self.prompts.take(wanted)
             label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
-            fresh, bad = self.thread.run(self._sample(records, schedule.num_generations_per_prompt, label))
+            fresh, bad = self.thread.run(self.sample(records, schedule.num_generations_per_prompt, label))
             if not fresh:
                 raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
-            self._shape_rewards(fresh)
+            self.shape_rewards(fresh)
             result = compute_advantages(
                 [sample.reward for sample in fresh],
                 [sample.prompt_id for sample in fresh],
@@ -173,10 +173,10 @@ class Controller:
                 expected=f"{self.recipe.rollout_batch_size}",
                 fix="the prompts are all solved or all hopeless: change them, or switch dynamic sampling off",
             )
-        metrics = {**_describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
+        metrics = {**describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
         return Rollout(Batch(samples, np.concatenate(advantages).astype(np.float32)), metrics)
 
-    async def _generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Results in the order of `requests`, every one drawn once, whatever happens to servers meanwhile."""
         arrived: dict[str, GenerationResult] = {}
 
@@ -191,7 +191,9 @@ class Controller:
                 await asyncio.to_thread(self.interruptible.await_weights, need)
         return [arrived[request.request_id] for request in requests]
 
-    async def _sample(self, records: Sequence[PromptRecord], repeats: int, label: str) -> tuple[list[Sample], int]:
+    async def sample(
+        self, records: Sequence[PromptRecord], repeats: int, label: str, sampling: SamplingParams | None = None
+    ) -> tuple[list[Sample], int]:
         """`repeats` scored samples per prompt, and how many were unusable and dropped."""
         requests, owners = [], []
         for record in records:
@@ -201,14 +203,14 @@ class Controller:
                     GenerationRequest(
                         request_id=name,
                         prompt_ids=tuple(record.prompt_ids),
-                        sampling=self.sampling,
+                        sampling=sampling or self.sampling,
                         group_id=record.prompt_id,
-                        seed=_seed(self.recipe.grpo.seed, name),
-                        evaluation=label == "validation",
+                        seed=request_seed(self.recipe.grpo.seed, name),
+                        evaluation=sampling is not None,
                     )
                 )
                 owners.append(record)
-        results = await self._generate(requests)
+        results = await self.generate(requests)
         samples, kept, bad = [], [], 0
         for result, record in zip(results, owners, strict=True):
             try:
@@ -227,7 +229,7 @@ class Controller:
             apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
         return samples, bad
 
-    def _shape_rewards(self, samples: Sequence[Sample]) -> None:
+    def shape_rewards(self, samples: Sequence[Sample]) -> None:
         """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
         shaping = self.recipe.grpo.reward_shaping
         if shaping.enabled:
@@ -252,16 +254,15 @@ class Controller:
         Raises:
             WeightsNeeded: as `collect`.
         """
-        return self.interruptible.run(lambda: self._evaluate(step)) if self.validation else {}
+        if not self.validation:
+            return {}
+        return self.interruptible.run(lambda: self.thread.run(self.evaluation(step)))
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    async def evaluation(self, step: int) -> dict[str, float]:
+        """See `evaluate`."""
         repeats = self.recipe.grpo.val_num_generations
         records = list(self.validation)[: self.recipe.grpo.max_val_samples]
-        training, self.sampling = self.sampling, self.val_sampling
-        try:
-            samples, _ = self.thread.run(self._sample(records, repeats, "validation"))
-        finally:
-            self.sampling = training
+        samples, _ = await self.sample(records, repeats, "validation", self.val_sampling)
         by_id = {record.prompt_id: record for record in records}
         sets: dict[str, list[float]] = {}
         for sample in samples:
@@ -328,7 +329,7 @@ def _to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
     )
 
 
-def _describe(samples: Sequence[Sample]) -> dict[str, float]:
+def describe(samples: Sequence[Sample]) -> dict[str, float]:
     rewards = np.array([sample.reward for sample in samples])
     lengths = np.array([len(sample.response_ids) for sample in samples])
     metrics = {
@@ -348,7 +349,7 @@ def _describe(samples: Sequence[Sample]) -> dict[str, float]:
     return metrics
 
 
-def _seed(seed: int, name: str) -> int:
+def request_seed(seed: int, name: str) -> int:
     """A seed of its own for every response, the same in every run with the same recipe."""
     import zlib
 

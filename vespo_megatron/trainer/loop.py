@@ -148,12 +148,16 @@ class Trainer:
                 if not results[-1].succeeded:
                     self.guard.after_skip(step, index, rollout.batch if rollout else None)
         with self.timers("sync_weights"):
-            self.push_weights(version=step)
+            self.after_updates(step)
         metrics = self.reduce(results) | self.reduce_routes(routes, everything)
         if rollout is None:
             return {}
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
         return rollout.metrics | metrics | {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+
+    def after_updates(self, step: int) -> None:
+        """New weights for the rollouts of the next step."""
+        self.push_weights(version=step)
 
     def prepare(self, share: Share) -> list[list[MicroBatch]]:
         """Slice every micro-batch for this rank."""

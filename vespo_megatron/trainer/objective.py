@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,11 +26,30 @@ from vespo_megatron.megatron.policy import LossFunction, MegatronPolicy, RouteUs
 from vespo_megatron.recipe.schema import LossConfig
 
 
-class Objective:
-    """The loss of one recipe, bound to this rank's context parallel group."""
+def add_by_lag(output: LossOutput, lags: np.ndarray, max_lag: int, *, first: bool) -> None:
+    """Mean W and W² of the sequences of each lag up to `max_lag`: the same names on every rank.
 
-    def __init__(self, loss_fn: LossConfig) -> None:
-        self.config = PolicyLossConfig.from_recipe(loss_fn)
+    Args:
+        lags: int64 [num_sequences]
+        first: whether this is the first context parallel rank, which alone reports what all of them know.
+    """
+    weight = output.sequence_log_ratio.double().exp()
+    finite = torch.isfinite(weight)
+    for lag in range(max_lag + 1):
+        where = torch.from_numpy(lags == lag).to(weight.device) & finite & first
+        output.metrics.add(f"staleness/w_mean_lag_{lag}", weight[where].sum(), where.sum())
+        output.metrics.add(f"_w_square_lag_{lag}", weight[where].square().sum(), where.sum())
+
+
+class Objective:
+    """The loss of one recipe, bound to this rank's context parallel group.
+
+    Args:
+        max_lag: of an asynchronous run, whose batches have lags; W is then reported by lag as well.
+    """
+
+    def __init__(self, loss_fn: LossConfig, max_lag: int | None = None) -> None:
+        self.config, self.max_lag = PolicyLossConfig.from_recipe(loss_fn), max_lag
         self.group = context_parallel_group()
 
     @property
@@ -86,6 +106,8 @@ class Objective:
         def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
             output = compute_policy_loss(self._inputs(log_probs, entropies, micro_batch), config, normalizer)
             output.metrics.add("policy/entropy", (entropies.detach() * micro_batch.mask).sum(), micro_batch.mask.sum())
+            if self.max_lag is not None:
+                add_by_lag(output, micro_batch.batch.lags, self.max_lag, first=self.group.rank() == 0)
             return output.loss, (output, micro_batch)
 
         return loss

@@ -97,7 +97,7 @@ def _without_routes(batch: Batch) -> Batch:
     for sample in batch.samples:
         samples.append(copy.copy(sample))
         samples[-1].routes = None
-    return Batch(samples, batch.advantages)
+    return Batch(samples, batch.advantages, batch.lags)
 
 
 def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[Share]:

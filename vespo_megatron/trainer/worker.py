@@ -50,6 +50,7 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer.async_loop import AsyncTrainer
     from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
     from vespo_megatron.trainer.loop import Trainer
@@ -60,7 +61,8 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = build_controller(recipe, run_dir, place, resumed.step if resumed else 0) if place.rank == 0 else None
     try:
-        trainer = Trainer(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse), checkpointer)
+        kind = AsyncTrainer if recipe.grpo.async_grpo.enabled else Trainer
+        trainer = kind(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse), checkpointer)
         if work == "mismatch":
             measure(trainer, run_dir)
             return
@@ -82,6 +84,7 @@ def build_controller(recipe: Recipe, run_dir: Path, place, start_step: int = 0):
 
     from vespo_megatron.data.prompts import PromptStream, load_prompts
     from vespo_megatron.rewards import RewardPool
+    from vespo_megatron.trainer.async_controller import AsyncController
     from vespo_megatron.trainer.controller import Controller
     from vespo_megatron.trainer.logging import RunLogger
 
@@ -101,7 +104,8 @@ def build_controller(recipe: Recipe, run_dir: Path, place, start_step: int = 0):
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, place)}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
-    return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+    kind = AsyncController if recipe.grpo.async_grpo.enabled else Controller
+    return kind(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
 def build_engine(recipe: Recipe, place):

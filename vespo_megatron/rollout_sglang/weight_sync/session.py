@@ -77,8 +77,17 @@ class WeightSync:
         """The servers that the next update is for."""
         return self._servers.clients
 
-    def update(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, resume: bool = True) -> str:
+    def update(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        *,
+        resume: bool = True,
+        in_place: bool = False,
+    ) -> str:
         """Make the servers hold exactly these tensors under `version`; returns the checksum both sides agree on.
+
+        With `in_place`, requests that run stop where they are and go on afterwards, on the cache of the old weights.
 
         Raises `UserError` for a tensor that no server has, that is misshapen, sent twice or missing, for a server that
         refuses or does not answer, and for checksums that differ: `WeightsNeeded` the first time, as another attempt
@@ -86,7 +95,7 @@ class WeightSync:
         """
         start, servers = time.monotonic(), self._servers
         try:
-            servers.on_all(SGLangClient.pause)
+            servers.on_all(SGLangClient.hold if in_place else SGLangClient.pause)
             self._memory.resume_weights(servers)
             self._connect()
             if self.transport.opens_session:
@@ -99,7 +108,8 @@ class WeightSync:
             streamed = time.monotonic()
             self._check(expected, version)
             self._memory.resume_rest(servers)
-            servers.on_all(SGLangClient.flush_cache)
+            if not in_place:  # refused while requests run
+                servers.on_all(SGLangClient.flush_cache)
             servers.post_all("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
             if resume:
                 servers.on_all(SGLangClient.resume)

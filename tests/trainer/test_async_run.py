@@ -1,0 +1,95 @@
+"""Asynchronous runs as a whole: no token beyond the bound, every group accounted for, in each mode, through kills."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import resume_work
+
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.trainer.run_directory import RECIPE_FILE
+
+STEPS, PROMPTS = 12, 2
+pytestmark = pytest.mark.timeout(600)
+
+
+def make_run(folder, name, *overrides):
+    recipe = load_recipe(
+        folder / "recipe.yaml",
+        [
+            f"grpo.max_num_steps={STEPS}", f"grpo.num_prompts_per_step={PROMPTS}", "grpo.num_generations_per_prompt=4",
+            "policy.train_global_batch_size=8", "grpo.async_grpo.enabled=true", "env.reward=rewards_of_mine:spread",
+            "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",
+            "policy.megatron_cfg.expert_model_parallel_size=1", "cluster.gpus_per_node=1",
+            "logger.tensorboard_enabled=false", "exp_manager.resume_if_exists=true", *overrides,
+        ],
+    )  # fmt: skip
+    run_dir = folder / "runs" / name
+    run_dir.mkdir(parents=True)
+    save_recipe(recipe, run_dir / RECIPE_FILE)
+    return run_dir
+
+
+def finish(run_dir):
+    process = resume_work.start(run_dir)
+    process.join(240)
+    assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
+
+
+def check(run_dir, bound):
+    """Bound, accounts and steps; returns the rows."""
+    rows = read_metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert row["staleness/lag_max"] <= bound
+        held = row["staleness/under_way"] + row["staleness/waiting"]
+        ended = row["staleness/trained"] + row["staleness/aborted"] + row["staleness/expired"]
+        assert row["staleness/sent"] == ended + held, row
+        assert row["staleness/trained"] == row["step"] * PROMPTS
+        tokens = sum(row[f"staleness/tokens_lag_{lag}"] for lag in range(bound + 1))
+        assert tokens == row["response/tokens"]
+    return rows
+
+
+@pytest.fixture
+def importable(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def test_killed_and_resumed_every_group_is_trained_once(importable):
+    chance = random.Random(3)
+    run_dir = make_run(
+        importable, "killed", "checkpointing.save_period=1", "grpo.async_grpo.max_staleness=2",
+        "grpo.async_grpo.sync_every=2",
+    )  # fmt: skip
+    for phase, step in (("train", 3), ("checkpoint write", 5), ("generate", 8)):
+        resume_work.kill_in(run_dir, resume_work.start(run_dir), phase, step, chance)
+    finish(run_dir)
+    rows = check(run_dir, bound=2)
+    assert max(row["staleness/lag_max"] for row in rows) > 0, "it was synchronous"
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("mode", ["abort_and_continue", "in_place", "drain"])
+def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers):
+    run_dir = make_run(
+        importable, mode, "policy.generation.backend=sglang",
+        f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
+        f"grpo.async_grpo.on_weight_update={mode}", "grpo.async_grpo.staleness_threshold=1.5",
+        "policy.generation.max_new_tokens=24", "policy.max_total_sequence_length=128",
+        "policy.generation.sglang_cfg.weight_bucket_bytes=65536", "policy.router_replay.mode=R3",
+        "policy.router_replay.on_stale_routes=live",
+        "policy.generation.sglang_cfg.enable_return_routed_experts=true",
+    )  # fmt: skip
+    finish(run_dir)
+    rows = check(run_dir, bound=2)
+    assert max(row["staleness/lag_max"] for row in rows) > 0
+    partial = sum(row["staleness/partial_share"] for row in rows)
+    interrupted = sum(row["staleness/interruptions"] for row in rows)
+    assert (partial == 0) == (mode == "drain"), partial
+    assert (interrupted > 0) == (mode == "abort_and_continue"), interrupted
