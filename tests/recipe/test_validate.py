@@ -104,6 +104,16 @@ IMPOSSIBLE = {
         "on_stale_routes",
         "live or drop",
     ),
+    "R3 without routes of one version": (
+        {
+            "grpo__async_grpo__enabled": True,
+            "grpo__async_grpo__on_weight_update": "in_place",
+            "policy__router_replay__mode": "R3",
+            G + "sglang_cfg__enable_return_routed_experts": True,
+        },
+        "on_weight_update",
+        "drain",
+    ),
     "an old policy that is gone": (
         {"grpo__async_grpo__enabled": True, "loss_fn__behavior": "recompute"},
         "loss_fn.behavior",

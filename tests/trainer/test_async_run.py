@@ -77,12 +77,13 @@ def test_killed_and_resumed_every_group_is_trained_once(importable):
 @pytest.mark.sglang
 @pytest.mark.parametrize("mode", ["abort_and_continue", "in_place", "drain"])
 def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers):
+    replay = "none" if mode == "in_place" else "R3"
     run_dir = make_run(
         importable, mode, "policy.generation.backend=sglang",
         f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
         f"grpo.async_grpo.on_weight_update={mode}", "grpo.async_grpo.staleness_threshold=1.5",
         "policy.generation.max_new_tokens=24", "policy.max_total_sequence_length=128",
-        "policy.generation.sglang_cfg.weight_bucket_bytes=65536", "policy.router_replay.mode=R3",
+        "policy.generation.sglang_cfg.weight_bucket_bytes=65536", f"policy.router_replay.mode={replay}",
         "policy.router_replay.on_stale_routes=live",
         "policy.generation.sglang_cfg.enable_return_routed_experts=true",
     )  # fmt: skip

@@ -374,7 +374,13 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             expected="abort_and_continue or drain: only SGLang changes weights under a running request",
         )
     replay = recipe.policy.router_replay
-    if replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
+    if replay.mode == "R3" and asynchronous.on_weight_update == "in_place":
+        yield UserError(
+            "is in_place: SGLang's routes of a response that crosses an update are true of no weights, and R3 has none",
+            where="grpo.async_grpo.on_weight_update",
+            expected="abort_and_continue or drain",
+        )
+    elif replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
         yield UserError(
             "is error, but responses that new weights interrupt have routes of the last weights only",
             where="policy.router_replay.on_stale_routes",
