@@ -15,6 +15,7 @@ from megatron.core.transformer.moe import moe_utils
 
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
+from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
 from vespo_megatron.megatron.parallel import Place
 from vespo_megatron.recipe.schema import MegatronConfig
@@ -31,12 +32,23 @@ class PolicyModel(GPTModel):
     hidden states [T, 1, H] on the others.
     """
 
-    def __init__(self, *args, real_vocab_size: int, **kwargs) -> None:
+    def __init__(self, *args, real_vocab_size: int, native: bool, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.real_vocab_size, self.native = real_vocab_size, native
         if self.post_process:
             # Called as a module, so that DDP's hooks on the output layer (parameter gathering) keep their place.
             self.output_layer.forward = self._log_probs
+
+    def forward(self, *args, packed_seq_params: NativePackedSeqParams, **kwargs) -> torch.Tensor:
+        if self.native:
+            packed_seq_params = packed_seq_params.without_offsets()
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        embedded, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.native:
+            rotary = rotary.squeeze(1).index_select(0, position_ids[0])  # of every token: [T, 1, head_dim]
+        return embedded, rotary, *rest
 
     def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
         if not self.post_process:
@@ -148,6 +160,7 @@ def build_model(
             block_spec(config, layer_spec, stage if virtual else None),
             vocab_size=padded_vocab,
             real_vocab_size=shape.vocab_size,
+            native=layer_spec == "native",
             max_sequence_length=shape.max_position_embeddings,
             pre_process=place.pipeline_rank == 0 and stage == 0,
             post_process=place.is_last_stage and stage == (virtual or 1) - 1,

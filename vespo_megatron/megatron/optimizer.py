@@ -36,6 +36,10 @@ def build_optimizer(
         overlap_param_gather=megatron.distributed_data_parallel_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):  # where Apex and Transformer Engine are missing
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # one pass over memory instead of about ten; the default is a loop
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=schedule.lr_warmup_init,

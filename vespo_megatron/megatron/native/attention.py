@@ -8,7 +8,7 @@ padding at most doubles the work of a class and no mask of the whole pack is eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ class NativePackedSeqParams(PackedSeqParams):
 
     classes: tuple[LengthClass, ...] = ()
     gather_order: torch.Tensor | None = None
+
+    def without_offsets(self) -> NativePackedSeqParams:
+        """For layers whose rotary embedding is given per token.
+
+        megatron-core's own rotates sequence by sequence where it sees offsets, which it fetches to the host in every
+        layer (rope_utils.py:204); without them it multiplies the whole pack at once.
+        """
+        none = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"))
+        return replace(self, **none)
 
 
 def packed_seq_params(layout: SequenceLayout, device: torch.device) -> NativePackedSeqParams:
