@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def tiny_recipe(tiny_qwen3_moe_folder):
     recipe.policy.generation.sglang_cfg.request_timeout = 120.0
     recipe.policy.generation.sglang_cfg.recovery_timeout = 5.0
     recipe.cluster.device = "cpu"
-    return recipe
+    original = copy.deepcopy(recipe)
+    yield recipe
+    assert recipe == original, "a test changed the recipe that all tests share"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pyarrow.parquet
@@ -89,10 +90,11 @@ def test_prepared_prompts_load_as_a_dataset(copy, tmp_path, tiny_recipe):
     from vespo_megatron.data.prompts import load_prompts
 
     tiny = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "build" / "model"
-    tiny_recipe.data.train.path = str(prepare("math500", tmp_path, local=copy("math500")))
-    tiny_recipe.data.max_input_seq_length = 120
-    tiny_recipe.policy.model_name = str(tiny)
-    (record,) = load_prompts(tiny_recipe.data.train, tiny_recipe, AutoTokenizer.from_pretrained(tiny))
+    recipe = deepcopy(tiny_recipe)
+    recipe.data.train.path = str(prepare("math500", tmp_path, local=copy("math500")))
+    recipe.data.max_input_seq_length = 120
+    recipe.policy.model_name = str(tiny)
+    (record,) = load_prompts(recipe.data.train, recipe, AutoTokenizer.from_pretrained(tiny))
     assert record.ground_truth == "34"
 
 

@@ -30,7 +30,7 @@ class Sync:
     def set_servers(self, clients):
         self.clients = list(clients)
 
-    def update(self, named_tensors, version, *, resume=True):
+    def update(self, named_tensors, version, *, resume=True, in_place=False):
         for path in ("/pause_generation", "/begin_weight_update", "/end_weight_update"):
             for client in self.clients:
                 client.call(path, {})

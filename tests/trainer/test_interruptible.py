@@ -45,12 +45,13 @@ def test_an_error_of_the_work_is_the_callers_and_the_next_work_runs():
 
 
 def test_work_that_waits_does_not_outlive_the_end():
+    others = set(threading.enumerate())
     interruptible = Interruptible()
     with pytest.raises(WeightsNeeded):
         interruptible.run(lambda: interruptible.await_weights(WeightsNeeded("back")))
     interruptible.close()
     deadline = time.monotonic() + 5
-    while any(thread.name.startswith("rollout") for thread in threading.enumerate()):
+    while set(threading.enumerate()) - others:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
