@@ -85,6 +85,7 @@ setup(
         "pyyaml",
         "requests",
         "safetensors",
+        "scipy",
         "tensorboard",
         "torch>=2.9",
         "tqdm",

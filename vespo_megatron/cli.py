@@ -10,8 +10,9 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done. 1: a failure nobody explained. 2: `UserError`. 70: the watchdog ended a run that hung. 75: stopped by
-    SIGTERM or SIGUSR1 after a checkpoint, to be resumed. 128 + n: stopped by signal n (130 Ctrl-C, 143 SIGTERM).
+    0: done. 1: a failure nobody explained. 2: `UserError`. 3: a plan that does not fit. 70: the watchdog ended a run
+    that hung. 75: stopped by SIGTERM or SIGUSR1 after a checkpoint, to be resumed. 128 + n: stopped by signal n (130
+    Ctrl-C, 143 SIGTERM).
     """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
@@ -107,6 +108,27 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_argument("--folder", default="slurm", metavar="DIR", help="where the scripts are written (default slurm)")
     slurm.set_defaults(run=_slurm)
 
+    compare = commands.add_parser("compare", help="run a study's variants with paired seeds, and write its report")
+    compare.add_argument("study", metavar="STUDY", help="YAML file: see vespo_megatron/study/spec.py")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    compare.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as the study says)")
+    compare.add_argument("--slurm", action="store_true", help="give each run to sbatch, and the report after them")
+    compare.add_argument("--report-only", action="store_true", help="run nothing; runs may still be in progress")
+    compare.add_argument("--output", metavar="DIR", help="where the report goes (default: the study's output)")
+    compare.set_defaults(run=_compare)
+
+    plan = commands.add_parser("plan", help="memory and time of a recipe on a GPU, and what fits if it does not")
+    _add_recipe(plan)
+    _add_estimates(plan, gpu_required=True)
+    plan.add_argument("--compare", type=int, default=8, metavar="N", help="layouts to show beside it (default 8)")
+    plan.set_defaults(run=_plan)
+
+    simulate = commands.add_parser("simulate", help="pace, idle time and lags of rollouts beside training")
+    _add_recipe(simulate)
+    simulate.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="measured runs to take the rates from")
+    _add_estimates(simulate, gpu_required=False)
+    simulate.set_defaults(run=_simulate)
+
     doctor = commands.add_parser("doctor", help="what of a run would fail on this machine, and what to do about it")
     doctor.add_argument("--exp-dir", default="runs", metavar="DIR", help="where runs would be kept (default runs)")
     doctor.add_argument("--json", action="store_true", help="for programs")
@@ -127,6 +149,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
+
+
+def _add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> None:
+    parser.add_argument("--gpu", required=gpu_required, metavar="GPU", help="a100-80, h100-80, h200-141, h20-96, …")
+    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument("--mfu", type=float, default=0.25, help="model FLOPs utilisation in training (default 0.25)")
 
 
 def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
@@ -238,6 +267,62 @@ def _slurm(parsed: argparse.Namespace, rest: list[str]) -> None:
     jobs = submit.submit(scripts) if parsed.submit else [None] * len(scripts)
     for script, job in zip(scripts, jobs, strict=True):
         print(f"{script}" + (f": job {job}" if job else ""))
+
+
+def _compare(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from pathlib import Path
+
+    from vespo_megatron.study.compare import compare
+    from vespo_megatron.study.spec import load_study
+    from vespo_megatron.study.study_report import write_study_report
+
+    study = load_study(parsed.study)
+    if parsed.slurm:
+        from vespo_megatron.slurm.study_jobs import prepare_jobs
+        from vespo_megatron.slurm.submit import submit
+
+        scripts = prepare_jobs(study, parsed.study, extra=parsed.overrides)
+        for script, job in zip(scripts, submit(scripts), strict=True):
+            print(f"{script}: job {job}")
+        return 0
+    failed = {} if parsed.report_only else compare(study, extra=parsed.overrides, parallel=parsed.parallel)
+    print(f"report: {write_study_report(study, Path(parsed.output) if parsed.output else None)}")
+    for cell, reason in failed.items():
+        print(f"vespo-megatron: {cell.name} failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _plan(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.plan import planner
+    from vespo_megatron.plan.hardware import gpu
+    from vespo_megatron.plan.published import shape_of
+    from vespo_megatron.recipe.loader import load_recipe
+
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    device, shape, lengths = gpu(parsed.gpu), shape_of(recipe.policy.model_name), _lengths(parsed, recipe)
+    made = planner.plan(shape, recipe, device, lengths, parsed.mfu)
+    print(planner.report(shape, made, lengths, mfu=parsed.mfu, compare=parsed.compare))
+    return 0 if made.fits else 3
+
+
+def _simulate(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.errors import UserError
+    from vespo_megatron.plan.hardware import gpu
+    from vespo_megatron.plan.simulate_command import report
+    from vespo_megatron.recipe.loader import load_recipe
+
+    if bool(parsed.runs) == bool(parsed.gpu):
+        raise UserError("give one of --runs and --gpu", where="vespo-megatron simulate")
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    device = gpu(parsed.gpu) if parsed.gpu else None
+    print(report(recipe, runs=parsed.runs, device=device, lengths=_lengths(parsed, recipe), mfu=parsed.mfu))
+
+
+def _lengths(parsed: argparse.Namespace, recipe):
+    from vespo_megatron.plan.timing import Lengths, default_lengths
+
+    usual = default_lengths(recipe)
+    return Lengths(parsed.prompt_tokens or usual.prompt, parsed.response_tokens or usual.response)
 
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:

@@ -7,10 +7,11 @@ the response writes the running sums and ends in the last one, boxed::
 
     <|user|>Running sums mod 10: 3 8 1 4 9 2 0 5 - - - - - -<|assistant|> 3 1 2 6 5 7 7 2\\boxed{2}<|end|>
 
-The supervised demonstrations take a wrong step with probability `STEP_NOISE`, so the best a model can learn from
-them is to be right about a third of the time; a reward on the boxed digit alone teaches it the rest. Written under
-`--output`: `model/` (Hugging Face folder: config, safetensors, tokenizer) and `data/{train,validation}.parquet` in
-veRL's schema. Running it again changes nothing; `--force` makes it anew.
+The supervised demonstrations take a wrong step with some probability, so the best a model can learn from them is to
+be right about a third of the time; a reward on the boxed digit alone teaches it the rest. Written under `--output`:
+`model/` (Hugging Face folder: config, safetensors, tokenizer) and `data/{train,validation}.parquet` in veRL's schema.
+Running it again changes nothing; `--force` makes it anew. `--task long` makes rows of 36 digits, for responses of 40
+tokens: the staleness study's.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-COLUMNS = 14
-"""Width of a prompt's row of digits: it is constant, so a sum's digit is always equally far behind it."""
-MIN_DIGITS = 8
-STEP_NOISE = 0.115
-"""Probability that a demonstrated running sum is wrong (the later ones go on from the wrong value)."""
+
+@dataclass(frozen=True)
+class Task:
+    """How long the sums are, and how the warm start learns them."""
+
+    columns: int
+    """Width of a prompt's row of digits: it is constant, so a sum's digit is always equally far behind it."""
+    min_digits: int
+    step_noise: float
+    """Probability that a demonstrated running sum is wrong (the later ones go on from the wrong value)."""
+    warm_start_steps: int
+
+
+TASKS = {"short": Task(14, 8, 0.115, 280), "long": Task(36, 36, 0.035, 500)}
 NUM_TRAIN = 4096
 NUM_VALIDATION = 256
-WARM_START_STEPS = 280
 WARM_START_BATCH = 64
 LEARNING_RATE = 3e-3
 SEED = 2602
@@ -100,9 +110,9 @@ def build_tokenizer() -> Any:
     )
 
 
-def prompt_text(digits: list[int], polite: bool) -> str:
+def prompt_text(digits: list[int], polite: bool, columns: int) -> str:
     """The user's message."""
-    row = "".join(f" {digit}" for digit in digits) + " -" * (COLUMNS - len(digits))
+    row = "".join(f" {digit}" for digit in digits) + " -" * (columns - len(digits))
     return (POLITE if polite else "") + INSTRUCTION + row
 
 
@@ -111,9 +121,9 @@ def response_text(sums: list[int]) -> str:
     return "".join(f" {value}" for value in sums) + f"{BOX}{sums[-1]}" + "}"
 
 
-def draw_digits(generator: Any) -> list[int]:
-    """One problem: `MIN_DIGITS` to `COLUMNS` digits from a `numpy.random.Generator`."""
-    return generator.integers(0, 10, size=generator.integers(MIN_DIGITS, COLUMNS + 1)).tolist()
+def draw_digits(generator: Any, task: Task) -> list[int]:
+    """One problem: `min_digits` to `columns` digits from a `numpy.random.Generator`."""
+    return generator.integers(0, 10, size=generator.integers(task.min_digits, task.columns + 1)).tolist()
 
 
 def demonstration(digits: list[int], generator: Any, noise: float) -> list[int]:
@@ -126,18 +136,18 @@ def demonstration(digits: list[int], generator: Any, noise: float) -> list[int]:
     return sums
 
 
-def make_rows(count: int, split: str, generator: Any, taken: set[tuple[int, ...]]) -> list[dict[str, Any]]:
+def make_rows(count: int, split: str, generator: Any, taken: set[tuple[int, ...]], task: Task) -> list[dict[str, Any]]:
     """`count` rows in veRL's schema whose digits are not in `taken` yet (they are added to it)."""
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
-        digits = draw_digits(generator)
+        digits = draw_digits(generator, task)
         if tuple(digits) in taken:
             continue
         taken.add(tuple(digits))
         rows.append(
             {
                 "data_source": "running_sums",
-                "prompt": [{"role": "user", "content": prompt_text(digits, polite=bool(generator.integers(2)))}],
+                "prompt": [{"role": "user", "content": prompt_text(digits, bool(generator.integers(2)), task.columns)}],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": str(sum(digits) % 10)},
                 "extra_info": {"split": split, "index": len(rows), "num_digits": len(digits)},
@@ -146,7 +156,7 @@ def make_rows(count: int, split: str, generator: Any, taken: set[tuple[int, ...]
     return rows
 
 
-def write_data(folder: Path) -> set[tuple[int, ...]]:
+def write_data(folder: Path, task: Task) -> set[tuple[int, ...]]:
     """Write both splits; returns the validation digits, which the warm start must not see."""
     import numpy as np
     import pyarrow as pa
@@ -155,24 +165,26 @@ def write_data(folder: Path) -> set[tuple[int, ...]]:
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(SEED)
     taken: set[tuple[int, ...]] = set()
-    validation = make_rows(NUM_VALIDATION, "validation", generator, taken)
+    validation = make_rows(NUM_VALIDATION, "validation", generator, taken, task)
     held_out = set(taken)
-    train = make_rows(NUM_TRAIN, "train", generator, taken)
+    train = make_rows(NUM_TRAIN, "train", generator, taken, task)
     for name, rows in (("train", train), ("validation", validation)):
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
     return held_out
 
 
-def demonstration_batch(tokenizer: Any, generator: Any, size: int, noise: float, held_out: set) -> tuple[Any, Any]:
+def demonstration_batch(
+    tokenizer: Any, generator: Any, size: int, noise: float, held_out: set, task: Task
+) -> tuple[Any, Any]:
     """Right-padded `input_ids` and `labels`, both int64 [size, longest]; labels are -100 outside the response."""
     import torch
 
     sequences: list[tuple[list[int], int]] = []
     while len(sequences) < size:
-        digits = draw_digits(generator)
+        digits = draw_digits(generator, task)
         if tuple(digits) in held_out:
             continue
-        messages = [{"role": "user", "content": prompt_text(digits, polite=bool(generator.integers(2)))}]
+        messages = [{"role": "user", "content": prompt_text(digits, bool(generator.integers(2)), task.columns)}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         sums = demonstration(digits, generator, noise)
         encoded = tokenizer.backend_tokenizer.encode_batch([prompt, response_text(sums) + END])
@@ -186,13 +198,14 @@ def demonstration_batch(tokenizer: Any, generator: Any, size: int, noise: float,
     return input_ids, labels
 
 
-def warm_start(tokenizer: Any, held_out: set, *, steps: int = WARM_START_STEPS, seed: int = SEED) -> Any:
-    """A `Qwen3MoeForCausalLM` trained for `steps` updates on demonstrations, clean ones first, then noisy ones."""
+def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -> Any:
+    """A `Qwen3MoeForCausalLM` trained on demonstrations, clean ones first, then noisy ones."""
     import numpy as np
     import torch
     from tqdm import tqdm
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    steps = task.warm_start_steps
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         **MODEL_CONFIG,
@@ -209,8 +222,8 @@ def warm_start(tokenizer: Any, held_out: set, *, steps: int = WARM_START_STEPS, 
         rate = LEARNING_RATE * min(1.0, (step + 1) / 20, 2.0 * (steps - step) / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        noise = STEP_NOISE if step >= 0.5 * steps else 0.0
-        input_ids, labels = demonstration_batch(tokenizer, generator, WARM_START_BATCH, noise, held_out)
+        noise = task.step_noise if step >= 0.5 * steps else 0.0
+        input_ids, labels = demonstration_batch(tokenizer, generator, WARM_START_BATCH, noise, held_out, task)
         logits = model(input_ids=input_ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -222,7 +235,9 @@ def warm_start(tokenizer: Any, held_out: set, *, steps: int = WARM_START_STEPS, 
     return model.eval()
 
 
-def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int = 0) -> float:
+def sampled_accuracy(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, seed: int = 0
+) -> float:
     """Share of one sampled response per row (temperature 1) whose boxed digit is the ground truth."""
     import torch
 
@@ -231,7 +246,7 @@ def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], see
     torch.manual_seed(seed)
     with torch.no_grad():
         output = model.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=COLUMNS + 8
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
         )
     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     boxed = [BOX + row["reward_model"]["ground_truth"] + "}" for row in rows]
@@ -251,12 +266,12 @@ def fingerprint() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def prepare(output: Path, *, force: bool = False, steps: int = WARM_START_STEPS) -> dict[str, Any]:
+def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -> dict[str, Any]:
     """Make `output` unless it is already what this file would make; returns the content of `prepared.json`."""
     stamp = output / "prepared.json"
     if not force and stamp.exists():
         made = json.loads(stamp.read_text())
-        if made["fingerprint"] == fingerprint() and made["warm_start_steps"] == steps:
+        if made["fingerprint"] == fingerprint() and made["task"] == asdict(task):
             print(f"{output} is already prepared (accuracy at the start {made['accuracy']:.3f})")
             return made
     import pyarrow.parquet as pq
@@ -267,18 +282,18 @@ def prepare(output: Path, *, force: bool = False, steps: int = WARM_START_STEPS)
     for part in ("model", "data"):
         shutil.rmtree(output / part, ignore_errors=True)
     stamp.unlink(missing_ok=True)
-    held_out = write_data(output / "data")
+    held_out = write_data(output / "data", task)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "model")
-    model = warm_start(tokenizer, held_out, steps=steps)
+    model = warm_start(tokenizer, held_out, task)
     model.save_pretrained(output / "model")
     use_published_names(output / "model" / "config.json")
     rows = pq.read_table(output / "data" / "validation.parquet").to_pylist()
     made = {
         "fingerprint": fingerprint(),
-        "warm_start_steps": steps,
+        "task": asdict(task),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "accuracy": sampled_accuracy(model, tokenizer, rows),
+        "accuracy": sampled_accuracy(model, tokenizer, rows, task.columns + 8),
         "seconds": round(time.monotonic() - started, 1),
     }
     stamp.write_text(json.dumps(made, indent=2) + "\n")
@@ -293,10 +308,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build", help="folder to write")
     parser.add_argument("--force", action="store_true", help="make it again although it is there")
-    parser.add_argument("--steps", type=int, default=WARM_START_STEPS, help="updates of the warm start")
+    parser.add_argument("--task", choices=list(TASKS), default="short", help="short: 8 to 14 digits; long: 36")
+    parser.add_argument("--steps", type=int, help="updates of the warm start")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    prepare(options.output, force=options.force, steps=options.steps)
+    task = TASKS[options.task]
+    prepare(
+        options.output,
+        force=options.force,
+        task=task if options.steps is None else replace(task, warm_start_steps=options.steps),
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def data(prepare, tmp_path_factory):
     import pyarrow.parquet as pq
 
     folder = tmp_path_factory.mktemp("data")
-    prepare.write_data(folder)
+    prepare.write_data(folder, prepare.TASKS["short"])
     return {split: pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "validation")}
 
 
@@ -45,7 +46,7 @@ def digits_of(row):
 
 
 def test_text_survives_the_tokenizer_and_the_box_is_one_token(prepare, tokenizer):
-    texts = ["".join(map(chr, range(32, 127))) + "\n", " 3 1 2\\boxed{2}", prepare.prompt_text([1, 2, 3], polite=True)]
+    texts = ["".join(map(chr, range(32, 127))) + "\n", " 3 1 2\\boxed{2}", prepare.prompt_text([1, 2, 3], True, 14)]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("\\boxed{")["input_ids"]) == 1
@@ -70,7 +71,7 @@ def test_prompts_are_in_verl_schema_with_the_right_answers_and_disjoint_splits(d
             assert set(row) == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
             assert row["extra_info"]["split"] == split
             digits = digits_of(row)
-            assert prepare.MIN_DIGITS <= len(digits) <= prepare.COLUMNS
+            assert 8 <= len(digits) <= 14
             assert row["reward_model"] == {"style": "rule", "ground_truth": str(sum(digits) % 10)}
     problems = {split: {tuple(digits_of(row)) for row in rows} for split, rows in data.items()}
     assert len(problems["train"]) == 4096
@@ -80,30 +81,35 @@ def test_prompts_are_in_verl_schema_with_the_right_answers_and_disjoint_splits(d
 def test_the_same_data_is_made_every_time(prepare, data, tmp_path):
     import pyarrow.parquet as pq
 
-    prepare.write_data(tmp_path)
+    prepare.write_data(tmp_path, prepare.TASKS["short"])
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == data["train"]
 
 
-def test_clean_demonstrations_are_right_and_noisy_ones_about_a_third_of_the_time(prepare, tokenizer):
+@pytest.mark.parametrize("name, shortest, longest", [("short", 12, 18), ("long", 40, 40)])
+def test_clean_demonstrations_are_right_and_noisy_ones_about_a_third_of_the_time(
+    name, shortest, longest, prepare, tokenizer
+):
+    task = prepare.TASKS[name]
     generator = np.random.default_rng(0)
     clean = noisy = 0
     lengths = []
     for _ in range(2000):
-        digits = prepare.draw_digits(generator)
+        digits = prepare.draw_digits(generator, task)
         answer = f"\\boxed{{{sum(digits) % 10}}}"
         clean += prepare.response_text(prepare.demonstration(digits, generator, 0.0)).endswith(answer)
-        text = prepare.response_text(prepare.demonstration(digits, generator, prepare.STEP_NOISE))
+        text = prepare.response_text(prepare.demonstration(digits, generator, task.step_noise))
         noisy += text.endswith(answer)
         lengths.append(len(tokenizer(text)["input_ids"]) + 1)
     assert clean == 2000
     assert 0.27 < noisy / 2000 < 0.39
-    assert (min(lengths), max(lengths)) == (12, 18)
+    assert (min(lengths), max(lengths)) == (shortest, longest)
 
 
 def test_warm_start_batches_ask_only_for_the_response_and_never_for_a_held_out_problem(prepare, tokenizer):
-    first = prepare.draw_digits(np.random.default_rng(5))
+    task = prepare.TASKS["short"]
+    first = prepare.draw_digits(np.random.default_rng(5), task)
     held_out = {tuple(first)}
-    input_ids, labels = prepare.demonstration_batch(tokenizer, np.random.default_rng(5), 16, 0.0, held_out)
+    input_ids, labels = prepare.demonstration_batch(tokenizer, np.random.default_rng(5), 16, 0.0, held_out, task)
     for ids, wanted in zip(input_ids.tolist(), labels.tolist(), strict=True):
         asked = [token for token in wanted if token != -100]
         assert asked[-1] == tokenizer.eos_token_id
@@ -113,16 +119,17 @@ def test_warm_start_batches_ask_only_for_the_response_and_never_for_a_held_out_p
 
 
 def test_preparing_again_changes_nothing(prepare, tmp_path, monkeypatch):
-    made = {"fingerprint": prepare.fingerprint(), "warm_start_steps": 3, "accuracy": 0.3}
+    task = prepare.TASKS["long"]
+    made = {"fingerprint": prepare.fingerprint(), "task": asdict(task), "accuracy": 0.3}
     (tmp_path / "prepared.json").write_text(json.dumps(made))
-    monkeypatch.setattr(prepare, "write_data", lambda folder: pytest.fail("made again"))
-    assert prepare.prepare(tmp_path, steps=3) == made
+    monkeypatch.setattr(prepare, "write_data", lambda folder, task: pytest.fail("made again"))
+    assert prepare.prepare(tmp_path, task=task) == made
 
 
 def test_a_prepared_folder_is_a_checkpoint_with_experts_named_one_by_one(prepare, tmp_path):
     from safetensors import safe_open
 
-    made = prepare.prepare(tmp_path, steps=2)
+    made = prepare.prepare(tmp_path, task=replace(prepare.TASKS["short"], warm_start_steps=2))
     assert made["parameters"] <= 2_000_000
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         names = set(file.keys())

@@ -97,7 +97,7 @@ def test_a_comparison_is_a_script_per_value_and_a_report_that_waits_for_them(tmp
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "slurm.rollout_nodes: is 0"),
+        (["slurm.rollout_nodes=0"], "slurm.rollout_nodes: is 0"),
         (["slurm.layout=both"], "slurm.layout: is 'both'"),
         (["policy.generation.backend=in_process", "slurm.rollout_nodes=1"], "policy.generation.backend"),
     ],

@@ -102,7 +102,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         wants_entropy = bool(gradient[1].any()) if gradient.device.type == "cpu" else True
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
-        weight_gradient, main_grad = None, weight.main_grad if ctx.fuse and wants_weight else None
+        weight_gradient = None
+        main_grad = getattr(weight, "main_grad", None) if ctx.fuse and wants_weight else None
         if wants_weight:
             # Beside `main_grad` this is a token for autograd alone: never written, on the host it never takes memory.
             weight_gradient = torch.empty_like(weight)

@@ -70,7 +70,7 @@ def _merged(layers: Iterable[Layer], source: str) -> Recipe:
         for keys in _cleared(layer.content, Recipe, ()):
             OmegaConf.update(config, ".".join(keys), {}, merge=False)
         try:
-            config = OmegaConf.merge(config, _without_marks(layer.content))
+            config = OmegaConf.unsafe_merge(config, _without_marks(layer.content))  # merge copies both, every time
         except _NOT_TAKEN as error:
             raise _type_error(error, layer) from None
     return _to_recipe(config, source)

@@ -61,6 +61,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         grace_s=GRACE_S,
         resumable=EXIT_RESUMABLE,
         runs=str(Path(recipe.exp_manager.exp_dir).resolve() / recipe.exp_manager.name),
+        version=recipe.exp_manager.version or "$SLURM_JOB_ID",
         stop_file=STOP_FILE,
         stopped_file=STOPPED_FILE,
         step=" ".join(["--exact" if not colocated else "--overlap", *_container(recipe), "--kill-on-bad-exit=1"]),
@@ -69,10 +70,10 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
     )
 
 
-def report_script(recipe: Recipe, runs: Sequence[str], output: str) -> str:
-    """The batch script of the report that follows a comparison's runs."""
+def report_script(recipe: Recipe, name: str, arguments: str) -> str:
+    """The batch script of what follows a comparison's runs: this command line of `vespo-megatron`."""
     options = [*_options(recipe), f"--output={Path(recipe.slurm.logs).resolve()}/report_%j.log"]
-    return _render("report.sbatch.j2", recipe, head_options=options, runs=list(runs), output=output)
+    return _render("report.sbatch.j2", recipe, head_options=options, name=name, arguments=arguments)
 
 
 def _render(template: str, recipe: Recipe, **names: Any) -> str:

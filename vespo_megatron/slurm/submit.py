@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
@@ -24,25 +25,36 @@ def prepare(
     Raises:
         UserError: what is wrong with the recipe, or with a variant of it.
     """
-    folder = Path(folder)
     variants = _variants(recipe_path, overrides, compare)
-    for recipe in variants:
+    scripts = write_jobs({recipe.exp_manager.name: recipe for recipe in variants}, folder)
+    if compare is not None:
+        base = load_recipe(recipe_path, overrides)
+        place, name = Path(base.exp_manager.exp_dir).resolve(), base.exp_manager.name
+        runs = [f"{shlex.quote(str(place / recipe.exp_manager.name))}/*" for recipe in variants]
+        arguments = f"report {' '.join(runs)} --output {shlex.quote(str(place / f'{name}_compared.html'))}"
+        scripts.append(write_report(base, f"{name}_report", arguments, folder))
+    return scripts
+
+
+def write_jobs(recipes: Mapping[str, Recipe], folder: str | Path) -> list[Path]:
+    """Write a job per recipe, under these names; raises what is wrong with one before anything is written."""
+    for recipe in recipes.values():
         for problem in problems(recipe):
             raise problem
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scripts = []
-    for recipe in variants:
-        name = recipe.exp_manager.name
+    for name, recipe in recipes.items():
         recipe_file = folder / f"{name}.yaml"
         save_recipe(recipe, recipe_file)
         Path(recipe.slurm.logs).mkdir(parents=True, exist_ok=True)
         scripts.append(_write(folder / f"{name}.sbatch", job_script(recipe, recipe_file)))
-    if compare is not None:
-        base = load_recipe(recipe_path, overrides)
-        runs = [f"{Path(r.exp_manager.exp_dir).resolve()}/{r.exp_manager.name}" for r in variants]
-        output = f"{Path(base.exp_manager.exp_dir).resolve()}/{base.exp_manager.name}_compared.html"
-        scripts.append(_write(folder / f"{base.exp_manager.name}_report.sbatch", report_script(base, runs, output)))
     return scripts
+
+
+def write_report(recipe: Recipe, name: str, arguments: str, folder: str | Path) -> Path:
+    """Write the job that runs `vespo-megatron <arguments>` after others, with the recipe's `slurm:` section."""
+    return _write(Path(folder) / f"{name}.sbatch", report_script(recipe, name, arguments))
 
 
 def submit(scripts: Sequence[Path]) -> list[int]:

@@ -8,8 +8,6 @@ is there: a metric that no run has leaves its panel out.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,39 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.study.pages import Picture, page
+from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
 from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics, summarise
 
 RECIPE_FILE = "recipe.yaml"
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture: every metric that matches one of `patterns`, over steps."""
-
-    title: str
-    caption: str
-    patterns: tuple[str, ...]
-    share: bool = False
-    """The values lie in 0…1: draw the axis so."""
-    log: bool = False
-    stacked: bool = False
-    """Parts of a whole, drawn one on the other; for a single run only."""
-
-
-PANELS: tuple[Panel, ...] = (
-    Panel("Held-out accuracy", "Mean over the validation prompts.", ("eval/*/avg@*",), share=True),
-    Panel("Reward", "Mean reward of a rollout batch, before the step's updates.", ("reward/mean",), share=True),
-    Panel("Importance weight W", "Mean of W = π/μ of whole responses; 1 is on-policy.", ("vespo/w_mean",)),
-    Panel("Coefficient φ", "Mean of what multiplies A·∇log π; 1 at W = 1.", ("vespo/phi_mean",)),
-    Panel("Effective sample size", "(Σw)² / (n·Σw²) of unclipped W; 1 is on-policy.", ("vespo/ess",), share=True),
-    Panel("Response length", "Tokens, mean of a rollout batch.", ("response/length_mean",)),
-    Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
-    Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
-    Panel("Time per phase", "Seconds of each step.", ("time/*",), stacked=True),
-    Panel("Throughput", "Tokens per second.", ("throughput/*tokens_per_second*",)),
-    Panel("Staleness", "Weight versions between sampling and training.", ("staleness/lag_mean", "staleness/lag_max")),
-    Panel("Route agreement", "Experts that trainer and engine agree on.", ("routes/agreement",), share=True),
-)
 
 SETTINGS: tuple[tuple[str, str], ...] = (
     ("Model", "policy.model_name"),
@@ -136,22 +107,14 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 
 def render(runs: Sequence[Run]) -> str:
     """The page."""
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
-
-    source = files("vespo_megatron.study").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pictures = [(panel, png) for panel in PANELS if (png := draw(panel, runs)) is not None]
-    return template.from_string(source).render(
+    pictures = [(panel, picture) for panel in PANELS if (picture := draw(panel, runs)) is not None]
+    return page(
+        "report.html.j2",
         title="VESPO run" if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         results=_results(runs),
         facts=[(run.label, run.summary.get("facts") or {}) for run in runs],
-        pictures=[
-            {"title": panel.title, "caption": panel.caption, "png": base64.b64encode(png).decode("ascii")}
-            for panel, png in pictures
-        ],
+        pictures=[Picture(panel.title, panel.caption, picture) for panel, picture in pictures],
         settings=_settings(runs),
         samples=[(run.label, run.sample_text) for run in runs if run.sample_text],
     )
@@ -159,16 +122,10 @@ def render(runs: Sequence[Run]) -> str:
 
 def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
     """The panel as PNG, or None when no run has its metrics."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     lines = [(run, name) for run in runs for name in run.names(panel.patterns)]
     if not lines:
         return None
-    figure = Figure(figsize=(4.2, 2.6), dpi=200, layout="constrained")  # small: text stays legible on a phone
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = canvas()
     several_names = len({name for _, name in lines}) > 1
     if panel.stacked and len(runs) == 1:
         _draw_stacked(axes, runs[0], [name for _, name in lines if name != "time/step"])  # the whole, not a part
@@ -177,23 +134,8 @@ def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
             steps, values = run.series(name)
             label = " ".join(([run.label] if len(runs) > 1 else []) + ([_short(name)] if several_names else []))
             axes.plot(steps, values, marker="o" if len(steps) <= 40 else "", markersize=3, linewidth=1.6, label=label)
-        everything = [value for run, name in lines for value in run.series(name)[1]]
-        if panel.log and min(everything) > 0:
-            axes.set_yscale("log")
-        if panel.share and min(everything) >= 0 and max(everything) <= 1:
-            axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    labels = axes.get_legend_handles_labels()[1]
-    if labels and (several_names or len(runs) > 1):
-        columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
-        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        scale(axes, panel, [value for run, name in lines for value in run.series(name)[1]])
+    return png(figure, axes, legend=several_names or len(runs) > 1)
 
 
 def _draw_stacked(axes: Any, run: Run, names: Sequence[str]) -> None:

@@ -336,6 +336,7 @@ def describe(samples: Sequence[Sample]) -> dict[str, float]:
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "response/length_mean": float(lengths.mean()),
+        "response/length_std": float(lengths.std()),
         "response/length_max": float(lengths.max()),
         "response/tokens": float(lengths.sum()),
         "response/truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),

@@ -1,0 +1,53 @@
+"""`plan`'s memory model against what the processes of every layout really hold."""
+
+from __future__ import annotations
+
+import layout_work
+import memory_work
+import pytest
+from conftest import make_checkpoint
+from test_layout_parity import LAYOUTS, VPP
+
+from vespo_megatron.megatron.hf_config import read_shape
+from vespo_megatron.plan import activations
+from vespo_megatron.plan.memory import local_parameters, optimizer_bytes
+from vespo_megatron.recipe.schema import Recipe
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("sparse"))
+    make_checkpoint(folder, mlp_only_layers=[], vocab_size=128)
+    return folder
+
+
+def recipe_of(folder, layout, world_size, precision):
+    recipe = Recipe(policy=layout_work.policy_config(folder, layout))
+    recipe.policy.precision = precision
+    recipe.cluster.device, recipe.cluster.gpus_per_node, recipe.cluster.num_nodes = "cpu", world_size, 1
+    return recipe
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_model_is_within_a_tenth_of_what_is_held(name, precision, workers, sparse):
+    world_size, layout = LAYOUTS[name]
+    count = 2 if VPP in layout else 1  # megatron-core interleaves no fewer than there are stages
+    answers = workers.run(
+        memory_work.held, world_size, folder=sparse, layout=layout, precision=precision, micro_batches=count
+    )
+    recipe, shape = recipe_of(sparse, layout, world_size, precision), read_shape(sparse)
+    element = activations.element_size(recipe)
+    for stage in {answer["stage"] for answer in answers}:
+        mine = [answer for answer in answers if answer["stage"] == stage]
+        local = local_parameters(shape, recipe, stage)
+        kept = activations.kept(shape, recipe, mine[0]["tokens"], stage, padding=1.0)
+        expected = {
+            "weights": local.total * element,
+            "gradients": local.total * 4,
+            "optimizer": optimizer_bytes(recipe, local),
+            "activations": kept * activations.in_flight(recipe.policy.megatron_cfg, stage, count),
+        }
+        # Over the ranks of a stage, since one expert parallel rank gets more tokens than another.
+        found = {part: sum(answer[part] for answer in mine) / len(mine) for part in expected}
+        assert found == pytest.approx(expected, rel=0.1), (stage, {k: found[k] / expected[k] for k in found})

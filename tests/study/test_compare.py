@@ -1,0 +1,177 @@
+"""A study from its file to its report: checked before it runs, resumed where it was, and read in a minute."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.validate import problems
+from vespo_megatron.study import compare as compare_module
+from vespo_megatron.study.outcomes import read_outcomes
+from vespo_megatron.study.spec import load_study
+from vespo_megatron.study.study_report import compare_rows, sentences, write_study_report
+from vespo_megatron.trainer.preflight import check_tables
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
+
+SMALL = """
+name: small
+base: {base}
+output: {output}
+seeds: [1, 2]
+overrides: [grpo.max_num_steps=2, grpo.num_prompts_per_step=8, grpo.val_period=1, grpo.max_val_samples=16,
+            checkpointing.save_hf=false, logger.tensorboard_enabled=false]
+variants:
+  vespo: [loss_fn.name=vespo]
+  again: [loss_fn.name=vespo]
+  broken: [loss_fn.name=vespo, data.train.path=/no/such/prompts.parquet]
+accuracy: eval/running_sums/avg@1
+parallel: 2
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.format(base=ROOT / "examples/tiny_moe/in_process.yaml", output=tmp_path / "runs"))
+    return path
+
+
+@pytest.mark.parametrize("path", [path for path in STUDIES if path.name != "long.yaml"], ids=lambda path: path.stem)
+def test_every_study_of_the_examples_is_sound(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    updates = set()
+    for cell in study.cells():
+        if cell.seed != study.seeds[0]:
+            continue
+        recipe = study.recipe(cell)
+        assert list(problems(recipe)) == [], cell.name
+        check_tables(recipe)
+        assert recipe.grpo.seed == cell.seed
+        updates.add(recipe.num_mini_batches * recipe.grpo.max_num_steps)
+        if study.name == "staleness":
+            assert cell.levels[1] == f"N={recipe.num_mini_batches}"
+    assert len({cell.name for cell in study.cells()}) == len(study.cells())
+    assert len(updates) == 1, "runs of one study make as many updates"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("seeds: [1, 2]|seeds: [1, 1]", "seeds"),
+        ("accuracy: eval/running_sums/avg@1|accuracy: 3", "accuracy"),
+        ("parallel: 2|paralel: 2", "paralel"),
+        ("parallel: 2|baseline: grpo", "baseline"),
+        ("  vespo: [loss|  ves/po: [loss", "variants"),
+        ("  again: [loss_fn.name=vespo]|  again: [loss_fn.name]", "variants.variant.again"),
+        ("variants:|", "small.yaml"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_named(change, said, study_file):
+    old, new = change.split("|")
+    study_file.write_text(study_file.read_text().replace(old, new))
+    with pytest.raises(UserError, match=said):
+        load_study(study_file)
+
+
+def test_a_recipe_that_is_wrong_stops_the_study_before_anything_runs(study_file, monkeypatch):
+    study_file.write_text(study_file.read_text().replace("name=vespo]\n  broken", "name=wespo]\n  broken"))
+    monkeypatch.setattr(compare_module, "_run_all", lambda *a: pytest.fail("it was started"))
+    with pytest.raises(UserError, match="again/seed_1: loss_fn.name"):
+        compare_module.compare(load_study(study_file))
+
+
+@pytest.mark.slow
+def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study_file, tmp_path):
+    def command():
+        return subprocess.run(
+            [sys.executable, "-m", "vespo_megatron.cli", "compare", str(study_file)], cwd=ROOT, text=True,
+            capture_output=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    shutil.copy(study_file, tmp_path / "copy.yaml")
+    text = study_file.read_text()
+    study_file.write_text(text.replace("seeds: [1, 2]", "seeds: [1]"))
+    first = command()
+    assert first.returncode == 1, first.stderr
+    assert "broken/seed_1 failed" in first.stderr and "/no/such/prompts.parquet" in first.stderr
+    states = {o.cell.name: o.state for o in read_outcomes(load_study(study_file))}
+    assert states["vespo/seed_1"] == states["again/seed_1"] == "finished"
+    finished = (tmp_path / "runs/vespo/seed_1/summary.json").stat().st_mtime_ns
+
+    study_file.write_text(text[: text.index("  broken")] + text[text.index("accuracy") :])
+    second = command()
+    assert second.returncode == 0, second.stderr
+    assert "4 runs, 2 finished before" in second.stdout
+    assert (tmp_path / "runs/vespo/seed_1/summary.json").stat().st_mtime_ns == finished
+    study = load_study(study_file)
+    rows = compare_rows(study, read_outcomes(study))
+    assert rows[1].difference.verdict == "no difference found"  # the null study: the same variant twice
+    assert "report.html" in second.stdout
+    with (tmp_path / "runs/cells.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert [(cell["variant"], cell["seed"]) for cell in cells] == [
+        ("vespo", "1"), ("again", "1"), ("vespo", "2"), ("again", "2")
+    ]  # fmt: skip
+    study_file.write_text(text.replace("max_num_steps=2", "max_num_steps=3"))
+    third = command()
+    assert third.returncode == 2 and "grpo.max_num_steps: 2 → 3" in third.stderr
+
+
+# ---- reports of made-up runs ---------------------------------------------------------------------------------------
+
+
+def made_up(study, accuracy_of, *, steps=4, unfinished=()):
+    for cell in study.cells():
+        folder = study.folder(cell)
+        folder.mkdir(parents=True)
+        with (folder / "metrics.jsonl").open("w") as file:
+            for step, value in enumerate(accuracy_of(cell, steps)):
+                record = {"step": step, "reward/mean": value, "vespo/ess": 0.9, study.accuracy: value}
+                file.write(json.dumps(record) + "\n")
+        if cell.levels not in unfinished:
+            (folder / "summary.json").write_text(json.dumps({"seconds": 10.0}))
+
+
+def test_a_report_says_which_variant_helped_by_how_much_and_whether_it_is_noise(study_file, tmp_path):
+    text = study_file.read_text().replace("seeds: [1, 2]", "seeds: [1, 2, 3, 4, 5]")
+    study_file.write_text(text + "published: {source: a paper, values: {vespo: 70.0}}\n")
+    study = load_study(study_file)
+
+    def accuracy(cell, steps):
+        noise = 0.01 * ((cell.seed * 7) % 5)
+        end = {"vespo": 0.5, "again": 0.502 + 0.01 * ((cell.seed * 3) % 5) - noise, "broken": 0.9}[cell.levels[0]]
+        return [0.3 + (end + noise - 0.3) * step / (steps - 1) for step in range(steps)]
+
+    made_up(study, accuracy)
+    said = sentences(study, compare_rows(study, read_outcomes(study)))
+    assert said[0].startswith("broken against vespo: higher (+0.400 accuracy")
+    assert "again against vespo: no difference found" in said[1]
+    page = write_study_report(study).read_text()
+    assert all(sentence.split(" (")[0] in page for sentence in said)
+    assert "70.0" in page and "a paper" in page
+    assert (tmp_path / "runs/tables.md").read_text().count("| vespo |") >= 2
+    assert sorted(path.name for path in (tmp_path / "runs/figures").iterdir())[0] == "effective_sample_size.png"
+
+
+def test_a_collapsed_run_is_flagged_and_a_running_one_is_not_counted(study_file):
+    study = load_study(study_file)
+    made_up(
+        study,
+        lambda cell, steps: [0.3, 0.8, 0.9, 0.1 if cell.levels[0] == "again" else 0.9],
+        unfinished=[("broken",)],
+    )
+    rows = {row.variant: row for row in compare_rows(study, read_outcomes(study))}
+    assert (rows["vespo"].collapsed, rows["again"].collapsed) == (0, 2)
+    assert rows["broken"].finished == 0 and rows["broken"].accuracy.text() == "-"
+    assert "again" in write_study_report(study).read_text()

@@ -1,0 +1,1 @@
+"""What a run will need before a GPU is booked: memory, time, and how trainer and rollouts keep pace."""

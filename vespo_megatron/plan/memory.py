@@ -1,0 +1,132 @@
+"""Memory of a trainer process and of a server, by what it is for, in bytes.
+
+Checked against what the tiny model really allocates in every layout (tests/parallel/test_memory_model.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.plan import activations
+from vespo_megatron.plan.layers import stage_layers
+from vespo_megatron.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of one process: what every data parallel rank holds, and what is split over expert parallel ranks."""
+
+    dense: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def parameters(shape: Qwen3MoeShape) -> Parameters:
+    """Of the whole model."""
+    hidden, heads, kv, dim = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    sparse, layers = shape.num_moe_layers, shape.num_hidden_layers
+    attention = hidden * (heads + 2 * kv) * dim + heads * dim * hidden + 2 * dim
+    per_layer = attention + 2 * hidden
+    dense = layers * per_layer + sparse * hidden * shape.num_experts
+    dense += (layers - sparse) * 3 * hidden * shape.intermediate_size
+    dense += (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * hidden + hidden
+    return Parameters(dense, sparse * shape.num_experts * 3 * hidden * shape.moe_intermediate_size)
+
+
+def local_parameters(shape: Qwen3MoeShape, recipe: Recipe, stage: int = 0) -> Parameters:
+    """Of one process of pipeline stage `stage` (0-based)."""
+    megatron = recipe.policy.megatron_cfg
+    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    hidden, dim = shape.hidden_size, shape.head_dim
+    layers = stage_layers(shape, recipe)[stage]
+    sparse = layers if shape.num_moe_layers == shape.num_hidden_layers else round(
+        layers * shape.num_moe_layers / shape.num_hidden_layers
+    )  # fmt: skip
+    kv_per_rank = max(1, shape.num_key_value_heads // tp)
+    attention = hidden * (shape.num_attention_heads // tp + 2 * kv_per_rank) * dim
+    attention += shape.num_attention_heads // tp * dim * hidden + 2 * dim
+    dense = layers * (attention + 2 * hidden) + sparse * hidden * shape.num_experts
+    dense += (layers - sparse) * 3 * hidden * shape.intermediate_size // tp
+    padded = -(-shape.vocab_size // tp) * tp
+    if stage == 0:
+        dense += padded // tp * hidden
+    if stage == pp - 1:
+        dense += hidden + (0 if shape.tie_word_embeddings and pp == 1 else padded // tp * hidden)
+    expert = sparse * shape.num_experts // ep * 3 * hidden * shape.moe_intermediate_size // etp
+    return Parameters(dense, expert)
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Of the largest process, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """On the device; what is offloaded is in `host`."""
+    activations: int
+    logits: int
+    routes: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Sum of what lies on the device."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+
+
+def trainer_memory(shape: Qwen3MoeShape, recipe: Recipe) -> TrainerMemory:
+    """Of the process that needs most."""
+    stages = recipe.policy.megatron_cfg.pipeline_model_parallel_size
+    return max((_stage_memory(shape, recipe, stage) for stage in range(stages)), key=lambda memory: memory.device)
+
+
+def _stage_memory(shape: Qwen3MoeShape, recipe: Recipe, stage: int) -> TrainerMemory:
+    policy, megatron = recipe.policy, recipe.policy.megatron_cfg
+    local = local_parameters(shape, recipe, stage)
+    element = activations.element_size(recipe)
+    gradient = 4 if megatron.distributed_data_parallel_config.grad_reduce_in_fp32 or element == 4 else 2
+    optimizer = optimizer_bytes(recipe, local)
+    offloaded = int(optimizer * megatron.optimizer.optimizer_offload_fraction)
+    if not megatron.optimizer.optimizer_cpu_offload:
+        offloaded = 0
+    tokens = micro_batch_tokens(recipe) // megatron.context_parallel_size
+    layers = stage_layers(shape, recipe)[stage]
+    routes = 0
+    if policy.router_replay.mode != "none":
+        routes = tokens * layers * shape.num_experts_per_tok * (1 if shape.num_experts <= 256 else 2)
+    last = stage == megatron.pipeline_model_parallel_size - 1
+    return TrainerMemory(
+        weights=local.total * element,
+        gradients=local.total * gradient,
+        optimizer=optimizer - offloaded,
+        activations=activations.peak(shape, recipe, tokens, stage),
+        logits=min(megatron.logprob_memory_mb << 20, tokens * shape.vocab_size * 4) if last else 0,
+        routes=routes,
+        host=offloaded,
+    )
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """The largest training micro-batch, before it is split over context parallel ranks."""
+    policy = recipe.policy
+    if policy.sequence_packing.enabled:
+        return policy.sequence_packing.train_mb_tokens
+    return policy.train_micro_batch_size * policy.max_total_sequence_length
+
+
+def optimizer_bytes(recipe: Recipe, local: Parameters) -> int:
+    """Adam's two moments in float32, and float32 weights beside bfloat16 ones."""
+    per_parameter = 12 if recipe.policy.precision == "bfloat16" else 8
+    if not recipe.policy.megatron_cfg.optimizer.use_distributed_optimizer:
+        return per_parameter * local.total
+    megatron = recipe.policy.megatron_cfg
+    world, pp = recipe.world_size, megatron.pipeline_model_parallel_size
+    dense_ranks = world // (megatron.tensor_model_parallel_size * pp)  # data and context parallel
+    expert_ranks = world // (megatron.expert_tensor_parallel_size * megatron.expert_model_parallel_size * pp)
+    return per_parameter * (local.dense // dense_ranks + local.expert // max(1, expert_ranks))

@@ -1,0 +1,146 @@
+"""`vespo-megatron compare STUDY`: run a study's grid, as many runs at a time as asked for, and write its report.
+
+Each run is a `vespo-megatron train` of its own, so one that fails takes no other down. Run again, the command goes on
+where it was: finished runs stay, others resume from their newest checkpoint or begin.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import save_recipe
+from vespo_megatron.recipe.validate import validate
+from vespo_megatron.study.spec import Cell, Study
+from vespo_megatron.trainer.logging import SUMMARY_FILE
+from vespo_megatron.trainer.preflight import check_tables
+from vespo_megatron.trainer.process import stop_on_signals
+from vespo_megatron.trainer.run_directory import changed_keys
+
+LOG = "train.log"
+_POLL_S = 0.2
+_GRACE_S = 60.0
+"""A run that is asked to stop has so long to leave by itself."""
+
+
+def compare(study: Study, *, extra: Sequence[str] = (), parallel: int | None = None) -> dict[Cell, str]:
+    """Run every cell that has not finished. Returns those that failed, with the reason each gave.
+
+    Raises:
+        UserError: a cell's recipe is wrong, or a finished run was of another recipe; before anything is started.
+        Stopped: a signal; the runs in progress were stopped, the same command goes on.
+    """
+    waiting = unfinished(study, extra)
+    done = len(study.cells()) - len(waiting)
+    print(f"{study.name}: {len(study.cells())} runs, {done} finished before", flush=True)
+    return _run_all(study, waiting, parallel or study.parallel) if waiting else {}
+
+
+def unfinished(study: Study, extra: Sequence[str] = ()) -> list[Cell]:
+    """Cells without a finished run; each one's recipe is checked and written next to its future log.
+
+    Raises:
+        UserError: see `compare`.
+    """
+    waiting = []
+    for cell in study.cells():
+        recipe, folder = study.recipe(cell, tuple(extra)), study.folder(cell)
+        try:
+            validate(recipe)
+            check_tables(recipe)
+        except UserError as error:
+            where = f"{cell.name}: {error.where}".rstrip(": ")
+            raise UserError(error.what, where=where, expected=error.expected, fix=error.fix) from None
+        if (folder / SUMMARY_FILE).exists():
+            if changes := changed_keys(folder, recipe):
+                raise UserError(
+                    "is finished with another recipe: " + "; ".join(changes[:3]), where=str(folder),
+                    fix="choose another `output:`, or remove the folder",
+                )  # fmt: skip
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, recipe_file(study, cell))
+        waiting.append(cell)
+    return waiting
+
+
+def recipe_file(study: Study, cell: Cell) -> Path:
+    """The cell's resolved recipe, beside its run directory."""
+    return study.folder(cell).with_suffix(".yaml")
+
+
+def _run_all(study: Study, waiting: list[Cell], parallel: int) -> dict[Cell, str]:
+    from tqdm import tqdm
+
+    failed: dict[Cell, str] = {}
+    running: dict[Cell, subprocess.Popen] = {}
+    queue = list(waiting)
+    bar = tqdm(total=len(waiting), desc=study.name, unit="run", dynamic_ncols=True)
+    with bar, stop_on_signals(), _stopped_at_the_end(running):
+        while queue or running:
+            while queue and len(running) < parallel:
+                cell = queue.pop(0)
+                running[cell] = _start(study, cell, parallel)
+                _write(bar, f"begins {cell.name}")
+            for cell, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[cell]
+                bar.update()
+                if process.returncode == 0:
+                    _write(bar, f"ends   {cell.name}")
+                else:
+                    failed[cell] = _reason(study.folder(cell).with_suffix(".log"))
+                    _write(bar, f"FAILED {cell.name} with status {process.returncode}: {failed[cell]}")
+            time.sleep(_POLL_S)
+    return failed
+
+
+def _start(study: Study, cell: Cell, parallel: int) -> subprocess.Popen:
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    log = study.folder(cell).with_suffix(".log").open("ab")
+    command = [sys.executable, "-m", "vespo_megatron.cli", "train", str(recipe_file(study, cell))]
+    log.write(f"$ {shlex.join(command)}\n".encode())
+    log.flush()
+    with log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        )  # fmt: skip
+
+
+@contextmanager
+def _stopped_at_the_end(running: dict[Cell, subprocess.Popen]):
+    """Whatever ends the block, no run is left: each is asked to stop, and it saves where its recipe says so."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        for process in running.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _write(bar, text: str) -> None:
+    write: Callable[..., None] = bar.write
+    write(text, file=sys.stderr)
+
+
+def _reason(log: Path) -> str:
+    """Our own error where the log has one, else its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("vespo-megatron: ")]
+    return (ours or lines or ["it said nothing"])[-1].removeprefix("vespo-megatron: ")[:300]

@@ -1,0 +1,122 @@
+"""What a study's runs came to: a row of numbers for each, from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vespo_megatron.study.spec import Cell, Study
+from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics
+
+COLLAPSE = "the last held-out accuracy is below half of the best the run had"
+
+LATE = {
+    "reward": "reward/mean",
+    "w_mean": "vespo/w_mean",
+    "ess": "vespo/ess",
+    "k3": "mismatch/k3",
+    "route_agreement": "routes/agreement",
+    "entropy": "policy/entropy",
+    "response_length": "response/length_mean",
+    "grad_norm": "loss/grad_norm",
+    "lag_mean": "staleness/lag_mean",
+}
+"""Columns that are a metric's mean over the last quarter of a run's steps."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run."""
+
+    cell: Cell
+    state: str
+    """'finished', 'unfinished' or 'not begun'."""
+    history: list[dict[str, Any]]
+    accuracy: float
+    """The last held-out accuracy of a finished run; NaN otherwise."""
+    best: float
+    seconds: float
+    late: dict[str, float]
+
+    @property
+    def steps(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    @property
+    def collapsed(self) -> bool:
+        """See `COLLAPSE`."""
+        return self.state == "finished" and self.accuracy < 0.5 * self.best
+
+    def series(self, metric: str) -> dict[int, float]:
+        """Value by step."""
+        return {record["step"]: record[metric] for record in self.history if record.get(metric) is not None}
+
+
+def read_outcomes(study: Study) -> list[Outcome]:
+    """Every cell's, in the study's order; runs in progress are read as far as they are."""
+    return [_outcome(study, cell) for cell in study.cells()]
+
+
+def cells_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """A row per run."""
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = dict(zip(study.axes, outcome.cell.levels, strict=True))
+        row |= {"seed": outcome.cell.seed, "state": outcome.state, "steps": outcome.steps}
+        row |= {"accuracy": outcome.accuracy, "best": outcome.best, "collapsed": int(outcome.collapsed)}
+        row |= outcome.late | {"seconds": outcome.seconds}
+        rows.append({name: _cell_text(value) for name, value in row.items()})
+    return _csv(rows)
+
+
+def curves_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """A row per run and evaluation."""
+    rows = []
+    for outcome in outcomes:
+        for step, value in outcome.series(study.accuracy).items():
+            row: dict[str, Any] = dict(zip(study.axes, outcome.cell.levels, strict=True))
+            rows.append(row | {"seed": outcome.cell.seed, "step": step, "accuracy": _cell_text(value)})
+    return _csv(rows)
+
+
+def _outcome(study: Study, cell: Cell) -> Outcome:
+    folder = study.folder(cell)
+    history = read_metrics(folder) if folder.is_dir() else []
+    finished = (folder / SUMMARY_FILE).exists()
+    evaluations = [record[study.accuracy] for record in history if record.get(study.accuracy) is not None]
+    steps = [record for record in history if record["step"] > 0]
+    late = {}
+    for column, metric in LATE.items():
+        values = [record[metric] for record in steps[-max(1, len(steps) // 4) :] if record.get(metric) is not None]
+        late[column] = math.fsum(values) / len(values) if values else math.nan
+    seconds = json.loads((folder / SUMMARY_FILE).read_text())["seconds"] if finished else math.nan
+    return Outcome(
+        cell=cell,
+        state="finished" if finished else "unfinished" if history else "not begun",
+        history=history,
+        accuracy=evaluations[-1] if finished and evaluations else math.nan,
+        best=max(evaluations, default=math.nan),
+        seconds=seconds,
+        late=late,
+    )
+
+
+def _cell_text(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,199 @@
+"""A study: which runs it is made of, and what is compared. Read from YAML::
+
+    name: mismatch                         # runs are kept in <output>/<variant>/seed_<n>
+    base: ../../examples/tiny_moe/vespo.yaml   # relative to this file
+    output: runs/studies/mismatch
+    seeds: [1, 2, 3]                       # paired: the same seeds, prompts and initial weights for every variant
+    overrides: [grpo.max_num_steps=40]     # of every run
+    axes:                                  # a run for every combination of one level of each
+      objective:
+        grpo: [loss_fn.name=grpo]
+        vespo: [loss_fn.name=vespo]
+      staleness:
+        N=4: [grpo.num_prompts_per_step=32]
+    baseline: vespo                        # a level of the first axis, which every other one is compared with
+    accuracy: eval/running_sums/avg@4      # the metric of the tables
+    parallel: 2                            # runs at a time
+    published:                             # numbers of a paper, shown beside the study's
+      source: "arXiv 2602.10693 v3, Table 1"
+      values: {vespo: {N=4: 70.0}, grpo: {N=4: 54.0}}
+
+A study of one axis may say `variants:` instead of `axes:`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.schema import Recipe
+
+_LEVEL = re.compile(r"[A-Za-z0-9_=+.-]+")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    levels: tuple[str, ...]
+    """Of every axis, in their order."""
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "/".join((*self.levels, f"seed_{self.seed}"))
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers of a paper in the study's own layout, in per cent."""
+
+    source: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def value(self, levels: tuple[str, ...]) -> float | None:
+        """What the paper says of this cell; None where it says nothing."""
+        found: Any = self.values
+        for level in levels:
+            found = found.get(level) if isinstance(found, Mapping) else None
+        return None if found is None or isinstance(found, Mapping) else float(found)
+
+
+@dataclass(frozen=True)
+class Study:
+    """See the module."""
+
+    name: str
+    base: Path
+    output: Path
+    seeds: tuple[int, ...]
+    axes: Mapping[str, Mapping[str, tuple[str, ...]]]
+    baseline: str
+    accuracy: str
+    overrides: tuple[str, ...] = ()
+    parallel: int = 1
+    published: Published = field(default_factory=Published)
+
+    @property
+    def settings(self) -> list[tuple[str, ...]]:
+        """Levels of all axes but the first: within one of them the first axis' levels are compared."""
+        return list(itertools.product(*list(self.axes.values())[1:]))
+
+    @property
+    def variants(self) -> list[str]:
+        """Levels of the first axis."""
+        return list(next(iter(self.axes.values())))
+
+    def cells(self) -> list[Cell]:
+        """Every run, seeds outermost: a study stopped half-way has whole seeds."""
+        cells = []
+        for seed in self.seeds:
+            for levels in itertools.product(*self.axes.values()):
+                chosen = [text for axis, level in zip(self.axes.values(), levels, strict=True) for text in axis[level]]
+                cells.append(Cell(levels, seed, (*self.overrides, *chosen, f"grpo.seed={seed}")))
+        return cells
+
+    def folder(self, cell: Cell) -> Path:
+        """Its run directory."""
+        return self.output / cell.name
+
+    def recipe(self, cell: Cell, extra: tuple[str, ...] = ()) -> Recipe:
+        """Its recipe; a run that was stopped is gone on with."""
+        place = [
+            f"exp_manager.exp_dir={self.output}", f"exp_manager.name={'/'.join(cell.levels)}",
+            f"exp_manager.version=seed_{cell.seed}", "exp_manager.resume_if_exists=true",
+        ]  # fmt: skip
+        return load_recipe(self.base, [*cell.overrides, *extra, *place])
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study.
+
+    Raises:
+        UserError: no such file, not YAML, a key that is missing, unknown or of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", where=str(path), expected="a study's YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is not YAML ({error})", where=str(path)) from None
+    return _Reader(path, content).study()
+
+
+class _Reader:
+    """Takes a mapping apart, naming file and key of what is wrong."""
+
+    def __init__(self, path: Path, content: Any) -> None:
+        self.path = path
+        self.content = dict(content) if isinstance(content, Mapping) else self.fail("", "a mapping")
+
+    def study(self) -> Study:
+        axes = self.axes()
+        baseline = str(self.take("baseline", str, next(iter(next(iter(axes.values()))))))
+        if baseline not in next(iter(axes.values())):
+            self.fail("baseline", f"one of {', '.join(next(iter(axes.values())))}")
+        seeds = tuple(self.take("seeds", list, [1, 2, 3]))
+        if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+            self.fail("seeds", "different whole numbers")
+        published = self.take("published", Mapping, {})
+        if set(published) - {"source", "values"} or not isinstance(published.get("values", {}), Mapping):
+            self.fail("published", "`source` and `values`")
+        study = Study(
+            name=self.take("name", str),
+            base=self.path.parent / self.take("base", str),
+            output=Path(self.take("output", str)),
+            seeds=seeds,
+            axes=axes,
+            baseline=baseline,
+            accuracy=self.take("accuracy", str),
+            overrides=self.texts("overrides", self.take("overrides", list, [])),
+            parallel=max(1, self.take("parallel", int, 1)),
+            published=Published(**published),
+        )
+        if self.content:
+            self.fail(next(iter(self.content)), "no such key; see vespo_megatron/study/spec.py")
+        return study
+
+    def axes(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        key = "variants" if "variants" in self.content else "axes"
+        raw = self.take(key, Mapping)
+        raw = {"variant": raw} if key == "variants" else raw
+        axes: dict[str, dict[str, tuple[str, ...]]] = {}
+        for axis, levels in raw.items():
+            if not isinstance(levels, Mapping) or not levels:
+                self.fail(f"{key}.{axis}", "names of levels with lists of key=value")
+            for level in levels:
+                if not _LEVEL.fullmatch(str(level)):
+                    self.fail(f"{key}.{axis}", f"names of letters, digits and _=+.-, not {level!r}")
+            axes[str(axis)] = {
+                str(level): self.texts(f"{key}.{axis}.{level}", texts or []) for level, texts in levels.items()
+            }
+        return axes or self.fail(key, "at least one axis")
+
+    def take(self, key: str, kind: type, *default: Any) -> Any:
+        value = self.content.pop(key, *default) if default else self.content.pop(key, None)
+        if not isinstance(value, kind):
+            self.fail(key, f"a value of kind {kind.__name__}")
+        return value
+
+    def texts(self, key: str, values: Any) -> tuple[str, ...]:
+        if not isinstance(values, list) or not all(isinstance(text, str) and "=" in text for text in values):
+            self.fail(key, "a list of key=value")
+        return tuple(values)
+
+    def fail(self, key: str, expected: str) -> Any:
+        raise UserError(
+            "is missing or not usable" if key else "is not usable", where=f"{self.path}: {key}".rstrip(": "),
+            expected=expected,
+        )  # fmt: skip
