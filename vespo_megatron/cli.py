@@ -48,6 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    evaluate = commands.add_parser("eval", help="score a checkpoint or a served model: avg@k, pass@k, maj@k")
+    _add_recipe(evaluate)
+    evaluate.add_argument("--checkpoint", metavar="PATH", help="HF folder, run or checkpoint (default: the model)")
+    evaluate.add_argument("--data", nargs="+", default=[], metavar="FILE", help="problem sets in veRL's schema")
+    evaluate.add_argument(
+        "--samples", nargs="+", default=[], metavar="[SET=]N", help="responses per problem, as in 4 aime24=32"
+    )
+    evaluate.set_defaults(run=_eval)
+
     mismatch = commands.add_parser("mismatch", help="how far engine and trainer are apart, with R3 and without")
     _add_recipe(mismatch)
     mismatch.add_argument("--batches", type=int, default=3, help="rollout batches to measure (default 3)")
@@ -171,6 +180,17 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
 
         print(f"report: {write_report([run_dir], run_dir / 'report.html')}")
     return 0
+
+
+def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.recipe.loader import load_recipe
+    from vespo_megatron.trainer.eval_command import evaluate, parse_repeats
+
+    folder, text = evaluate(
+        load_recipe(parsed.recipe, parsed.overrides),
+        checkpoint=parsed.checkpoint, data=parsed.data, repeats=parse_repeats(parsed.samples),
+    )  # fmt: skip
+    print(f"{text}\n\nwritten to {folder}")
 
 
 def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:

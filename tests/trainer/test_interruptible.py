@@ -100,7 +100,7 @@ def build(engine):
     recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt = 4, 2
     records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: "text")
-    logger = SimpleNamespace(log_samples=lambda *_, **__: None)
+    logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
     controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)
     trainer = Trainer.__new__(Trainer)
     trainer.controller, trainer.weight_version = controller, 5

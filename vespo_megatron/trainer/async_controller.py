@@ -17,8 +17,9 @@ from vespo_megatron.losses import compute_advantages
 from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
-from vespo_megatron.trainer.controller import Controller, Rollout, describe, request_seed
+from vespo_megatron.trainer.controller import Controller, Rollout
 from vespo_megatron.trainer.rollout_stream import RolloutStream
+from vespo_megatron.trainer.sampler import describe, request_seed
 from vespo_megatron.trainer.staleness import StalenessBuffer, lags
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class AsyncController(Controller):
     async def _draw(self, record: PromptRecord, label: str) -> list[Sample]:
         """One group, scored; empty when too few of it are usable, or all rewards are equal under dynamic sampling."""
         schedule = self.recipe.grpo
-        samples, _ = await self.sample([record], schedule.num_generations_per_prompt, label)
-        self.shape_rewards(samples)
+        samples, _ = await self.sampler.sample([record], schedule.num_generations_per_prompt, label)
+        self.sampler.shape_rewards(samples)
         if len(samples) < schedule.num_generations_per_prompt:
             return []
         if schedule.use_dynamic_sampling and len({sample.reward for sample in samples}) == 1:

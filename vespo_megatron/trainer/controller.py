@@ -17,15 +17,16 @@ from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
+from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.losses import compute_advantages, resolve_estimator
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.rewards import RewardPool, RewardRequest
-from vespo_megatron.rewards.shaping import overlong_penalty
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
+from vespo_megatron.rewards import RewardPool
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
-from vespo_megatron.routing_replay.table import apply_stale_policy
+from vespo_megatron.trainer.evaluation import draw_problems
 from vespo_megatron.trainer.interruptible import Interruptible
 from vespo_megatron.trainer.logging import LoggedSample, RunLogger
+from vespo_megatron.trainer.sampler import Sampler, describe
 
 if TYPE_CHECKING:
     import torch
@@ -76,21 +77,7 @@ class Controller:
         self.prompts, self.validation, self.rewards, self.logger = prompts, validation, rewards, logger
         self.thread = AsyncThread()
         self.interruptible = Interruptible()
-        generation = recipe.policy.generation
-        stop = tuple(generation.stop_token_ids) or (tokenizer.eos_token_id,)
-        self.sampling = SamplingParams(
-            max_new_tokens=generation.max_new_tokens,
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            top_k=-1 if generation.top_k is None else generation.top_k,
-            stop_token_ids=stop,
-        )
-        temperature, top_p = generation.val_temperature, generation.val_top_p
-        self.val_sampling = replace(
-            self.sampling,
-            temperature=self.sampling.temperature if temperature is None else temperature,
-            top_p=self.sampling.top_p if top_p is None else top_p,
-        )
+        self.sampler = Sampler(recipe, tokenizer, rewards, self.generate)
         self.estimator = resolve_estimator(
             recipe.grpo.advantage_estimator,
             normalize_rewards=recipe.grpo.normalize_rewards,
@@ -105,7 +92,7 @@ class Controller:
             UserError: no routes, or another number of layers or experts per token.
         """
         record = self.prompts.records[0]
-        request = GenerationRequest("probe", tuple(record.prompt_ids), replace(self.sampling, max_new_tokens=2))
+        request = GenerationRequest("probe", tuple(record.prompt_ids), replace(self.sampler.training, max_new_tokens=2))
         routes = self.thread.run(self.engine.generate([request]))[0].routes
         where = self.engine.description
         if routes is None:
@@ -145,10 +132,10 @@ class Controller:
             wanted = schedule.num_prompts_per_step - len({sample.prompt_id for sample in samples})
             records = self.prompts.take(wanted)
             label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
-            fresh, bad = self.thread.run(self.sample(records, schedule.num_generations_per_prompt, label))
+            fresh, bad = self.thread.run(self.sampler.sample(records, schedule.num_generations_per_prompt, label))
             if not fresh:
                 raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
-            self.shape_rewards(fresh)
+            self.sampler.shape_rewards(fresh)
             result = compute_advantages(
                 [sample.reward for sample in fresh],
                 [sample.prompt_id for sample in fresh],
@@ -191,65 +178,10 @@ class Controller:
                 await asyncio.to_thread(self.interruptible.await_weights, need)
         return [arrived[request.request_id] for request in requests]
 
-    async def sample(
-        self, records: Sequence[PromptRecord], repeats: int, label: str, sampling: SamplingParams | None = None
-    ) -> tuple[list[Sample], int]:
-        """`repeats` scored samples per prompt, and how many were unusable and dropped."""
-        requests, owners = [], []
-        for record in records:
-            for index in range(repeats):
-                name = f"{label}/{record.prompt_id}/{index}"
-                requests.append(
-                    GenerationRequest(
-                        request_id=name,
-                        prompt_ids=tuple(record.prompt_ids),
-                        sampling=sampling or self.sampling,
-                        group_id=record.prompt_id,
-                        seed=request_seed(self.recipe.grpo.seed, name),
-                        evaluation=sampling is not None,
-                    )
-                )
-                owners.append(record)
-        results = await self.generate(requests)
-        samples, kept, bad = [], [], 0
-        for result, record in zip(results, owners, strict=True):
-            try:
-                samples.append(_to_sample(result, record))
-                kept.append(record)
-            except UserError:
-                if self.recipe.loss_fn.on_bad_sample == "error":
-                    raise
-                bad += 1
-        scores = await self.rewards.score(
-            [self._reward_request(record, sample) for record, sample in zip(kept, samples, strict=True)]
-        )
-        for sample, score in zip(samples, scores, strict=True):
-            sample.reward, sample.reward_parts = score.reward, dict(score.parts)
-        if self.recipe.policy.router_replay.mode == "R3":
-            apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
-        return samples, bad
-
-    def shape_rewards(self, samples: Sequence[Sample]) -> None:
-        """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
-        shaping = self.recipe.grpo.reward_shaping
-        if shaping.enabled:
-            for sample in samples:
-                penalty = overlong_penalty(len(sample.response_ids), shaping, self.sampling.max_new_tokens)
-                sample.reward += penalty
-                sample.reward_parts["overlong"] = penalty
-
-    def _reward_request(self, record: PromptRecord, sample: Sample) -> RewardRequest:
-        return RewardRequest(
-            data_source=record.data_source,
-            solution_str=self.tokenizer.decode(sample.response_ids, skip_special_tokens=True),
-            ground_truth=record.ground_truth,
-            extra_info=record.extra_info,
-        )
-
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean reward per validation set, `eval/<set>/avg@<k>`, with some samples written to read.
+        """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written.
 
         Raises:
             WeightsNeeded: as `collect`.
@@ -260,17 +192,13 @@ class Controller:
 
     async def evaluation(self, step: int) -> dict[str, float]:
         """See `evaluate`."""
-        repeats = self.recipe.grpo.val_num_generations
         records = list(self.validation)[: self.recipe.grpo.max_val_samples]
-        samples, _ = await self.sample(records, repeats, "validation", self.val_sampling)
+        problems, samples = await draw_problems(self.sampler, records, self.recipe.grpo.val_num_generations)
         by_id = {record.prompt_id: record for record in records}
-        sets: dict[str, list[float]] = {}
-        for sample in samples:
-            sets.setdefault(by_id[sample.prompt_id].data_source, []).append(sample.reward)
-        shown = samples[:: max(1, repeats)][: self.recipe.logger.num_val_samples_to_print]
+        shown = samples[:: max(1, self.recipe.grpo.val_num_generations)][: self.recipe.logger.num_val_samples_to_print]
         self.logger.log_samples(step, [self._readable(by_id[s.prompt_id], s) for s in shown], name="validation")
-        metrics = {f"eval/{_slug(name)}/avg@{repeats}": float(np.mean(scores)) for name, scores in sets.items()}
-        return metrics | {"eval/response_length_mean": float(np.mean([len(s.response_ids) for s in samples]))}
+        self.logger.log_problems(step, problems)
+        return metrics(problems)
 
     def _readable(self, record: PromptRecord, sample: Sample) -> LoggedSample:
         return LoggedSample(
@@ -313,49 +241,3 @@ class Controller:
         self.rewards.close()
         self.interruptible.close()
         self.thread.close()
-
-
-def _to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
-    return Sample(
-        sample_id=result.request_id,
-        prompt_id=record.prompt_id,
-        prompt_ids=np.asarray(record.prompt_ids),
-        response_ids=result.output_ids,
-        log_probs=result.log_probs,
-        weight_versions=result.weight_versions,
-        finish_reason=result.finish_reason,
-        routes=result.routes,
-        routes_version=result.routes_version,
-    )
-
-
-def describe(samples: Sequence[Sample]) -> dict[str, float]:
-    rewards = np.array([sample.reward for sample in samples])
-    lengths = np.array([len(sample.response_ids) for sample in samples])
-    metrics = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "response/length_mean": float(lengths.mean()),
-        "response/length_std": float(lengths.std()),
-        "response/length_max": float(lengths.max()),
-        "response/tokens": float(lengths.sum()),
-        "response/truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),
-    }
-    for part in sorted({name for sample in samples for name in sample.reward_parts}):
-        if part in ("timeout", "error"):  # the share of all responses; the function's own parts are means where given
-            values = [sample.reward_parts.get(part, 0.0) for sample in samples]
-        else:
-            values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
-        metrics[f"reward/{part}"] = float(np.mean(values))
-    return metrics
-
-
-def request_seed(seed: int, name: str) -> int:
-    """A seed of its own for every response, the same in every run with the same recipe."""
-    import zlib
-
-    return zlib.crc32(f"{seed}/{name}".encode())
-
-
-def _slug(name: str) -> str:
-    return name.replace("/", "_").replace(" ", "_") or "validation"

@@ -5,6 +5,7 @@ Only global rank 0 makes a `RunLogger`. In the run directory::
     metrics.jsonl    one JSON object per step, with `step`; resuming drops the steps after the checkpoint
     tensorboard/     the same numbers as scalars, and histograms
     samples/         step_<n>.jsonl and the same as step_<n>.md
+    evaluations/     step_<n>.jsonl: every problem with its responses' rewards and answers
     summary.json     first and last values of what matters, times, versions
 """
 
@@ -18,6 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from vespo_megatron.evaluation.record import write_problems
+from vespo_megatron.evaluation.scores import Problem
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -144,6 +148,10 @@ class RunLogger:
         path = folder / f"{stem}.md"
         path.write_text(f"# Step {step} {name}\n".rstrip() + "\n" + "".join(map(_sample_markdown, rows)), "utf-8")
         return path
+
+    def log_problems(self, step: int, problems: Sequence[Problem]) -> None:
+        """Write one evaluation, a line of JSON per problem with the reward of each of its responses."""
+        write_problems(problems, self.run_dir / "evaluations" / f"step_{step:06d}.jsonl")
 
     def print(self, text: str) -> None:
         """A line for people, above the bar where there is one."""

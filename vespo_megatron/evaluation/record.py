@@ -1,0 +1,74 @@
+"""Evaluations on disk: one line of JSON per problem, and a table to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from vespo_megatron.evaluation.scores import Problem, Score, by_set, summary
+
+
+def write_problems(problems: Sequence[Problem], path: Path) -> None:
+    """One JSON object per line with `Problem`'s fields; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    lines = (json.dumps(asdict(problem), default=str, ensure_ascii=False) + "\n" for problem in problems)
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """What `write_problems` wrote."""
+    problems = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        problems.append(Problem(**(fields | lists)))
+    return problems
+
+
+def metrics(problems: Sequence[Problem]) -> dict[str, float]:
+    """`eval/<set>/avg@n` and the others of `summary`, half-widths of the avg's interval, mean length."""
+    found: dict[str, float] = {}
+    for name, members in by_set(problems).items():
+        for measure, score in summary(members).items():
+            found[f"eval/{slug(name)}/{measure}"] = score.value
+            if measure.startswith("avg@") and score.high == score.high:
+                found[f"eval/{slug(name)}/{measure}_ci95"] = (score.high - score.low) / 2
+    found["eval/response_length_mean"] = float(np.mean([n for problem in problems for n in problem.lengths]))
+    return found
+
+
+def table(problems: Sequence[Problem]) -> str:
+    """Markdown: a row per set, the 95% interval of every score in brackets."""
+    sets = by_set(problems)
+    summaries = {name: summary(members) for name, members in sets.items()}
+    columns = list(dict.fromkeys(measure for scores in summaries.values() for measure in scores))
+    columns.sort(key=lambda measure: (["avg", "pass", "maj"].index(measure.split("@")[0]), int(measure.split("@")[1])))
+    lines = [
+        "| set | problems | " + " | ".join(columns) + " | tokens | truncated |",
+        "|---|---|" + "---|" * (len(columns) + 2),
+    ]
+    for name, members in sets.items():
+        cells = [_cell(summaries[name].get(column)) for column in columns]
+        lengths = [n for problem in members for n in problem.lengths]
+        cut = [reason == "length" for problem in members for reason in problem.finish_reasons]
+        row = [name, str(len(members)), *cells, f"{np.mean(lengths):.0f}", f"{np.mean(cut):.1%}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    """A set's name as part of a metric's."""
+    return name.replace("/", "_").replace(" ", "_") or "validation"
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "-"
+    interval = "" if score.low != score.low else f" [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    return f"{100 * score.value:.1f}{interval}"
