@@ -4,6 +4,7 @@
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
 #   make test-nightly   the tests that take minutes or hours
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
+#   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
 #   make nightly many more examples for every property, and ten minutes of each fuzzer (FUZZ_SECONDS)
 #   make lint    ruff and the import contract
@@ -11,6 +12,7 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+NEMO := .venv-nemo
 STAMP := $(VENV)/.installed
 EXAMPLE := examples/tiny_moe
 # The first Python that is new enough and can make virtual environments; PYTHON=… chooses another.
@@ -22,7 +24,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-triton lint venv example clean
+.PHONY: train test test-nightly test-slurm test-nemo test-triton nightly fuzz lint venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -38,6 +40,16 @@ test-slurm: example
 	command -v slurmctld >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-nemo: example $(NEMO)/.installed
+	$(NEMO)/bin/python -m pytest -m nemo tests/nemo
+
+$(NEMO)/.installed: requirements/nemo.txt $(STAMP)
+	$(BIN)/python -m venv --clear $(NEMO)
+	$(NEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/nemo.txt
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+		> "$$($(NEMO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_base.pth"
+	touch $@
 
 test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0

@@ -80,7 +80,7 @@ setup(
         "matplotlib",
         "megatron-core==0.16.1",
         "numpy",
-        "omegaconf>=2.4",
+        "omegaconf>=2.3",
         "psutil",
         "pyyaml",
         "requests",

@@ -32,13 +32,13 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def metrics(problems: Sequence[Problem]) -> dict[str, float]:
-    """`eval/<set>/avg@n` and the others of `summary`, half-widths of the avg's interval, mean length."""
+    """`eval/<set>/avg@n` and the others of `summary`, the half-width of avg@n's interval as `ci95`, mean length."""
     found: dict[str, float] = {}
     for name, members in by_set(problems).items():
         for measure, score in summary(members).items():
             found[f"eval/{slug(name)}/{measure}"] = score.value
             if measure.startswith("avg@") and score.high == score.high:
-                found[f"eval/{slug(name)}/{measure}_ci95"] = (score.high - score.low) / 2
+                found[f"eval/{slug(name)}/ci95"] = (score.high - score.low) / 2
     found["eval/response_length_mean"] = float(np.mean([n for problem in problems for n in problem.lengths]))
     return found
 

@@ -237,7 +237,7 @@ def _objective(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved(path: Path) -> dict[str, Any]:
     for name, function in _RESOLVERS.items():
-        OmegaConf.register_resolver(name, function, replace=True)
+        OmegaConf.register_new_resolver(name, function, replace=True)
     merged = OmegaConf.merge(*(layer.content for layer in read_layers(path)))
     try:
         return OmegaConf.to_container(merged, resolve=True)

@@ -48,6 +48,11 @@ class LoggedSample:
     prompt_id: str = ""
 
 
+def is_average(name: str) -> bool:
+    """Whether a metric is the score of a validation set, `eval/<set>/avg@<k>`."""
+    return name.startswith("eval/") and "/avg@" in name
+
+
 def to_number(value: Any) -> float | int | None:
     """A Python number for JSON; None for what is not finite, since JSON has no NaN. Takes 0-d tensors and arrays."""
     if hasattr(value, "item"):
@@ -208,7 +213,7 @@ class RunLogger:
         shown += [
             f"{name.removeprefix('eval/')} {value:.3f}"
             for name, value in record.items()
-            if name.startswith("eval/") and "/avg@" in name and value is not None
+            if is_average(name) and value is not None
         ]
         if self._bar is not None:
             self._bar.set_postfix_str(" · ".join(shown), refresh=False)
@@ -241,7 +246,7 @@ def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first_last: dict[str, tuple[float, float]] = {}
     for record in history:
         for name, value in record.items():
-            wanted = name == "reward/mean" or (name.startswith("eval/") and "/avg@" in name)
+            wanted = name == "reward/mean" or is_average(name)
             if wanted and value is not None:
                 first_last[name] = (first_last.get(name, (value,))[0], value)
     evaluations_first = dict(sorted(first_last.items(), key=lambda item: (not item[0].startswith("eval/"), item[0])))
