@@ -82,6 +82,7 @@ setup(
         "numpy",
         "omegaconf>=2.3",
         "psutil",
+        "pyinstrument",
         "pyyaml",
         "requests",
         "safetensors",

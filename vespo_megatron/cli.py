@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
+    if hasattr(parsed, "overrides"):  # argparse takes them in one stretch only; options may stand between them
+        parsed.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in parsed.overrides]
     if rest and not getattr(parsed, "takes_rest", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
@@ -46,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--scale-down", metavar="DIR", help="the recipe's layout on a CPU with the tiny model that DIR holds, two steps"
     )
+    train.add_argument("--profile", action="store_true", help="trace step 2 into <run>/profile")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="score a checkpoint or a served model: avg@k, pass@k, maj@k")
@@ -170,8 +174,9 @@ def _add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> No
 def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
     from vespo_megatron.trainer import launch
 
+    overrides = [*parsed.overrides, *(["logger.profile_step=2"] if parsed.profile else [])]
     try:
-        run_dir = launch.train(parsed.recipe, parsed.overrides, tiny_folder=parsed.scale_down)
+        run_dir = launch.train(parsed.recipe, overrides, tiny_folder=parsed.scale_down)
     except launch.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
         return failure.exit_code
@@ -313,8 +318,8 @@ def _compare(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _plan(parsed: argparse.Namespace, rest: list[str]) -> int:
+    from vespo_megatron.megatron.hardware import gpu
     from vespo_megatron.plan import planner
-    from vespo_megatron.plan.hardware import gpu
     from vespo_megatron.plan.published import shape_of
     from vespo_megatron.recipe.loader import load_recipe
 
@@ -327,7 +332,7 @@ def _plan(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 def _simulate(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.errors import UserError
-    from vespo_megatron.plan.hardware import gpu
+    from vespo_megatron.megatron.hardware import gpu
     from vespo_megatron.plan.simulate_command import report
     from vespo_megatron.recipe.loader import load_recipe
 

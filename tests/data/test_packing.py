@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -65,3 +67,20 @@ def test_a_sequence_beyond_the_budget_is_named():
 def test_too_few_sequences_for_the_ranks_is_an_error():
     with pytest.raises(UserError, match="a mini-batch has 1 sequences"):
         plan_mini_batches([10, 20], num_mini_batches=2, data_parallel_size=2)
+
+
+def test_micro_batches_of_like_work_meet():
+    """Expert parallel ranks exchange tokens in each micro-batch, so the slowest of them sets the pace."""
+    generator = random.Random(0)
+    lengths = [min(4000, int(generator.lognormvariate(6, 1.2)) + 1) for _ in range(256)]
+
+    def cost(length):
+        return length + length**2 / 4000
+
+    plan = plan_mini_batches(lengths, num_mini_batches=1, data_parallel_size=4, token_budget=8000, cost=cost)
+    (ranks,) = plan.mini_batches
+    work = [[sum(cost(lengths[index]) for index in content) for content in rank] for rank in ranks]
+    for mine in work:
+        assert mine == sorted(mine, reverse=True)
+    paced = sum(max(step) for step in zip(*work, strict=True))
+    assert paced <= 1.1 * sum(map(sum, work)) / 4

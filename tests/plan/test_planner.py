@@ -8,8 +8,8 @@ import pytest
 
 from vespo_megatron.cli import main
 from vespo_megatron.errors import UserError
+from vespo_megatron.megatron.hardware import GPUS, gpu
 from vespo_megatron.plan import activations
-from vespo_megatron.plan.hardware import GPUS, gpu
 from vespo_megatron.plan.memory import local_parameters, parameters, trainer_memory
 from vespo_megatron.plan.planner import plan, report
 from vespo_megatron.plan.published import PUBLISHED, shape_of

@@ -83,7 +83,6 @@ IMPOSSIBLE = {
         "train_mb_tokens",
         "at least 1028",
     ),
-    "log-prob token budget": ({"policy__sequence_packing__logprob_mb_tokens": 1}, "logprob_mb_tokens", "at least 1024"),
     "greedy training": ({G + "temperature": 0.0}, "temperature", "val_temperature=0"),
     "nucleus sampling in training": ({G + "top_p": 0.9}, "top_p", "set it to 1.0"),
     "top-k in training": ({G + "top_k": 20}, "top_k", "set it to null"),

@@ -104,7 +104,12 @@ def _plan_one(members, sizes, work, data_parallel_size, token_budget, max_sequen
                 where="policy.train_global_batch_size",
                 expected="more sequences per mini-batch, or a larger token budget",
             )
-    return [_split_until(bins, count, work) for bins in packed]
+    return [_heaviest_first(_split_until(bins, count, work), work) for bins in packed]
+
+
+def _heaviest_first(bins: list[list[int]], work: Sequence[float]) -> list[list[int]]:
+    """Ranks that exchange tokens in every micro-batch (expert parallel ones) wait for the slowest: like meets like."""
+    return sorted(bins, key=lambda content: (-sum(work[index] for index in content), content))
 
 
 def _balance(members: Sequence[int], work: Sequence[float], parts: int) -> list[list[int]]:

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
-from vespo_megatron.plan.hardware import GPU, TRAINING_MFU
 from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory
 from vespo_megatron.plan.timing import (
     Lengths,

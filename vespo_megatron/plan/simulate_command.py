@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vespo_megatron.plan.hardware import GPU, TRAINING_MFU
+from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
 from vespo_megatron.plan.pipeline_model import Forecast, Pipeline, simulate
 from vespo_megatron.plan.planner import plan
 from vespo_megatron.plan.published import shape_of

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from vespo_megatron.megatron import flops
+from vespo_megatron.megatron.hardware import DECODE_BANDWIDTH, GPU, TRAINING_MFU, USABLE_MEMORY
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
-from vespo_megatron.plan.hardware import DECODE_BANDWIDTH, GPU, TRAINING_MFU, USABLE_MEMORY
 from vespo_megatron.plan.memory import parameters
 from vespo_megatron.recipe.schema import Recipe
 

@@ -61,7 +61,7 @@ def _shrink_model(small: Recipe, folder: Path) -> None:
     policy = small.policy
     policy.model_name, policy.tokenizer.name, policy.precision = str(folder / "model"), None, "float32"
     policy.max_total_sequence_length = TOTAL_TOKENS
-    policy.sequence_packing.train_mb_tokens = policy.sequence_packing.logprob_mb_tokens = MICRO_BATCH_TOKENS
+    policy.sequence_packing.train_mb_tokens = MICRO_BATCH_TOKENS
     policy.megatron_cfg.layer_spec = "native"
     policy.megatron_cfg.moe_permute_fusion = policy.megatron_cfg.apply_rope_fusion = False
     # Offloading and reduced state are kernels of Transformer Engine and CUDA streams.

@@ -163,7 +163,9 @@ class SequencePackingConfig:
 
     enabled: bool = key(True, "Pack micro-batches up to a token budget; off: train_micro_batch_size sequences each.")
     train_mb_tokens: int = key(16384, "Token budget of a training micro-batch, for the whole context-parallel group.")
-    logprob_mb_tokens: int = key(16384, "The same for passes without gradient.")
+    logprob_mb_tokens: int = key(
+        16384, "No effect: passes without gradient go over the training micro-batches, whose routes they share."
+    )
 
 
 @dataclass
@@ -241,7 +243,7 @@ class PolicyConfig:
     tokenizer: TokenizerConfig = key(TokenizerConfig)
     train_global_batch_size: int = key(256, "Responses per optimizer update: N is the rollout batch over this.")
     train_micro_batch_size: int = key(4, "Sequences per micro-batch when sequence packing is off.")
-    logprob_batch_size: int = key(4, "The same for passes without gradient.")
+    logprob_batch_size: int = key(4, "No effect; see sequence_packing.logprob_mb_tokens.")
     max_total_sequence_length: int = key(1024, "Prompt and response together.")
     precision: str = key("bfloat16", "float32 or bfloat16.")
     megatron_cfg: MegatronConfig = key(MegatronConfig)
@@ -318,6 +320,7 @@ class LoggerConfig:
     """`logger`."""
 
     tensorboard_enabled: bool = key(True, "")
+    profile_step: int = key(0, "(ours) Trace this step into <run>/profile; 0: none. `train --profile` says 2.")
     num_val_samples_to_print: int = key(3, "Samples written to samples/ per evaluation.")
     progress: bool = key(True, "(ours) A progress bar where the output is a terminal.")
 

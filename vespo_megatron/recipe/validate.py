@@ -107,6 +107,7 @@ NOT_NEGATIVE = (
     "grpo.seed",
     "checkpointing.save_period",
     "logger.num_val_samples_to_print",
+    "logger.profile_step",
     "guard.max_bundles",
     "cluster.watchdog_timeout",
     "cluster.stop_timeout",
@@ -258,16 +259,15 @@ def _lengths(recipe: Recipe) -> Iterator[UserError]:
     if policy.sequence_packing.enabled:
         parallel = policy.megatron_cfg.context_parallel_size
         padded = longest if parallel == 1 else _round_up(longest, 2 * parallel)
-        for name in ("train_mb_tokens", "logprob_mb_tokens"):
-            budget = getattr(policy.sequence_packing, name)
-            if budget < padded:
-                yield UserError(
-                    f"is {budget}, too small for one sequence of policy.max_total_sequence_length "
-                    f"({longest}, padded to {padded})",
-                    where=f"policy.sequence_packing.{name}",
-                    expected=f"at least {padded}",
-                    fix="raise it, or lower policy.max_total_sequence_length",
-                )
+        budget = policy.sequence_packing.train_mb_tokens
+        if budget < padded:
+            yield UserError(
+                f"is {budget}, too small for one sequence of policy.max_total_sequence_length "
+                f"({longest}, padded to {padded})",
+                where="policy.sequence_packing.train_mb_tokens",
+                expected=f"at least {padded}",
+                fix="raise it, or lower policy.max_total_sequence_length",
+            )
 
 
 def _sampling(recipe: Recipe) -> Iterator[UserError]:

@@ -83,7 +83,7 @@ class Guard:
     def _keep(self, step: int, update: int, batch: Batch | None, blame: str) -> str:
         folder = bundle.bundle_folder(self.run_dir, step, update)
         if batch is not None:
-            shares = plan_shares(batch, self.recipe, self.place.data_size)
+            shares = plan_shares(batch, self.recipe, self.place.data_size, self.policy.shape)
             parts = [part for share in shares for part in share.mini_batches[update]]
             wanted = {sample.sample_id for part in parts for sample in part.samples}
             indices = [index for index, sample in enumerate(batch.samples) if sample.sample_id in wanted]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from vespo_megatron.trainer.checkpoint import Checkpointer, Found
 from vespo_megatron.trainer.controller import Controller
 from vespo_megatron.trainer.guard import Guard
 from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.profile import profiled
 from vespo_megatron.trainer.routes import StepRoutes, held_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter, Share
 from vespo_megatron.trainer.timers import Timers
+from vespo_megatron.trainer.utilization import utilization
 
 
 class Trainer:
@@ -47,8 +50,9 @@ class Trainer:
         self.scatter = Scatter(recipe, policy)
         self.weight_version = 0
         self.guard = guard or Guard(recipe, place, policy)
-        self.timers = Timers(self.guard.pulse)
+        self.timers = Timers(self.guard.pulse, place.device)
         self.checkpointer = checkpointer
+        self.profiles = recipe.logger.profile_step if self.guard.run_dir else 0
 
     def train(self, resumed: Found | None = None) -> bool:
         """All steps after the checkpoint `resumed`, with evaluation and logging; rank 0 writes.
@@ -71,7 +75,8 @@ class Trainer:
             self.with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(done + 1, schedule.max_num_steps + 1):
             self.guard.begin(step)
-            metrics = self.step(step)
+            with profiled(self.guard.run_dir, self.place.rank, step) if step == self.profiles else nullcontext():
+                metrics = self.step(step)
             last = step == schedule.max_num_steps
             due = schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end))
             if due:
@@ -132,6 +137,7 @@ class Trainer:
             with self.timers("reference_log_probs"):
                 self.fill_reference_log_probs(mini_batches)
         results: list[UpdateResult] = []
+        updates_began = time.perf_counter()
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
                 first = index == 0 and not ran_log_prob_pass
@@ -147,12 +153,17 @@ class Trainer:
                 routes.after_update(micro_batches, first=first)
                 if not results[-1].succeeded:
                     self.guard.after_skip(step, index, rollout.batch if rollout else None)
+        trained = time.perf_counter() - updates_began
         with self.timers("sync_weights"):
             self.after_updates(step)
         metrics = self.reduce(results) | self.reduce_routes(routes, everything)
         if rollout is None:
             return {}
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
+        metrics |= utilization(
+            rollout.batch.samples, self.policy.shape, seconds=trained, device=self.place.device,
+            devices=self.place.world_size,
+        )  # fmt: skip
         return rollout.metrics | metrics | {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
 
     def after_updates(self, step: int) -> None:

@@ -14,6 +14,8 @@ from vespo_megatron.data.layout import padded_length
 from vespo_megatron.data.packing import plan_mini_batches
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
+from vespo_megatron.megatron import flops
+from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.micro_batch import layouts
 from vespo_megatron.megatron.parallel import Place
 from vespo_megatron.megatron.policy import MegatronPolicy
@@ -50,7 +52,7 @@ class Scatter:
         """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its share."""
         objects: list[Any] = [None] * self.place.world_size
         if isinstance(batch, Batch):
-            shares = plan_shares(batch, self.recipe, self.place.data_size)
+            shares = plan_shares(batch, self.recipe, self.place.data_size, self.shape)
             objects = [self._for_rank(shares[place.data_rank], place, layers) for place, layers in self._ranks]
         elif batch is not None:
             objects = [batch] * self.place.world_size
@@ -100,8 +102,8 @@ def _without_routes(batch: Batch) -> Batch:
     return Batch(samples, batch.advantages, batch.lags)
 
 
-def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[Share]:
-    """Cut a rollout batch into mini-batches and micro-batches for each data parallel rank. Pure."""
+def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Qwen3MoeShape) -> list[Share]:
+    """Cut a rollout batch into mini-batches and micro-batches of equal work for each data parallel rank. Pure."""
     policy, megatron = recipe.policy, recipe.policy.megatron_cfg
     packing = policy.sequence_packing
     virtual = megatron.virtual_pipeline_model_parallel_size
@@ -112,6 +114,7 @@ def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int) -> list[S
         token_budget=packing.train_mb_tokens if packing.enabled else None,
         max_sequences=None if packing.enabled else policy.train_micro_batch_size,
         padded_length=lambda length: padded_length(length, megatron.context_parallel_size),
+        cost=lambda length: flops.sequence_cost(shape, length),
         round_up_to=megatron.pipeline_model_parallel_size if virtual else 1,
     )
     normalizers = []

@@ -1,4 +1,4 @@
-"""Wall time of each phase of a step, in seconds, as `time/<phase>`."""
+"""Wall time and memory of each phase of a step, as `time/<phase>` in seconds and `memory/<phase>` in GiB."""
 
 from __future__ import annotations
 
@@ -6,29 +6,46 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import psutil
+import torch
+
 from vespo_megatron.trainer.pulse import Pulse
 
 
 class Timers:
-    """`with timers("generate"): …`, then `timers.pop()`. A pulse tells the watchdog which phase it is."""
+    """`with timers("generate"): …`, then `timers.pop()`. A pulse tells the watchdog which phase it is.
 
-    def __init__(self, pulse: Pulse | None = None) -> None:
+    Memory is this process's: on a GPU the most that was allocated during the phase, on the host what is resident at
+    its end.
+    """
+
+    def __init__(self, pulse: Pulse | None = None, device: torch.device | None = None) -> None:
         self._pulse = pulse
-        self._seconds: dict[str, float] = {}
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._process = psutil.Process()
+        self._measured: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         around = self._pulse.enter(phase) if self._pulse else ""
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
         finally:
             if self._pulse:
                 self._pulse.enter(around)
-            name = f"time/{phase}"
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+            seconds, memory = f"time/{phase}", f"memory/{phase}"
+            self._measured[seconds] = self._measured.get(seconds, 0.0) + time.perf_counter() - started
+            self._measured[memory] = max(self._measured.get(memory, 0.0), self._memory() / 2**30)
 
     def pop(self) -> dict[str, float]:
         """What was measured since the last call."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+        measured, self._measured = self._measured, {}
+        return measured
+
+    def _memory(self) -> int:
+        if self._device is not None:
+            return torch.cuda.max_memory_allocated(self._device)
+        return self._process.memory_info().rss

@@ -10,13 +10,20 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.process import die_with_parent, note_failure
 from vespo_megatron.trainer.pulse import Pulse
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
+
+if TYPE_CHECKING:
+    from vespo_megatron.data.prompts import PromptRecord
+    from vespo_megatron.megatron.parallel import Place
+    from vespo_megatron.trainer.controller import Controller
 
 
 def main(run_dir: Path, work: str = "train") -> int:
@@ -56,10 +63,14 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     from vespo_megatron.trainer.loop import Trainer
     from vespo_megatron.trainer.mismatch import measure
 
+    prompts = load_training_prompts(recipe) if place.rank == 0 else []
+    limit_steps(recipe, len(prompts), place)
     policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
-    controller = build_controller(recipe, run_dir, place, resumed.step if resumed else 0) if place.rank == 0 else None
+    controller = (
+        build_controller(recipe, run_dir, place, prompts, resumed.step if resumed else 0) if place.rank == 0 else None
+    )
     try:
         kind = AsyncTrainer if recipe.grpo.async_grpo.enabled else Trainer
         trainer = kind(recipe, place, policy, controller, Guard(recipe, place, policy, run_dir, pulse), checkpointer)
@@ -78,7 +89,34 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
             controller.close()
 
 
-def build_controller(recipe: Recipe, run_dir: Path, place, start_step: int = 0):
+def load_training_prompts(recipe: Recipe) -> list[PromptRecord]:
+    """All of them, tokenised. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    from vespo_megatron.data.prompts import load_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
+    return load_prompts(recipe.data.train, recipe, tokenizer)
+
+
+def limit_steps(recipe: Recipe, num_prompts: int, place: Place) -> None:
+    """Lower `grpo.max_num_steps` to what `max_num_epochs` passes over the prompts give; a collective.
+
+    Rank 0 says how many prompts there are. Dynamic sampling draws more than a step trains on, and passes on sooner.
+    """
+    import torch
+    import torch.distributed as dist
+
+    schedule = recipe.grpo
+    steps = min(schedule.max_num_steps, schedule.max_num_epochs * num_prompts // schedule.num_prompts_per_step)
+    agreed = torch.tensor([max(1, steps)], device=place.device)
+    dist.broadcast(agreed, src=0)
+    schedule.max_num_steps = int(agreed.item())
+
+
+def build_controller(
+    recipe: Recipe, run_dir: Path, place: Place, prompts: Sequence[PromptRecord], start_step: int = 0
+) -> Controller:
     """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
     from transformers import AutoTokenizer
 
@@ -89,7 +127,6 @@ def build_controller(recipe: Recipe, run_dir: Path, place, start_step: int = 0):
     from vespo_megatron.trainer.logging import RunLogger
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
-    prompts = load_prompts(recipe.data.train, recipe, tokenizer)
     validation = load_prompts(recipe.data.validation, recipe, tokenizer) if recipe.data.validation.path else []
     logger = RunLogger(
         run_dir,

@@ -48,3 +48,9 @@ def gpu(name: str) -> GPU:
     if name not in GPUS:
         raise UserError(f"{name!r} is not known", where="--gpu", expected=", ".join(GPUS))
     return GPUS[name]
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of the device CUDA calls by this name, as in "NVIDIA H100 80GB HBM3"; None if unknown."""
+    words = device_name.upper().replace("-", " ").split()
+    return next((known.bf16_tflops for name, known in GPUS.items() if name.split("-")[0].upper() in words), None)
