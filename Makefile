@@ -4,6 +4,7 @@
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
 #   make test-nightly   the tests that take minutes or hours
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
+#   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
 #   make nightly many more examples for every property, and ten minutes of each fuzzer (FUZZ_SECONDS)
@@ -24,7 +25,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-nemo test-triton nightly fuzz lint venv example clean
+.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly fuzz lint venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -40,6 +41,12 @@ test-slurm: example
 	command -v slurmctld >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-browser: example
+	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium)
+	$(PIP) --no-deps playwright==1.65.2 greenlet==3.5.6 pyee==13.0.1
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-nemo: example $(NEMO)/.installed
 	$(NEMO)/bin/python -m pytest -m nemo tests/nemo

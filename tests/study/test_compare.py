@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up_study import SMALL, made_up
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.validate import problems
@@ -22,21 +22,6 @@ from vespo_megatron.trainer.preflight import check_tables
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
-
-SMALL = """
-name: small
-base: {base}
-output: {output}
-seeds: [1, 2]
-overrides: [grpo.max_num_steps=2, grpo.num_prompts_per_step=8, grpo.val_period=1, grpo.max_val_samples=16,
-            checkpointing.save_hf=false, logger.tensorboard_enabled=false]
-variants:
-  vespo: [loss_fn.name=vespo]
-  again: [loss_fn.name=vespo]
-  broken: [loss_fn.name=vespo, data.train.path=/no/such/prompts.parquet]
-accuracy: eval/running_sums/avg@1
-parallel: 2
-"""
 
 
 @pytest.fixture
@@ -129,18 +114,6 @@ def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study
 
 
 # ---- reports of made-up runs ---------------------------------------------------------------------------------------
-
-
-def made_up(study, accuracy_of, *, steps=4, unfinished=()):
-    for cell in study.cells():
-        folder = study.folder(cell)
-        folder.mkdir(parents=True)
-        with (folder / "metrics.jsonl").open("w") as file:
-            for step, value in enumerate(accuracy_of(cell, steps)):
-                record = {"step": step, "reward/mean": value, "vespo/ess": 0.9, study.accuracy: value}
-                file.write(json.dumps(record) + "\n")
-        if cell.levels not in unfinished:
-            (folder / "summary.json").write_text(json.dumps({"seconds": 10.0}))
 
 
 def test_a_report_says_which_variant_helped_by_how_much_and_whether_it_is_noise(study_file, tmp_path):
