@@ -1,11 +1,11 @@
-"""Asynchronous against synchronous training: wall time of the same updates, and accuracy after them.
+"""Asynchronous against synchronous training: wall time of the same updates.
 
-    python benchmarks/bench_async.py --record              wall time, with simulated generation
-    python benchmarks/bench_async.py --converge --record   the tiny example, SGLang's real server, three seeds a setting
+    python benchmarks/bench_async.py [--record]
 
-Wall time: the tiny example's training in one process, against an engine that takes time and no core: random responses,
+The tiny example's training in one process, against an engine that takes time and no core: random responses,
 each group after a log-normal delay, as many groups at once as a batch has. The delay is chosen so that a synchronous
-step generates about as long as it trains. Compared is the time from the first step's begin to the last one's end.
+step generates about as long as it trains. Compared is the time from the first step's begin to the last one's end. What
+accuracy it costs is the asynchronous study's question (examples/studies/asynchronous.yaml).
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import multiprocessing
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -38,23 +36,15 @@ ON_TIME = ["grpo.num_prompts_per_step=8", "policy.train_global_batch_size=64"]  
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--converge", action="store_true")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--updates", type=int, default=120, help="with --converge")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    section, text = ("Asynchronous accuracy", converge(arguments)) if arguments.converge else (
-        "Asynchronous wall time", wall_time(arguments)
-    )  # fmt: skip
+    text = wall_time(arguments)
     print(text)
     if arguments.record:
         from results import record
 
-        record(section, text)
-
-
-# ---- wall time -----------------------------------------------------------------------------------------------------
+        record("Asynchronous wall time", text)
 
 
 def wall_time(arguments: argparse.Namespace) -> str:
@@ -168,67 +158,6 @@ class SimulatedEngine:
 
     def close(self):
         """Nothing is held."""
-
-
-# ---- accuracy ------------------------------------------------------------------------------------------------------
-
-
-def converge(arguments: argparse.Namespace) -> str:
-    """Markdown."""
-    settings = {"synchronous": []}
-    settings |= {f"max_staleness {n}": [*ASYNC, f"grpo.async_grpo.max_staleness={n}"] for n in (1, 4, 8)}
-    lines = [
-        f"VESPO on the tiny example, {arguments.updates} updates of 64 responses, SGLang's real server in its own "
-        f"process, weights after every update; held-out accuracy of {len(arguments.seeds)} seeds.",
-        "",
-        "| | accuracy after | mean | largest lag | mean lag |",
-        "|---|---|---|---|---|",
-    ]
-    with tempfile.TemporaryDirectory() as folder, serving(folder) as url:
-        for name, overrides in settings.items():
-            rows = [real_run(folder, url, seed, arguments.updates, overrides) for seed in arguments.seeds]
-            last = [
-                next(v for k, v in reversed(row[-1].items()) if k.startswith("eval/") and "/avg@" in k) for row in rows
-            ]
-            lag = max(step.get("staleness/lag_max", 0.0) for row in rows for step in row)
-            mean = statistics.fmean(step.get("staleness/lag_mean", 0.0) for row in rows for step in row)
-            values = ", ".join(f"{value:.3f}" for value in last)
-            lines.append(f"| {name} | {values} | {statistics.fmean(last):.3f} | {lag:.0f} | {mean:.2f} |")
-            print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
-def accuracy(row: dict[str, float]) -> float:
-    return next(value for name, value in row.items() if name.startswith("eval/") and "/avg@" in name)
-
-
-class serving:
-    """One SGLang server for all runs; yields its URL."""
-
-    def __init__(self, folder: str) -> None:
-        from vespo_megatron.rollout_sglang import launch_servers
-
-        self._servers = launch_servers(load_recipe(RECIPE), Path(folder))
-
-    def __enter__(self) -> str:
-        return self._servers.__enter__().urls[0]
-
-    def __exit__(self, *error: object) -> None:
-        self._servers.__exit__(*error)
-
-
-def real_run(folder: str, url: str, seed: int, updates: int, overrides: list[str]) -> list[dict[str, float]]:
-    """Train in a process of its own; the server starts with the weights that the last run left, and gets the first."""
-    name = f"{seed}_{len(list(Path(folder).glob('runs/*')))}"
-    command = [
-        sys.executable, "-m", "vespo_megatron.cli", "train", RECIPE, *ALONE, *ON_TIME, f"grpo.seed={seed}",
-        f"grpo.max_num_steps={updates}", "grpo.val_period=40", f"policy.generation.sglang_cfg.urls=[{url}]",
-        "checkpointing.save_hf=false", f"exp_manager.exp_dir={folder}/runs", f"exp_manager.name={name}",
-        "exp_manager.version=0", *overrides,
-    ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
-    lines = (Path(folder) / "runs" / name / "0" / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["step"]]
 
 
 if __name__ == "__main__":
