@@ -2,12 +2,15 @@
 #
 #   make train   install into .venv, make the tiny example, train it (ARGS="grpo.seed=7" overrides the recipe)
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
-#   make test-nightly   the tests that take minutes or hours
+#   make nightly        what takes minutes or hours: test-nightly, properties, fuzz, study-smoke
+#   make test-nightly   the slow tests: 5,000 steps, twenty kills, every 30B recipe scaled down
+#   make properties     two thousand examples for every property
+#   make fuzz           ten minutes of each fuzzer (FUZZ_SECONDS)
+#   make study-smoke    a small staleness study, held to what has always held
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
-#   make nightly many more examples for every property, and ten minutes of each fuzzer (FUZZ_SECONDS)
 #   make lint    ruff and the import contract
 #   make venv    install only
 
@@ -25,7 +28,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly fuzz lint venv example clean
+.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly properties fuzz study-smoke lint venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -62,10 +65,15 @@ test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0
 	$(BIN)/python -m pytest -m triton tests/losses
 
+nightly: test-nightly properties fuzz study-smoke
+
 # Only the tests of properties: the others do not change with the number of examples.
-nightly: example fuzz
+properties: example
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest --timeout=1800 --hypothesis-show-statistics \
 		$$(grep -rlE '^@given' tests) $(PYTEST_ARGS)
+
+study-smoke: example
+	$(BIN)/python -m pytest -m smoke tests/study $(PYTEST_ARGS)
 
 # What a fuzzer finds is a crash-* file here; the fuzzer takes it as its argument to run it again.
 fuzz: $(STAMP)

@@ -107,7 +107,28 @@ def measure(folder: Path, arguments: argparse.Namespace) -> str:
             f"| {transport} | {update:.2f} | {check:.2f} | {total / update / 1e9:.2f} | {raw:.2f} | "
             f"{total / raw / 1e9:.2f} | {raw / update:.0%} | {peak / arguments.bucket_mib / MIB:.2f} |"
         )
+    hashing, packing = passes(tensors, arguments.bucket_mib * MIB)
+    lines += [
+        "",
+        f"Hashing these bytes takes {hashing:.2f} s here, copying them into a bucket {packing:.2f} s. "
+        "Beside the transport an update makes four such passes: the trainer packs and hashes, SGLang copies buckets "
+        "into its fused weights, and the check hashes what the server holds, from memory once more.",
+    ]
     return "\n".join(lines)
+
+
+def passes(tensors: dict[str, torch.Tensor], bucket: int) -> tuple[float, float]:
+    """Seconds of hashing every tensor, and of copying each into a buffer of a bucket's size."""
+    from vespo_megatron.rollout_sglang.checksum import tensor_checksum
+
+    buffer = torch.zeros(max(bucket, max(tensor.nbytes for tensor in tensors.values())), dtype=torch.uint8)
+
+    def pack() -> None:
+        for tensor in tensors.values():
+            buffer[: tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+
+    hashing = timed(lambda: [tensor_checksum(name, tensor) for name, tensor in tensors.items()])
+    return hashing, timed(pack)
 
 
 def make_model(folder: Path) -> dict[str, torch.Tensor]:

@@ -237,7 +237,10 @@ def _objective(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved(path: Path) -> dict[str, Any]:
     for name, function in _RESOLVERS.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
+        try:
+            OmegaConf.register_resolver(name, function, replace=True)
+        except TypeError:  # omegaconf 2.3, where this name is of an older function
+            OmegaConf.register_new_resolver(name, function, replace=True)
     merged = OmegaConf.merge(*(layer.content for layer in read_layers(path)))
     try:
         return OmegaConf.to_container(merged, resolve=True)

@@ -93,8 +93,8 @@ class RunLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         self._stream = stream or sys.stderr
-        self._history: list[dict[str, Any]] = _keep_until(self.run_dir / METRICS_FILE, start_step)
-        taken = self._history[-1].get("wall_time", 0.0) if self._history else 0.0
+        kept = _keep_until(self.run_dir / METRICS_FILE, start_step)
+        taken = kept[-1].get("wall_time", 0.0) if kept else 0.0
         self._started = time.monotonic() - taken  # a resumed run's time goes on
         self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard = self._open_tensorboard(start_step) if tensorboard else None
@@ -109,8 +109,8 @@ class RunLogger:
 
     @property
     def history(self) -> Sequence[Mapping[str, Any]]:
-        """Every step logged so far, those before a resume included."""
-        return self._history
+        """Every step logged so far, those before a resume included: read again, as a long run's would fill memory."""
+        return read_metrics(self.run_dir)
 
     def log_step(self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Any] | None = None) -> None:
         """Record one step (one rollout batch, or an evaluation before the first one as step 0).
@@ -125,7 +125,6 @@ class RunLogger:
         record.update({name: to_number(value) for name, value in metrics.items()})
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self._metrics.flush()  # a crash leaves every finished step on disk
-        self._history.append(record)
         if self._tensorboard is not None:
             from vespo_megatron.losses.diagnostics import log_histograms
             from vespo_megatron.losses.metrics import MetricSums
@@ -171,7 +170,7 @@ class RunLogger:
         Args:
             extra: facts to keep with it, for instance `{"engine": "SGLang 0.5.23 …", "trainer": "megatron-core …"}`.
         """
-        values = summarise(self._history)
+        values = summarise(self.history)
         values["facts"] = dict(extra or {})
         values["run_dir"] = str(self.run_dir)
         values["seconds"] = round(time.monotonic() - self._started, 1)
