@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -60,6 +61,7 @@ def test_every_study_of_the_examples_is_sound(path, monkeypatch):
         ("  vespo: [loss|  ves/po: [loss", "variants"),
         ("  again: [loss_fn.name=vespo]|  again: [loss_fn.name]", "variants.variant.again"),
         ("variants:|", "small.yaml"),
+        ("parallel: 2|also: [k4]", "small.yaml: also"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_named(change, said, study_file):
@@ -148,3 +150,20 @@ def test_a_collapsed_run_is_flagged_and_a_running_one_is_not_counted(study_file)
     assert (rows["vespo"].collapsed, rows["again"].collapsed) == (0, 2)
     assert rows["broken"].finished == 0 and rows["broken"].accuracy.text() == "-"
     assert "again" in write_study_report(study).read_text()
+
+
+def test_other_measures_are_compared_as_ratios_or_differences(study_file):
+    study_file.write_text(study_file.read_text().replace("[1, 2]", "[1, 2, 3, 4]") + "also: [k3, ess]\n")
+    study = load_study(study_file)
+    made_up(study, lambda cell, steps: [0.5] * steps)
+    for cell in study.cells():
+        path = study.folder(cell) / "metrics.jsonl"
+        k3 = {"vespo": 1.0, "again": 1.0 + 0.1 * (cell.seed % 2), "broken": 0.2}[cell.levels[0]] * cell.seed * 1e-4
+        rows = [json.loads(line) | {"mismatch/k3": k3 * (1 + 0.01 * cell.seed)} for line in path.open()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = sentences(study, compare_rows(study, read_outcomes(study)))
+    assert said[0].startswith("again against vespo: no difference found (+0.000 accuracy")
+    (k3,) = [text for text in said if "broken" in text and "k3" in text]
+    assert k3.startswith("broken against vespo: lower (×0.2 k3 [×0.2, ×0.2]")
+    assert any("again" in text and "no difference found (×" in text for text in said)
+    assert any(text.startswith("again against vespo: no difference found (+0.000 ess") for text in said)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vespo_megatron.recipe.schema import GuardConfig
@@ -78,6 +78,7 @@ numbers = st.one_of(st.none(), st.floats(), st.integers(-(2**63), 2**63))
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(sorted(HEALTHY)), numbers), max_size=60))
+@example([{"loss/grad_norm_max": 1.7e308}] * 3)  # their sum overflows
 def test_no_metric_makes_a_detector_fail(steps):
     detectors = Detectors(GuardConfig(window=3))
     for metrics in steps:

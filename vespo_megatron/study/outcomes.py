@@ -10,23 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vespo_megatron.study.measures import LATE
 from vespo_megatron.study.spec import Cell, Study
 from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics
 
 COLLAPSE = "the last held-out accuracy is below half of the best the run had"
-
-LATE = {
-    "reward": "reward/mean",
-    "w_mean": "vespo/w_mean",
-    "ess": "vespo/ess",
-    "k3": "mismatch/k3",
-    "route_agreement": "routes/agreement",
-    "entropy": "policy/entropy",
-    "response_length": "response/length_mean",
-    "grad_norm": "loss/grad_norm",
-    "lag_mean": "staleness/lag_mean",
-}
-"""Columns that are a metric's mean over the last quarter of a run's steps."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@
         N=4: [grpo.num_prompts_per_step=32]
     baseline: vespo                        # a level of the first axis, which every other one is compared with
     accuracy: eval/running_sums/avg@4      # the metric of the tables
+    also: [k3, route_agreement]            # late means that are compared as well: study/measures.py lists them
     parallel: 2                            # runs at a time
     published:                             # numbers of a paper, shown beside the study's
       source: "arXiv 2602.10693 v3, Table 1"
@@ -35,6 +36,7 @@ import yaml
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.study.measures import LATE
 
 _LEVEL = re.compile(r"[A-Za-z0-9_=+.-]+")
 
@@ -79,6 +81,7 @@ class Study:
     axes: Mapping[str, Mapping[str, tuple[str, ...]]]
     baseline: str
     accuracy: str
+    also: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     parallel: int = 1
     published: Published = field(default_factory=Published)
@@ -157,10 +160,13 @@ class _Reader:
             axes=axes,
             baseline=baseline,
             accuracy=self.take("accuracy", str),
+            also=tuple(map(str, self.take("also", list, []))),
             overrides=self.texts("overrides", self.take("overrides", list, [])),
             parallel=max(1, self.take("parallel", int, 1)),
             published=Published(**published),
         )
+        if unknown := set(study.also) - set(LATE):
+            self.fail("also", f"some of {', '.join(LATE)}, not {sorted(unknown)[0]}")
         if self.content:
             self.fail(next(iter(self.content)), "no such key; see vespo_megatron/study/spec.py")
         return study

@@ -11,13 +11,15 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vespo_megatron.study.outcomes import COLLAPSE, LATE, Outcome, cells_csv, curves_csv, read_outcomes
+from vespo_megatron.study.measures import LATE, RATIOS
+from vespo_megatron.study.outcomes import COLLAPSE, Outcome, cells_csv, curves_csv, read_outcomes
 from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
 from vespo_megatron.study.spec import Study
 from vespo_megatron.study.statistics import LEVEL, Difference, Mean, holm, mean, paired
 
 MARKERS = "osD^vP*Xd"
+_ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Row:
     late: dict[str, Mean]
     difference: Difference | None
     """To the baseline's accuracy; None for the baseline itself."""
+    also: dict[str, Difference]
+    """To the baseline's late means that the study compares; of logarithms for `RATIOS`."""
 
     @property
     def finished(self) -> int:
@@ -72,13 +76,16 @@ def compare_rows(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
         by_levels.setdefault(outcome.cell.levels, []).append(outcome)
     places = [(setting, variant) for setting in study.settings for variant in study.variants]
     compared = [place for place in places if place[1] != study.baseline]
-    differences = dict(
-        zip(
-            compared,
-            holm([_difference(by_levels[(v, *s)], by_levels[(study.baseline, *s)]) for s, v in compared]),
-            strict=True,
+    differences = {
+        measure: dict(
+            zip(
+                compared,
+                holm([_difference(by_levels[(v, *s)], by_levels[(study.baseline, *s)], measure) for s, v in compared]),
+                strict=True,
+            )
         )
-    )
+        for measure in (_ACCURACY, *study.also)
+    }
     rows = []
     for setting, variant in places:
         runs = by_levels[(variant, *setting)]
@@ -91,28 +98,38 @@ def compare_rows(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
                 best=_mean(run.best for run in runs if run.state == "finished"),
                 collapsed=sum(run.collapsed for run in runs),
                 late={name: _mean(run.late[name] for run in runs if run.state == "finished") for name in LATE},
-                difference=differences.get((setting, variant)),
+                difference=differences[_ACCURACY].get((setting, variant)),
+                also={name: differences[name][setting, variant] for name in study.also if variant != study.baseline},
             )
         )
     return rows
 
 
 def sentences(study: Study, rows: Sequence[Row]) -> list[str]:
-    """What the comparisons say, one sentence each, those that found something first."""
+    """What the comparisons say, one sentence each: accuracy first, and of each measure what was found."""
     said = []
-    for row in rows:
-        if row.difference is None:
-            continue
-        where = f" at {', '.join(row.setting)}" if row.setting else ""
-        pair = f"{row.variant} against {study.baseline}{where}: "
-        verdict, by = row.difference.verdict, row.difference.mean
-        numbers = f"{by.value:+.3f} accuracy"
-        if not math.isnan(by.half):
-            numbers += f" [{by.value - by.half:+.3f}, {by.value + by.half:+.3f}]"
-        if not math.isnan(row.difference.adjusted_p):
-            numbers += f", adjusted p = {row.difference.adjusted_p:.2g}"
-        said.append((verdict not in ("higher", "lower"), f"{pair}{verdict} ({numbers}, {by.count} seeds)."))
-    return [text for _, text in sorted(said, key=lambda item: item[0])]
+    for measure in (_ACCURACY, *study.also):
+        for row in rows:
+            difference = row.difference if measure == _ACCURACY else row.also.get(measure)
+            if difference is not None:
+                found = difference.verdict in ("higher", "lower")
+                said.append((measure != _ACCURACY, measure, not found, _sentence(study, row, measure, difference)))
+    return [text for *_, text in sorted(said, key=lambda item: item[:3])]
+
+
+def _sentence(study: Study, row: Row, measure: str, difference: Difference) -> str:
+    where = f" at {', '.join(row.setting)}" if row.setting else ""
+
+    def number(value: float) -> str:
+        return f"×{math.exp(value):.3g}" if measure in RATIOS else f"{value:+.3f}"
+
+    by = difference.mean
+    numbers = f"{number(by.value)} {measure}"
+    if not math.isnan(by.half):
+        numbers += f" [{number(by.value - by.half)}, {number(by.value + by.half)}]"
+    if not math.isnan(difference.adjusted_p):
+        numbers += f", adjusted p = {difference.adjusted_p:.2g}"
+    return f"{row.variant} against {study.baseline}{where}: {difference.verdict} ({numbers}, {by.count} seeds)."
 
 
 def tables(study: Study, rows: Sequence[Row]) -> str:
@@ -214,13 +231,18 @@ def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def _difference(variant: Sequence[Outcome], baseline: Sequence[Outcome]) -> Difference:
-    pairs = [
-        (left.accuracy, right.accuracy)
-        for left, right in zip(variant, baseline, strict=True)
-        if not math.isnan(left.accuracy) and not math.isnan(right.accuracy)
-    ]
-    return paired([left for left, _ in pairs], [right for _, right in pairs])
+def _difference(variant: Sequence[Outcome], baseline: Sequence[Outcome], measure: str) -> Difference:
+    """Over the seeds that both have finished."""
+
+    def value(run: Outcome) -> float:
+        if measure == _ACCURACY or run.state != "finished":
+            return run.accuracy
+        late = run.late[measure]
+        return (math.log(late) if late > 0 else math.nan) if measure in RATIOS else late
+
+    pairs = [(value(left), value(right)) for left, right in zip(variant, baseline, strict=True)]
+    known = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    return paired([left for left, _ in known], [right for _, right in known])
 
 
 def _mean(values) -> Mean:

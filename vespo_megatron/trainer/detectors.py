@@ -62,7 +62,7 @@ class Detectors:
             self._count[name] = self._count.get(name, 0) + 1
         if len(window) < self.config.window:
             return None
-        mean = statistics.fmean(window)
+        mean = math.fsum(value / len(window) for value in window)  # their sum may be beyond float64
         self._first.setdefault(name, mean)
         self._best[name] = max(mean, self._best.get(name, mean))
         return mean if self._count[name] >= 2 * self.config.window else None
