@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,3 +101,37 @@ def test_in_place_a_response_runs_on_through_the_updates(engine, reference):
     np.testing.assert_allclose(
         result.log_probs[here], weights_of(reference, first)[first].score(request(), result)[0][here], atol=1e-4, rtol=0
     )
+
+
+def test_more_than_the_server_may_have_at_a_time_goes_on_after_each_pause(tiny_recipe, sglang_servers, reference):
+    """Sixteen responses, four at a time, five updates: none waits for a server that waits for it."""
+    recipe = copy.deepcopy(tiny_recipe)
+    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
+    engine = connect(recipe, sglang_servers.urls)
+    requests = [replace(r, group_id=r.request_id) for r in make_requests(16, max_new_tokens=80)]
+
+    async def draw():
+        conversations = [Conversation(request, context_length=128) for request in requests]
+        while turns := [turn for turn in (c.next_request() for c in conversations) if turn is not None]:
+            results = {result.request_id: result for result in await engine.generate(turns)}
+            for conversation in conversations:
+                if (turn := conversation.next_request()) is not None:
+                    conversation.add(results[turn.request_id])
+        return [conversation.result() for conversation in conversations]
+
+    async def everything():
+        drawing, pauses = asyncio.create_task(draw()), []
+        for _ in range(5):
+            await asyncio.sleep(0.3)
+            began = time.monotonic()
+            await engine.pause()
+            version = engine.weight_version + 1
+            await asyncio.to_thread(engine.update_weights, reference.named_tensors(0.01, seed=version), version)
+            await engine.resume()
+            pauses.append(time.monotonic() - began)
+        return await drawing, pauses
+
+    results, pauses = asyncio.run(everything())
+    engine.close()
+    assert all(len(result.output_ids) == 80 for result in results)
+    assert max(pauses) < 15, pauses

@@ -11,6 +11,7 @@ import copy
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 from fault_server import FaultServer
@@ -272,3 +273,30 @@ def engine_seconds(metrics):
     seconds = 96 / metrics["rollout/tokens_per_second"]
     assert 0.2 <= seconds < 5
     return seconds
+
+
+def test_a_pause_ends_what_waits_for_room_and_what_came_too_late(pool_of, recipe):
+    """Four at a time on a server that keeps what reaches it, as a paused one does: nobody waits for either."""
+    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
+    recipe.policy.generation.sglang_cfg.request_timeout = 60.0
+    server = FaultServer("stalls")
+    engine = pool_of(server)
+    requests = [replace(request, group_id=request.request_id) for request in make_requests(12, max_new_tokens=3)]
+    began = time.monotonic()
+
+    async def paused():
+        drawing = asyncio.create_task(engine.generate(requests))
+        while sum(each.in_flight for each in engine.pool.servers) < 4:
+            await asyncio.sleep(0.01)
+        await engine.pause()
+        return await asyncio.wait_for(drawing, 2)
+
+    results = asyncio.run(paused())
+    assert [result.request_id for result in results] == [request.request_id for request in requests]
+    assert all(result.finish_reason == "abort" and len(result.output_ids) == 0 for result in results)
+    assert time.monotonic() - began < 10
+    assert engine.metrics()["rollout/servers"] == 1, "the server has done nothing wrong"
+
+    server.fault = ""
+    asyncio.run(engine.resume())
+    assert all(len(result.output_ids) == 3 for result in generate(engine, requests))

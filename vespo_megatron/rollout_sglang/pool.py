@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client import SGLangClient
 from vespo_megatron.rollout_sglang.dispatch import Dispatcher, split_calls
@@ -45,6 +47,7 @@ _CALL_SIZE = 16
 _MAX_FAULTS = 3
 """So often in a row a server may fail, or a call may be tried on different servers, before it is given up."""
 _POLL_S = 0.5
+_QUIET_S = 3.0
 _UP_TIMEOUT_S = 10.0
 
 
@@ -101,6 +104,7 @@ class ServerPool:
         self._metrics = RolloutMetrics(len(clients))
         self._lock = threading.Lock()
         self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
+        self._held = False
         self._threads = ThreadPoolExecutor(max(4, len(clients)), thread_name_prefix="server-pool")
 
     def on_all(self, method: Callable[[SGLangClient], T], servers: Iterable[Server] | None = None) -> list[T]:
@@ -189,6 +193,8 @@ class ServerPool:
         faults: list[ServerFault] = []
         while True:
             server = await self._take(wanted[0].group_id, len(wanted))
+            if server is None:
+                return _not_begun(wanted, indices, arrived)
             start = time.monotonic()
             try:
                 answers = await self._while_present(server, server.client.generate(session, wanted))
@@ -197,6 +203,8 @@ class ServerPool:
             except ServerFault as fault:
                 faults.append(fault)
                 self.lose(server, fault)
+            except _Abandoned:
+                return _not_begun(wanted, indices, arrived)
             finally:
                 self._give_back(server, len(wanted))
             if len(faults) == _MAX_FAULTS:
@@ -212,14 +220,16 @@ class ServerPool:
         for index, answer in zip(indices, answers, strict=True):
             arrived(index, answer)
 
-    async def _take(self, group_id: str, count: int) -> Server:
-        """Wait for room for `count` requests at a server that serves."""
+    async def _take(self, group_id: str, count: int) -> Server | None:
+        """Wait for room for `count` requests at a server that serves; None when nothing more is to be begun."""
         loop = asyncio.get_running_loop()
         with self._lock:
             self._metrics.waits(count)
         try:
             while True:
                 with self._lock:
+                    if self._held:
+                        return None
                     loads = {server.number: server.in_flight for server in self.serving}
                     if not loads:
                         raise _NoServerLeft
@@ -261,8 +271,11 @@ class ServerPool:
             return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
-            if current is not None and current.cancelling() == 0 and server.fault is not None:
-                raise server.fault from None
+            if current is not None and current.cancelling() == 0:
+                if self._held:
+                    raise _Abandoned from None
+                if server.fault is not None:
+                    raise server.fault from None
             task.cancel()
             raise
         finally:
@@ -302,12 +315,39 @@ class ServerPool:
                 server.state = State.GONE if gone else State.FAULTY
             elif gone:
                 server.fault, server.state = fault, State.GONE
-        for task in calls:
-            try:
-                task.get_loop().call_soon_threadsafe(task.cancel)
-            except RuntimeError:  # that loop has ended, and its tasks with it
-                pass
+        _cancel(calls)
         self._wake()
+
+    # ---- pauses ----------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Begin nothing more: what waits for room comes back as 'abort', with nothing drawn."""
+        with self._lock:
+            self._held = True
+        self._wake()
+
+    def go_on(self) -> None:
+        """Begin again what is asked for."""
+        with self._lock:
+            self._held = False
+
+    async def ended(self, quiet_s: float = _QUIET_S) -> None:
+        """While held and after the servers were paused: return when no call is under way.
+
+        A paused server answers at once what it has begun. What reached it after the pause it would keep until it goes
+        on, so that whoever waits for both would wait for good: calls are given up, as 'abort' with nothing drawn, once
+        none has ended for `quiet_s`.
+        """
+        before, since = -1, time.monotonic()
+        while (under_way := sum(len(server.calls) for server in self.servers)) > 0:
+            if under_way != before:
+                before, since = under_way, time.monotonic()
+            elif time.monotonic() - since > quiet_s:
+                with self._lock:
+                    calls = {call for server in self.servers for call in server.calls}
+                _cancel(calls)
+                since = time.monotonic()
+            await asyncio.sleep(0.01)
 
     # ---- membership ------------------------------------------------------------------------------------------------
 
@@ -414,6 +454,27 @@ def _start_if_up(client: SGLangClient) -> Any:
         return client.call("/server_info", timeout_s=_UP_TIMEOUT_S).get("startup_time", 0)
     except UserError:
         return None
+
+
+class _Abandoned(Exception):
+    """A call was given up because its server is paused."""
+
+
+def _not_begun(
+    requests: Sequence[GenerationRequest], indices: Iterable[int], arrived: Callable[[int, GenerationResult], None]
+) -> None:
+    for index, request in zip(indices, requests, strict=True):
+        none = np.zeros(0, np.int64)
+        arrived(index, GenerationResult(request.request_id, none, none.astype(np.float32), none, "abort"))
+
+
+def _cancel(calls: Iterable[asyncio.Future[Any]]) -> None:
+    """Each in its own event loop."""
+    for call in calls:
+        try:
+            call.get_loop().call_soon_threadsafe(call.cancel)
+        except RuntimeError:  # that loop has ended, and its tasks with it
+            pass
 
 
 def _resolve(room: asyncio.Future[None]) -> None:

@@ -160,16 +160,19 @@ class SGLangEngine:
         return self.pool.metrics()
 
     async def pause(self) -> None:
-        """End running requests as 'abort' and hold new ones back."""
+        """End running requests as 'abort' and hold new ones back; returns when all have ended."""
         self._paused = True
         self._gate.close()
+        self.pool.hold()
         await asyncio.to_thread(self._control, SGLangClient.pause)
+        await self.pool.ended()
 
     async def resume(self) -> None:
         """Let requests run again."""
         if not self._broken:
             await asyncio.to_thread(self._control, SGLangClient.resume)
         self._paused = False
+        self.pool.go_on()
         self._gate.open()
 
     def _control(self, method: Callable[[SGLangClient], None]) -> None:
