@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_a_run_s_checkpoint_is_scored_as_the_model_it_holds(evaluate, tmp_path, 
     run_dir = next(tmp_path.rglob("one"))
     assert evaluate("--checkpoint", str(run_dir))[0] == 0
     assert evaluate("--checkpoint", str(run_dir / "checkpoints" / "final_hf"))[0] == 0
+    assert "RANK" not in os.environ, "whatever is started next would take itself for torchrun's"
     first, second = folders(tmp_path)
     assert (first / PROBLEMS).read_text() == (second / PROBLEMS).read_text()
 

@@ -15,7 +15,7 @@ from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 STEPS = 6
 MOMENTS = ("generate", "old_log_probs", "train", "sync_weights", "checkpoint", "checkpoint write", "step", "set-up")
-TIMES = ("wall_time", "time/", "throughput/", "checkpoint/")
+TIMES = ("wall_time", "time/", "memory/", "throughput/", "checkpoint/")
 pytestmark = pytest.mark.timeout(1200)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +60,8 @@ def convert(
     what, goal, settings = find_source(Path(source), model), Path(target), _layout(layout)
     if goal.exists():
         raise UserError("exists", where=str(goal), fix="name a folder that does not")
-    place = _join(settings)
     partial = goal.with_name(goal.name + ".partial")
-    try:
+    with _joined(settings) as place:
         shape, dtype = read_shape(what.model), _dtype(what.model)
         weights = _Weights(
             build_model(shape, settings, place, dtype=dtype, with_gradients=False), shape, place, progress
@@ -75,8 +75,6 @@ def convert(
                 raise UserError(f"holds other weights ({written}) than were read ({read})", where=str(partial))
             partial.replace(goal)
         dist.barrier()
-    finally:
-        parallel.finalize()
     return f"{goal}: {'Hugging Face folder' if what.is_megatron else 'distributed checkpoint'}, checksum {read}"
 
 
@@ -164,11 +162,18 @@ def _layout(settings: Sequence[str]) -> MegatronConfig:
         ) from None
 
 
-def _join(layout: MegatronConfig) -> parallel.Place:
+@contextmanager
+def _joined(layout: MegatronConfig) -> Iterator[parallel.Place]:
+    """One of torchrun's processes, or alone; the environment is left as it was, for what is started afterwards."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    return parallel.initialize(layout, seed=0, device=torch.device("cpu"))
+    added = {name: value for name, value in alone.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield parallel.initialize(layout, seed=0, device=torch.device("cpu"))
+    finally:
+        parallel.finalize()
+        for name in added:
+            del os.environ[name]
 
 
 def _dtype(model: Path) -> torch.dtype:
