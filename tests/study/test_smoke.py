@@ -34,16 +34,17 @@ def test_every_run_finished(study):
     assert len(outcomes) == 20 and {outcome.state for outcome in outcomes} == {"finished"}
 
 
-def test_vespo_learns_at_sixteenfold_staleness_with_every_seed(study):
+def test_both_learn_at_sixteenfold_staleness_with_every_seed(study):
+    """From 0.3; the lowest of twenty was 0.77."""
     _, outcomes = study
-    assert [o.accuracy for o in outcomes if o.cell.levels[0] == "vespo" and o.accuracy < 0.6] == []
-    assert not any(o.collapsed for o in outcomes if o.cell.levels[0] == "vespo")
+    assert [(o.cell.name, o.accuracy) for o in outcomes if o.accuracy < 0.6 or o.collapsed] == []
 
 
-def test_vespo_is_ahead_of_grpo_and_it_is_not_noise(study):
+def test_vespo_s_training_reward_is_ahead_of_grpo_s_and_it_is_not_noise(study):
+    """With each of the ten seeds; their held-out accuracies do not differ."""
     loaded, outcomes = study
     (row,) = [row for row in compare_rows(loaded, outcomes) if row.variant == "vespo"]
-    assert row.difference.verdict == "higher", row.difference
+    assert row.also["reward"].verdict == "higher", row.also
 
 
 def test_data_grows_stale_within_a_rollout(study):
