@@ -49,11 +49,14 @@ def from_runs(recipe: Recipe, run_dirs: Sequence[str | Path]) -> Pipeline:
     points = [(one["running"], one["token_seconds"]) for one in observed]
     base, slope = _line(points)
     server = Server(base, slope, recipe.policy.generation.sglang_cfg.max_concurrent_requests, math.inf)
+    # Weights that interrupt what runs take longer: what they cost is taken from runs of the recipe's kind.
+    kind = float(recipe.grpo.async_grpo.enabled)
+    alike = [one for one in observed if one["asynchronous"] == kind] or observed
     mean = statistics.fmean(one["length_mean"] for one in observed)
     deviation = statistics.fmean(one["length_deviation"] for one in observed)
     return _pipeline(
         recipe, server, max(1, recipe.policy.generation.sglang_cfg.num_servers), train * recipe.rollout_batch_size,
-        statistics.median(one["sync"] for one in observed),
+        statistics.median(one["sync"] for one in alike),
         lognormal(mean, deviation, recipe.policy.generation.max_new_tokens),
     )  # fmt: skip
 
@@ -102,6 +105,7 @@ def _observe(folder: Path) -> dict[str, float]:
         running, token_seconds = responses * length / longest, idle / longest
     sync = median("time/sync_weights")
     return {
+        "asynchronous": float(recipe.grpo.async_grpo.enabled),
         "train_per_response": (median("time/step") - idle - sync) / responses,
         "sync": sync,
         "running": running,
