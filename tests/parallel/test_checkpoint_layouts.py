@@ -5,7 +5,7 @@ from __future__ import annotations
 import checkpoint_work
 import pytest
 import torch
-from conftest import make_checkpoint
+from random_checkpoint import make_checkpoint
 from test_layout_parity import LAYOUTS, worst
 
 

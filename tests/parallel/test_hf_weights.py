@@ -8,7 +8,7 @@ import shutil
 import layout_work
 import pytest
 import torch
-from conftest import make_checkpoint
+from random_checkpoint import make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_layout_parity import TOLERANCE, worst
 

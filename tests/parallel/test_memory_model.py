@@ -5,7 +5,7 @@ from __future__ import annotations
 import layout_work
 import memory_work
 import pytest
-from conftest import make_checkpoint
+from random_checkpoint import make_checkpoint
 from test_layout_parity import LAYOUTS, VPP
 
 from vespo_megatron.megatron.hf_config import read_shape

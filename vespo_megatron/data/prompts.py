@@ -33,6 +33,19 @@ class PromptRecord:
     extra_info: dict[str, Any] = field(default_factory=dict)
 
 
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe, or its model's. Raises UserError when there is none in that folder."""
+    from transformers import AutoTokenizer
+
+    name = recipe.policy.tokenizer.name or recipe.policy.model_name
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer ({str(error).splitlines()[0]})", where=f"policy.tokenizer.name: {name}", expected="a folder"
+        ) from None
+
+
 def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[PromptRecord]:
     """Load, tokenise and check one split.
 

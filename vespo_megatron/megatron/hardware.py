@@ -17,8 +17,6 @@ class GPU:
     """Dense, without sparsity."""
     memory_tb: float
     """Bandwidth in terabytes."""
-    link_gb: float
-    """To another GPU of the node, one direction, in gigabytes."""
     network_gb: float = 50.0
     """To another node, one direction: one 400 Gb/s adapter per GPU."""
 
@@ -27,11 +25,11 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # NVIDIA's datasheets: A100, H100 SXM, H200, H20, B200.
-        GPU("a100-80", 80, 312, 2.04, 300, 25),
-        GPU("h100-80", 80, 989, 3.35, 450),
-        GPU("h200-141", 141, 989, 4.8, 450),
-        GPU("h20-96", 96, 148, 4.0, 450),
-        GPU("b200-180", 180, 2250, 8.0, 900),
+        GPU("a100-80", 80, 312, 2.04, 25),
+        GPU("h100-80", 80, 989, 3.35),
+        GPU("h200-141", 141, 989, 4.8),
+        GPU("h20-96", 96, 148, 4.0),
+        GPU("b200-180", 180, 2250, 8.0),
     )
 }
 

@@ -83,7 +83,6 @@ def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype:
 
     NVIDIA's settings for RL throughout: router in fp32 (or fp64), no load balancing, no auxiliary loss, no bias update.
     """
-    granularity = megatron.recompute_granularity or ("full" if megatron.activation_checkpointing else None)
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -129,9 +128,9 @@ def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype:
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         sequence_parallel=megatron.sequence_parallel,
         batch_p2p_comm=False,
-        recompute_granularity=granularity,
-        recompute_method="uniform" if granularity == "full" else None,
-        recompute_num_layers=1 if granularity == "full" else None,
+        recompute_granularity=megatron.recompute,
+        recompute_method="uniform" if megatron.recompute == "full" else None,
+        recompute_num_layers=1 if megatron.recompute == "full" else None,
         distribute_saved_activations=False,
     )
 

@@ -21,7 +21,7 @@ def peak(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, stage: int) -> int:
     """The most that stage `stage` holds at a time: every micro-batch in flight, and a layer being recomputed."""
     megatron = recipe.policy.megatron_cfg
     held = in_flight(megatron, stage) * kept(shape, recipe, tokens, stage)
-    if granularity(megatron) == "full":
+    if megatron.recompute == "full":
         held += layer(shape, recipe, tokens)
     return int(held)
 
@@ -43,7 +43,7 @@ def kept(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, stage: int, padding:
     local = tokens / megatron.tensor_model_parallel_size if megatron.sequence_parallel else tokens
     element = element_size(recipe)
     layers = stage_layers(shape, recipe)[stage]
-    if granularity(megatron) == "full":
+    if megatron.recompute == "full":
         # Each layer's input, and the angles that all layers share.
         held = layers * local * shape.hidden_size * element + tokens * shape.head_dim * _FLOAT32
     else:
@@ -60,11 +60,6 @@ def layer(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, padding: float = PA
     return _attention(shape, recipe, tokens, padding) + _experts(shape, recipe, tokens)
 
 
-def granularity(megatron: MegatronConfig) -> str | None:
-    """What is recomputed: "full", "selective" or nothing."""
-    return megatron.recompute_granularity or ("full" if megatron.activation_checkpointing else None)
-
-
 def element_size(recipe: Recipe) -> int:
     """Bytes of a number in the model's dtype."""
     return 2 if recipe.policy.precision == "bfloat16" else 4
@@ -78,7 +73,7 @@ def _attention(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, padding: float
     held = _norm(recipe, local, shape.hidden_size) + local * shape.hidden_size * element  # input of q, k and v
     held += _query_key_norms(recipe, tokens, heads, kv, dim)
     held += 4 * tokens * dim * element  # cosines and sines, for queries and for keys
-    if granularity(megatron) == "selective":
+    if megatron.recompute == "selective":
         held += tokens * (heads + kv) * dim * element  # queries and keys once more, rotated
         if recipe.cluster.device == "cpu" and element == 2:
             held += tokens * (heads + 2 * kv) * dim * element  # the value is a view into them all

@@ -35,9 +35,6 @@ class Pipeline:
     max_staleness: float = 0.0
     sync_every: int = 1
     drain: bool = False
-    score_seconds: float = 0.0
-    """From a group's last token to its place in the buffer."""
-    same_length_in_group: bool = False
 
 
 @dataclass
@@ -158,7 +155,6 @@ class _Simulation:
         self.groups: dict[int, Group] = {}
         self.left: dict[int, int] = {}
         self.done: dict[int, list[_Response]] = {}
-        self.scoring: list[tuple[float, int]] = []
         self.forecast = Forecast()
         self.admitting = True
 
@@ -199,8 +195,7 @@ class _Simulation:
     def _until(self, condition: Callable[[], bool], limit: float = float("inf")) -> None:
         self._admit()
         while not condition():
-            score = self.scoring[0][0] - self.now if self.scoring else float("inf")
-            wait = min(self.servers.next_end(), score, limit - self.now)
+            wait = min(self.servers.next_end(), limit - self.now)
             if wait == float("inf"):
                 raise AssertionError("nothing runs and nothing is ready")
             if not self.servers.busy:
@@ -210,10 +205,7 @@ class _Simulation:
                 self.done.setdefault(response.group, []).append(response)
                 self.left[response.group] -= 1
                 if not self.left[response.group]:
-                    heapq.heappush(self.scoring, (self.now + self.pipeline.score_seconds, response.group))
-            while self.scoring and self.scoring[0][0] <= self.now + 1e-12:
-                _, number = heapq.heappop(self.scoring)
-                self.buffer.arrive(self.groups.pop(number), [])
+                    self.buffer.arrive(self.groups.pop(response.group), [])
             self._admit()
 
     def _admit(self) -> None:
@@ -222,6 +214,4 @@ class _Simulation:
             size = self.pipeline.group_size
             self.groups[group.number], self.left[group.number] = group, size
             lengths = [self.pipeline.draw_length(self.chance) for _ in range(size)]
-            if self.pipeline.same_length_in_group:
-                lengths = [lengths[0]] * size
             self.servers.send([_Response(group.number, max(1.0, length)) for length in lengths])

@@ -94,8 +94,7 @@ def layout_name(recipe: Recipe) -> str:
     megatron = recipe.policy.megatron_cfg
     parts = [f"{short}{getattr(megatron, key)}" for key, short in _LAYOUT.items() if getattr(megatron, key) > 1]
     parts.append(f"DP{recipe.data_parallel_size}")
-    full = megatron.activation_checkpointing or megatron.recompute_granularity == "full"
-    parts.append("recompute" if full else "no recompute")
+    parts.append("recompute" if megatron.recompute == "full" else "no recompute")
     if megatron.optimizer.optimizer_cpu_offload:
         parts.append("offload")
     return " ".join(parts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hardware import DECODE_BANDWIDTH, GPU, TRAINING_MFU, USABLE_MEMORY
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.plan.activations import element_size
 from vespo_megatron.plan.memory import parameters
 from vespo_megatron.recipe.schema import Recipe
 
@@ -46,7 +47,7 @@ def server_speed(shape: Qwen3MoeShape, recipe: Recipe, device: GPU, lengths: Len
     """Decoding is bound by memory bandwidth: with many sequences every expert is read each step."""
     config = recipe.policy.generation.sglang_cfg
     tp = config.tensor_parallel_size
-    element = 2 if recipe.policy.precision == "bfloat16" else 4
+    element = element_size(recipe)
     bandwidth = tp * device.memory_tb * 1e12 * DECODE_BANDWIDTH
     weights = parameters(shape).total * element
     per_token = kv_bytes_per_token(shape, element)
@@ -84,12 +85,8 @@ def training_seconds(
     responses = recipe.rollout_batch_size
     length = int(lengths.prompt + lengths.response)
     work = flops.training(shape, [length], int(lengths.response)) * responses
-    full = (
-        recipe.policy.megatron_cfg.recompute_granularity == "full"
-        or recipe.policy.megatron_cfg.activation_checkpointing
-    )
     forward = work // 3
-    work += forward if full else 0
+    work += forward if recipe.policy.megatron_cfg.recompute == "full" else 0
     if recipe.loss_fn.behavior == "recompute" or recipe.policy.router_replay.mode == "R2":
         work += forward
     bubble = pipeline_bubble(recipe)
@@ -111,7 +108,7 @@ def pipeline_bubble(recipe: Recipe) -> float:
 
 def sync_seconds(shape: Qwen3MoeShape, recipe: Recipe, device: GPU) -> float:
     """Weights to every server: one broadcast over the network."""
-    element = 2 if recipe.policy.precision == "bfloat16" else 4
+    element = element_size(recipe)
     return parameters(shape).total * element / (device.network_gb * 1e9 * 0.7)
 
 

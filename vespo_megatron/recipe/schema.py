@@ -156,6 +156,11 @@ class MegatronConfig:
     scheduler: SchedulerConfig = key(SchedulerConfig)
     distributed_data_parallel_config: DDPConfig = key(DDPConfig)
 
+    @property
+    def recompute(self) -> str | None:
+        """What the backward computes again: "full", "selective" or nothing."""
+        return self.recompute_granularity or ("full" if self.activation_checkpointing else None)
+
 
 @dataclass
 class SequencePackingConfig:

@@ -25,7 +25,6 @@ from vespo_megatron.trainer.preflight import check_tables
 from vespo_megatron.trainer.process import stop_on_signals
 from vespo_megatron.trainer.run_directory import changed_keys
 
-LOG = "train.log"
 _POLL_S = 0.2
 _GRACE_S = 60.0
 """A run that is asked to stop has so long to leave by itself."""

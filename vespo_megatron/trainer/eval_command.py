@@ -9,21 +9,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from vespo_megatron.data.prompts import PromptRecord, load_prompts
+from vespo_megatron.data.prompts import PromptRecord, load_prompts, load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
+from vespo_megatron.megatron.parallel import pick_device
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
 from vespo_megatron.recipe.validate import validate
 from vespo_megatron.rewards import RewardPool
-from vespo_megatron.rollout_sglang import connect, launch_servers
+from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
 from vespo_megatron.trainer import preflight
 from vespo_megatron.trainer.evaluation import draw_problems
 from vespo_megatron.trainer.process import stop_on_signals
 from vespo_megatron.trainer.run_directory import RECIPE_FILE, make_run_directory
 from vespo_megatron.trainer.sampler import Sampler
+from vespo_megatron.trainer.worker import build_engine
 
 PROBLEMS, TABLE, SCORES = "problems.jsonl", "table.md", "scores.json"
 
@@ -88,9 +90,7 @@ def _model_folder(checkpoint: Path, folder: Path) -> Path:
 
 
 def _problems(recipe: Recipe, data: Sequence[str]):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
+    tokenizer = load_tokenizer(recipe)
     sets = [DatasetConfig(path=path) for path in data] or [recipe.data.validation]
     if not sets[0].path:
         raise UserError("has no value", where="data.validation.path", fix="name problem sets: --data FILE …")
@@ -104,20 +104,9 @@ def _problems(recipe: Recipe, data: Sequence[str]):
 
 def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
     generation = recipe.policy.generation
-    if generation.backend == "in_process":
-        from vespo_megatron.megatron.parallel import pick_device
-        from vespo_megatron.megatron.policy import DTYPES
-        from vespo_megatron.rollout_sglang.in_process import InProcessEngine
-
-        engine: RolloutEngine = InProcessEngine(
-            recipe.policy.model_name,
-            dtype=DTYPES[recipe.policy.precision],
-            device=pick_device(recipe.cluster.device),
-            context_length=recipe.policy.max_total_sequence_length,
-        )
-    else:
-        servers = stack.enter_context(launch_servers(recipe, folder))
-        engine = connect(recipe, servers.urls)
+    if generation.backend == "sglang":
+        generation.sglang_cfg.urls = stack.enter_context(launch_servers(recipe, folder)).urls
+    engine = build_engine(recipe, pick_device(recipe.cluster.device))
     stack.callback(engine.close)
     return engine
 

@@ -137,7 +137,6 @@ class Trainer:
             with self.timers("reference_log_probs"):
                 self.fill_reference_log_probs(mini_batches)
         results: list[UpdateResult] = []
-        updates_began = time.perf_counter()
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
                 first = index == 0 and not ran_log_prob_pass
@@ -153,7 +152,6 @@ class Trainer:
                 routes.after_update(micro_batches, first=first)
                 if not results[-1].succeeded:
                     self.guard.after_skip(step, index, rollout.batch if rollout else None)
-        trained = time.perf_counter() - updates_began
         with self.timers("sync_weights"):
             self.after_updates(step)
         metrics = self.reduce(results) | self.reduce_routes(routes, everything)
@@ -161,7 +159,7 @@ class Trainer:
             return {}
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
         metrics |= utilization(
-            rollout.batch.samples, self.policy.shape, seconds=trained, device=self.place.device,
+            rollout.batch.samples, self.policy.shape, seconds=self.timers.seconds("train"), device=self.place.device,
             devices=self.place.world_size,
         )  # fmt: skip
         return rollout.metrics | metrics | {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}

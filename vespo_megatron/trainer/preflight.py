@@ -112,17 +112,9 @@ def check_tables(recipe: Recipe) -> None:
 
 def check_prompts(recipe: Recipe) -> None:
     """Every prompt of every split loads, tokenises, and fits. Imports transformers and datasets."""
-    from transformers import AutoTokenizer
+    from vespo_megatron.data.prompts import load_prompts, load_tokenizer
 
-    from vespo_megatron.data.prompts import load_prompts
-
-    name = recipe.policy.tokenizer.name or recipe.policy.model_name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no tokenizer ({str(error).splitlines()[0]})", where=f"policy.tokenizer.name: {name}", expected="a folder"
-        ) from None
+    tokenizer = load_tokenizer(recipe)
     records = load_prompts(recipe.data.train, recipe, tokenizer)
     if recipe.data.validation.path:
         load_prompts(recipe.data.validation, recipe, tokenizer)

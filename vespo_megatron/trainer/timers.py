@@ -40,6 +40,10 @@ class Timers:
             self._measured[seconds] = self._measured.get(seconds, 0.0) + time.perf_counter() - started
             self._measured[memory] = max(self._measured.get(memory, 0.0), self._memory() / 2**30)
 
+    def seconds(self, phase: str) -> float:
+        """Of a phase since the last `pop`."""
+        return self._measured[f"time/{phase}"]
+
     def pop(self) -> dict[str, float]:
         """What was measured since the last call."""
         measured, self._measured = self._measured, {}

@@ -21,8 +21,12 @@ from vespo_megatron.trainer.pulse import Pulse
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from vespo_megatron.data.prompts import PromptRecord
     from vespo_megatron.megatron.parallel import Place
+    from vespo_megatron.rollout_sglang.engine import RolloutEngine
     from vespo_megatron.trainer.controller import Controller
 
 
@@ -55,6 +59,7 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 
 
 def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
+    from vespo_megatron.data.prompts import load_prompts, load_tokenizer
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.async_loop import AsyncTrainer
@@ -63,13 +68,16 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
     from vespo_megatron.trainer.loop import Trainer
     from vespo_megatron.trainer.mismatch import measure
 
-    prompts = load_training_prompts(recipe) if place.rank == 0 else []
+    tokenizer = load_tokenizer(recipe) if place.rank == 0 else None
+    prompts = load_prompts(recipe.data.train, recipe, tokenizer) if place.rank == 0 else []
     limit_steps(recipe, len(prompts), place)
     policy = MegatronPolicy(recipe.policy, place, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = (
-        build_controller(recipe, run_dir, place, prompts, resumed.step if resumed else 0) if place.rank == 0 else None
+        build_controller(recipe, run_dir, place, tokenizer, prompts, resumed.step if resumed else 0)
+        if place.rank == 0
+        else None
     )
     try:
         kind = AsyncTrainer if recipe.grpo.async_grpo.enabled else Trainer
@@ -89,16 +97,6 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
             controller.close()
 
 
-def load_training_prompts(recipe: Recipe) -> list[PromptRecord]:
-    """All of them, tokenised. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    from vespo_megatron.data.prompts import load_prompts
-
-    tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
-    return load_prompts(recipe.data.train, recipe, tokenizer)
-
-
 def limit_steps(recipe: Recipe, num_prompts: int, place: Place) -> None:
     """Lower `grpo.max_num_steps` to what `max_num_epochs` passes over the prompts give; a collective.
 
@@ -115,18 +113,20 @@ def limit_steps(recipe: Recipe, num_prompts: int, place: Place) -> None:
 
 
 def build_controller(
-    recipe: Recipe, run_dir: Path, place: Place, prompts: Sequence[PromptRecord], start_step: int = 0
+    recipe: Recipe,
+    run_dir: Path,
+    place: Place,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptRecord],
+    start_step: int = 0,
 ) -> Controller:
     """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
-    from transformers import AutoTokenizer
-
     from vespo_megatron.data.prompts import PromptStream, load_prompts
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.trainer.async_controller import AsyncController
     from vespo_megatron.trainer.controller import Controller
     from vespo_megatron.trainer.logging import RunLogger
 
-    tokenizer = AutoTokenizer.from_pretrained(recipe.policy.tokenizer.name or recipe.policy.model_name)
     validation = load_prompts(recipe.data.validation, recipe, tokenizer) if recipe.data.validation.path else []
     logger = RunLogger(
         run_dir,
@@ -137,7 +137,7 @@ def build_controller(
     )
     if start_step:
         logger.print(f"resuming after step {start_step}")
-    engine = build_engine(recipe, place)
+    engine = build_engine(recipe, place.device)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, place)}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
@@ -145,7 +145,7 @@ def build_controller(
     return kind(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
-def build_engine(recipe: Recipe, place):
+def build_engine(recipe: Recipe, device: torch.device) -> RolloutEngine:
     """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one."""
     if recipe.policy.generation.backend == "in_process":
         from vespo_megatron.megatron.policy import DTYPES
@@ -154,7 +154,7 @@ def build_engine(recipe: Recipe, place):
         return InProcessEngine(
             recipe.policy.model_name,
             dtype=DTYPES[recipe.policy.precision],
-            device=place.device,
+            device=device,
             context_length=recipe.policy.max_total_sequence_length,
         )
     from vespo_megatron.rollout_sglang import connect
