@@ -2,15 +2,17 @@
 
     python benchmarks/bench_simulate.py [--record]
 
-The tiny example with SGLang's real server in its own process, one trainer process. Rates are taken from two runs, a
-synchronous and an asynchronous one (`plan.rates.from_runs`); the pipeline model then says how many responses a second
-each of four other settings makes: other bounds, other intervals between weights, other batch sizes. Idle machine only:
-trainer and server share its cores.
+The tiny example with SGLang's real server on one core and one trainer process on another. Rates are taken from runs of
+three settings that span how many responses are under way (`plan.rates.from_runs`); the pipeline model then says how
+many responses a second each of four other settings makes: other bounds, other intervals between weights, other batches.
+Every setting is run several times, in turns; idle machine only.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,25 +28,30 @@ from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.trainer.logging import read_metrics
 
-EIGHT, SIXTEEN, FOUR = (
-    ["grpo.num_prompts_per_step=8", "policy.train_global_batch_size=64"],
-    ["grpo.num_prompts_per_step=16", "policy.train_global_batch_size=128"],
-    ["grpo.num_prompts_per_step=4", "policy.train_global_batch_size=32"],
-)
 # SGLang 0.5.23 looks once a second whether a pause by abort is over, which at this size would be all there is to see.
-ASYNC = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.on_weight_update=in_place"]
+_ASYNC = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.on_weight_update=in_place"]
+
+
+def _setting(prompts: int, max_staleness: int = 0, sync_every: int = 1) -> list[str]:
+    overrides = [f"grpo.num_prompts_per_step={prompts}", f"policy.train_global_batch_size={8 * prompts}"]
+    if max_staleness:
+        overrides += [
+            *_ASYNC, f"grpo.async_grpo.max_staleness={max_staleness}", f"grpo.async_grpo.sync_every={sync_every}"
+        ]  # fmt: skip
+    return overrides
+
+
 FITTED = {
-    "synchronous, 8 prompts": EIGHT,
-    "max_staleness 1, 8 prompts": [*EIGHT, *ASYNC, "grpo.async_grpo.max_staleness=1"],
+    "synchronous, 8 prompts": _setting(8),
+    "synchronous, 32 prompts": _setting(32),
+    "max_staleness 2, 8 prompts": _setting(8, 2),
 }
 PREDICTED = {
-    "synchronous, 16 prompts": SIXTEEN,
-    "max_staleness 4, 8 prompts": [*EIGHT, *ASYNC, "grpo.async_grpo.max_staleness=4"],
-    "max_staleness 2, weights every 4, 8 prompts": [
-        *EIGHT, *ASYNC, "grpo.async_grpo.max_staleness=2", "grpo.async_grpo.sync_every=4",
-    ],
-    "max_staleness 2, 4 prompts": [*FOUR, *ASYNC, "grpo.async_grpo.max_staleness=2"],
-}  # fmt: skip
+    "synchronous, 16 prompts": _setting(16),
+    "max_staleness 1, 16 prompts": _setting(16, 1),
+    "max_staleness 4, 8 prompts": _setting(8, 4),
+    "max_staleness 1, weights every 2, 8 prompts": _setting(8, 1, 2),
+}
 WARM_UP = 5
 
 
@@ -67,32 +74,46 @@ def throughput(run_dir: Path) -> float:
     return recipe.rollout_batch_size * (len(rows) - WARM_UP) / (rows[-1]["wall_time"] - rows[WARM_UP - 1]["wall_time"])
 
 
+def measure(rounds: int, steps: int) -> dict[str, list[Path]]:
+    """Run directories of every setting."""
+    runs: dict[str, list[Path]] = {}
+    folder = Path(tempfile.mkdtemp())
+    one, *_, other = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {one})
+    with launch_servers(load_recipe(RECIPE), folder) as servers:
+        os.sched_setaffinity(0, {other})
+        for number in range(rounds):
+            for setting, overrides in (FITTED | PREDICTED).items():
+                name = f"{setting} {number}"
+                runs.setdefault(setting, []).append(run(folder, servers.urls[0], name, overrides, steps))
+    return runs
+
+
 def main() -> None:
     """Measure, predict, print, and with --record write to RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     lines = [
-        f"{arguments.steps} steps each, SGLang's real server and one trainer process on one machine; rates from the "
-        "first two runs.",
+        f"{arguments.steps} steps each, medians of {arguments.rounds} runs, in turns; SGLang's real server on one "
+        "core, one trainer process on another.",
         "",
-        "| | measured responses/s | predicted | off by |",
+        "| | measured responses/s (least to most) | predicted | off by |",
         "|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with launch_servers(load_recipe(RECIPE), folder) as servers:
-            runs = {
-                setting: run(folder, servers.urls[0], setting, overrides, arguments.steps)
-                for setting, overrides in (FITTED | PREDICTED).items()
-            }
-        for setting, run_dir in runs.items():
-            pipeline = from_runs(load_recipe(run_dir / "recipe.yaml"), [runs[each] for each in FITTED])
-            predicted = simulate(replace(pipeline, steps=arguments.steps)).responses_per_second
-            measured = throughput(run_dir)
-            mark = " (fitted)" if setting in FITTED else ""
-            lines.append(f"| {setting}{mark} | {measured:.1f} | {predicted:.1f} | {predicted / measured - 1:+.0%} |")
+    runs = measure(arguments.rounds, arguments.steps)
+    fitted = [run_dir for setting in FITTED for run_dir in runs[setting]]
+    for setting, run_dirs in runs.items():
+        pipeline = from_runs(load_recipe(run_dirs[0] / "recipe.yaml"), fitted)
+        predicted = simulate(replace(pipeline, steps=arguments.steps)).responses_per_second
+        measured = sorted(map(throughput, run_dirs))
+        middle, mark = statistics.median(measured), " (fitted)" if setting in FITTED else ""
+        lines.append(
+            f"| {setting}{mark} | {middle:.1f} ({measured[0]:.1f} to {measured[-1]:.1f}) | {predicted:.1f} "
+            f"| {predicted / middle - 1:+.0%} |"
+        )
     text = "\n".join(lines)
     print(text)
     if arguments.record:

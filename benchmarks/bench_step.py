@@ -204,7 +204,7 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
                 zip(given["prompts"], responses, log_probs, strict=True)
             )
         ]  # fmt: skip
-        (share,) = plan_shares(Batch(made, advantages.reshape(-1).astype(np.float32)), recipe, 1)
+        (share,) = plan_shares(Batch(made, advantages.reshape(-1).astype(np.float32)), recipe, 1, policy.shape)
         for batches, normalizer in zip(share.mini_batches, share.normalizers, strict=True):
             micro_batches = prepare(
                 batches, place, temperature=1.0, log_prob_bytes=recipe.policy.megatron_cfg.logprob_memory_mb << 20

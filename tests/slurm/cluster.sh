@@ -25,7 +25,7 @@ ClusterName=twonodes
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=${SLURM_TEST_PORT:-26817}
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket
+AuthInfo=socket=$folder/munge.socket,cred_expire=30
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
