@@ -64,12 +64,12 @@ class WorkerPool:
             self._workers.append((process, ours))
 
     def close(self) -> None:
-        """End every worker."""
-        for process, connection in self._workers:
+        """End every worker: idle ones leave by themselves, and take with them what they started."""
+        for _, connection in self._workers:
             connection.close()
-            process.terminate()
+        deadline = time.monotonic() + 10
         for process, _ in self._workers:
-            process.join(5)
+            process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
         self._workers.clear()

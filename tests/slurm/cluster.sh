@@ -2,7 +2,7 @@
 # A real SLURM on this machine: two virtual nodes, one controller. As root, with Debian's slurm-wlm and munge.
 #
 #   cluster.sh start DIR    configuration, state and logs in DIR; prints the line that points commands at it
-#   cluster.sh stop DIR     ends every daemon that start started
+#   cluster.sh stop DIR     ends every job, and every daemon that start started
 set -euo pipefail
 action=$1 folder=$(realpath -m "$2")
 conf=$folder/slurm.conf
@@ -64,15 +64,22 @@ CONF
 }
 
 stop() {
+    # A failed test's jobs first: what they run outlives the daemons.
+    if SLURM_CONF=$conf scancel --quiet --user=root 2>/dev/null; then
+        for _ in $(seq 120); do
+            [[ -z $(SLURM_CONF=$conf squeue --noheader 2>/dev/null) ]] && break
+            sleep 0.5
+        done
+    fi
+    local pids=()
     for name in slurmd_n1 slurmd_n2 slurmctld munged; do
-        if [[ -s $folder/$name.pid ]]; then
-            kill -TERM "$(cat "$folder/$name.pid")" 2>/dev/null || true
-        fi
+        [[ -s $folder/$name.pid ]] && pids+=("$(cat "$folder/$name.pid")")
     done
-    for name in slurmd_n1 slurmd_n2 slurmctld munged; do
-        [[ -s $folder/$name.pid ]] || continue
+    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do
         for _ in $(seq 40); do
-            kill -0 "$(cat "$folder/$name.pid" 2>/dev/null)" 2>/dev/null || break
+            # A daemon whose parent does not collect it stays a zombie.
+            [[ $(ps -o stat= -p "$pid" || true) =~ ^[^Z] ]] || break
             sleep 0.25
         done
     done

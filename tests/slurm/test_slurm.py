@@ -34,14 +34,14 @@ def cluster(tmp_path_factory):
         subprocess.run([script, "stop", str(folder)], timeout=120)
 
 
-def submit(cluster, tmp_path, name, steps, reward="exact_match", **slurm):
+def submit(cluster, tmp_path, name, steps, reward="exact_match", restarts=1, **slurm):
     """Submit the CPU example with its server on a node of its own, and small steps; the job's id."""
     options = "".join(f", {key}: {json.dumps(value)}" for key, value in slurm.items())
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(
         f"defaults: {ROOT}/examples/tiny_moe/vespo.yaml\n"
         f"grpo: {{max_num_steps: {steps}, val_period: 0, num_prompts_per_step: 8}}\n"
-        f"policy: {{model_name: {TINY}/model}}\n"
+        f"policy: {{model_name: {TINY}/model, generation: {{sglang_cfg: {{max_restarts: {restarts}}}}}}}\n"
         f"data: {{train: {{path: {TINY}/data/train.parquet}}, validation: {{path: null}}}}\n"
         f"env: {{reward: {reward}}}\n"
         f"exp_manager: {{exp_dir: {tmp_path}/runs, name: {name}, resume_if_exists: true}}\n"
@@ -86,46 +86,32 @@ def processes_of(tmp_path):
     return [words for words in found if "pytest" not in " ".join(words) and "slurm.conf" not in " ".join(words)]
 
 
-def is_server(command):
-    return any("sglang.launch_server" in word for word in command) and "31000" in command
+def kill_server(but=None):
+    """Kill the job's server; its id. Once it is back, with the id it had before."""
 
+    def servers():
+        found = [process for process in psutil.process_iter(["cmdline"]) if is_server(process.info["cmdline"] or [])]
+        return [process for process in found if process.pid != but]
 
-def update(cluster, job, **fields):
-    words = ["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in fields.items())]
-    subprocess.run(words, env=cluster, check=True, timeout=60)
-
-
-def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_completes(cluster, tmp_path):
-    """Trainer and server on nodes of their own. The limit is moved to where the job is in its steps."""
-    job = submit(cluster, tmp_path, "limited", 40, "slow_reward:score", time="00:20:00", checkpoint_lead=100)
-    started = time.monotonic()
-    wait_until(lambda: len(steps(tmp_path, "limited", job)) >= 2, 300, lambda: logs(tmp_path))
-    # In whole minutes, so that less than the lead is left: the warning comes at once.
-    update(cluster, job, TimeLimit=int((time.monotonic() - started) // 60) + 1)
-    wait_until(lambda: state(cluster, job)[1] >= 1, 200, lambda: logs(tmp_path))
-    update(cluster, job, TimeLimit=20)
-    done = steps(tmp_path, "limited", job)
-    assert 2 <= done[-1] < 40, "the time limit came too late to show anything"
-    wait_until(
-        lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 600,
-        lambda: logs(tmp_path),
-    )  # fmt: skip
-    assert state(cluster, job) == ("COMPLETED", 1), logs(tmp_path)
-    assert steps(tmp_path, "limited", job) == list(range(1, 41))
-    attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())
-    assert attempts == ["attempt_0", "attempt_1"]
-    assert "stopped with a checkpoint: back into the queue" in logs(tmp_path)
-    resumed = f"resuming after step {done[-1]}"
-    assert any(resumed in path.read_text() for path in tmp_path.glob("logs/*/attempt_1/trainer_*.log")), resumed
-    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
-
-
-def test_a_server_that_dies_fails_the_job_within_a_minute_and_leaves_no_process(cluster, tmp_path):
-    job = submit(cluster, tmp_path, "dying", 10_000, time="00:20:00")
-    wait_until(lambda: len(steps(tmp_path, "dying", job)) >= 1, 300, lambda: logs(tmp_path))
-    killed = time.monotonic()
-    (server,) = [process for process in psutil.process_iter(["cmdline"]) if is_server(process.info["cmdline"] or [])]
+    wait_until(servers, 60, lambda: "no server")
+    (server,) = servers()
     server.kill()
+    return server.pid
+
+
+def is_server(command):
+    supervised = any(word.endswith("supervisor.py") for word in command)
+    return not supervised and any("launch_sglang" in word for word in command) and "31000" in command
+
+
+def test_a_server_that_dies_for_good_fails_the_job_within_a_minute_and_leaves_no_process(cluster, tmp_path):
+    """Killed once it is started again, as the recipe allows, and the job goes on; the second time is the last."""
+    job = submit(cluster, tmp_path, "dying", 10_000, time="00:20:00")
+    wait_until(lambda: steps(tmp_path, "dying", job), 300, lambda: logs(tmp_path))
+    first, done = kill_server(), len(steps(tmp_path, "dying", job))
+    wait_until(lambda: len(steps(tmp_path, "dying", job)) >= done + 3, 120, lambda: logs(tmp_path))
+    killed = time.monotonic()
+    kill_server(but=first)
     wait_until(lambda: state(cluster, job)[0] not in ("RUNNING", "COMPLETING"), 60, lambda: logs(tmp_path))
     assert state(cluster, job)[0] == "FAILED"
     assert time.monotonic() - killed < 60
