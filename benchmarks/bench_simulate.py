@@ -55,9 +55,8 @@ PREDICTED = {
 WARM_UP = 5
 
 
-def run(folder: Path, url: str, name: str, overrides: list[str], steps: int) -> Path:
+def run(folder: Path, url: str, version: str, overrides: list[str], steps: int) -> Path:
     """Train; the run directory."""
-    version = name.replace(" ", "_").replace(",", "")
     command = [
         sys.executable, "-m", "vespo_megatron.cli", "train", RECIPE, *ALONE, f"grpo.max_num_steps={steps}",
         "grpo.val_period=0", "checkpointing.save_hf=false", f"policy.generation.sglang_cfg.urls=[{url}]",
@@ -74,19 +73,24 @@ def throughput(run_dir: Path) -> float:
     return recipe.rollout_batch_size * (len(rows) - WARM_UP) / (rows[-1]["wall_time"] - rows[WARM_UP - 1]["wall_time"])
 
 
-def measure(rounds: int, steps: int) -> dict[str, list[Path]]:
-    """Run directories of every setting."""
-    runs: dict[str, list[Path]] = {}
-    folder = Path(tempfile.mkdtemp())
+def measure(folder: Path, rounds: int, steps: int) -> dict[str, list[Path]]:
+    """Run directories of every setting; what `folder` holds already is not run again."""
+    settings = FITTED | PREDICTED
+    runs = {s: [folder / "simulate" / _version(s, number) for number in range(rounds)] for s in settings}
+    if all(run_dir.is_dir() for run_dirs in runs.values() for run_dir in run_dirs):
+        return runs
     one, *_, other = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {one})
     with launch_servers(load_recipe(RECIPE), folder) as servers:
         os.sched_setaffinity(0, {other})
         for number in range(rounds):
-            for setting, overrides in (FITTED | PREDICTED).items():
-                name = f"{setting} {number}"
-                runs.setdefault(setting, []).append(run(folder, servers.urls[0], name, overrides, steps))
+            for setting, overrides in settings.items():
+                run(folder, servers.urls[0], _version(setting, number), overrides, steps)
     return runs
+
+
+def _version(setting: str, number: int) -> str:
+    return f"{setting} {number}".replace(" ", "_").replace(",", "")
 
 
 def main() -> None:
@@ -94,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="keep the runs here, and use those that are here")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     lines = [
@@ -103,7 +108,7 @@ def main() -> None:
         "| | measured responses/s (least to most) | predicted | off by |",
         "|---|---|---|---|",
     ]
-    runs = measure(arguments.rounds, arguments.steps)
+    runs = measure(arguments.folder or Path(tempfile.mkdtemp()), arguments.rounds, arguments.steps)
     fitted = [run_dir for setting in FITTED for run_dir in runs[setting]]
     for setting, run_dirs in runs.items():
         pipeline = from_runs(load_recipe(run_dirs[0] / "recipe.yaml"), fitted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ class Pipeline:
     train_seconds: float
     """Of one step."""
     sync_seconds: float
+    reply_seconds: float = 0.0
+    """Of a response, from its group's last token to the buffer: reply and reward, one after the other."""
     asynchronous: bool = False
     max_staleness: float = 0.0
     sync_every: int = 1
@@ -155,6 +158,8 @@ class _Simulation:
         self.groups: dict[int, Group] = {}
         self.left: dict[int, int] = {}
         self.done: dict[int, list[_Response]] = {}
+        self.replies: deque[tuple[float, int]] = deque()
+        self.replies_end = 0.0
         self.forecast = Forecast()
         self.admitting = True
 
@@ -195,18 +200,26 @@ class _Simulation:
     def _until(self, condition: Callable[[], bool], limit: float = float("inf")) -> None:
         self._admit()
         while not condition():
-            wait = min(self.servers.next_end(), limit - self.now)
+            reply = self.replies[0][0] - self.now if self.replies else float("inf")
+            wait = max(0.0, min(self.servers.next_end(), reply, limit - self.now))
             if wait == float("inf"):
                 raise AssertionError("nothing runs and nothing is ready")
             if not self.servers.busy:
                 self.forecast.engine_idle += wait
-            self.now += max(0.0, wait)
+            self.now += wait
             for response in self.servers.advance(wait, self.version):
-                self.done.setdefault(response.group, []).append(response)
-                self.left[response.group] -= 1
-                if not self.left[response.group]:
-                    self.buffer.arrive(self.groups.pop(response.group), [])
+                self._end(response)
+            while self.replies and self.replies[0][0] <= self.now + 1e-12:
+                self.buffer.arrive(self.groups.pop(self.replies.popleft()[1]), [])
             self._admit()
+
+    def _end(self, response: _Response) -> None:
+        self.done.setdefault(response.group, []).append(response)
+        self.left[response.group] -= 1
+        if not self.left[response.group]:
+            group_seconds = self.pipeline.group_size * self.pipeline.reply_seconds
+            self.replies_end = max(self.replies_end, self.now) + group_seconds
+            self.replies.append((self.replies_end, response.group))
 
     def _admit(self) -> None:
         while self.admitting and self.buffer.room():

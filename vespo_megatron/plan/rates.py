@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.plan.pipeline_model import DrawLength, Pipeline
@@ -41,24 +45,26 @@ def from_plan(plan: Plan, lengths: Lengths, *, spread: float = 0.7) -> Pipeline:
 def from_runs(recipe: Recipe, run_dirs: Sequence[str | Path]) -> Pipeline:
     """Of measurements: runs of the same model on the same machines, whatever their batch and staleness.
 
-    Training time is taken per response, a server's time per token as a line through what the runs show at their
-    numbers of running responses (through one point only, where there is one run: a constant).
+    Training time is taken per response, what the server and the controller take is fitted to the seconds in which the
+    runs' responses were generated: with runs of one setting a constant per token, of two also what each running
+    response adds, and with three, synchronous and asynchronous ones among them, what a reply costs the controller.
+    The forecast holds for numbers of running responses within what the runs show.
     """
     observed = [_observe(Path(folder)) for folder in run_dirs]
-    train = statistics.median(one["train_per_response"] for one in observed)
-    points = [(one["running"], one["token_seconds"]) for one in observed]
-    base, slope = _line(points)
-    server = Server(base, slope, recipe.policy.generation.sglang_cfg.max_concurrent_requests, math.inf)
-    # Weights that interrupt what runs take longer: what they cost is taken from runs of the recipe's kind.
-    kind = float(recipe.grpo.async_grpo.enabled)
-    alike = [one for one in observed if one["asynchronous"] == kind] or observed
-    mean = statistics.fmean(one["length_mean"] for one in observed)
-    deviation = statistics.fmean(one["length_deviation"] for one in observed)
-    return _pipeline(
-        recipe, server, max(1, recipe.policy.generation.sglang_cfg.num_servers), train * recipe.rollout_batch_size,
-        statistics.median(one["sync"] for one in alike),
+    base, per_sequence, reply = _fit(observed)
+    server = Server(base, per_sequence, recipe.policy.generation.sglang_cfg.max_concurrent_requests, math.inf)
+    # Weights that interrupt what runs, and training beside a busy controller, take longer: what they cost is taken
+    # from runs of the recipe's kind.
+    alike = [one for one in observed if one.asynchronous == recipe.grpo.async_grpo.enabled] or observed
+    mean = statistics.fmean(one.length_mean for one in observed)
+    deviation = statistics.fmean(one.length_deviation for one in observed)
+    train = statistics.median(one.train_per_response for one in alike) * recipe.rollout_batch_size
+    pipeline = _pipeline(
+        recipe, server, max(1, recipe.policy.generation.sglang_cfg.num_servers), train,
+        statistics.median(one.sync for one in alike),
         lognormal(mean, deviation, recipe.policy.generation.max_new_tokens),
     )  # fmt: skip
+    return replace(pipeline, reply_seconds=reply)
 
 
 def _pipeline(
@@ -81,7 +87,26 @@ def _pipeline(
     )
 
 
-def _observe(folder: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Observed:
+    """Means over a run's steps; seconds, tokens, responses."""
+
+    asynchronous: bool
+    setting: tuple[object, ...]
+    """The same for runs that are repetitions."""
+    responses: int
+    train_per_response: float
+    sync: float
+    """Of one update of the engine."""
+    generating: float
+    """In which a batch's worth of responses was generated; replies to them included where that is waited for."""
+    token_steps: float
+    """How many times in that each running response gained a token."""
+    length_mean: float
+    length_deviation: float
+
+
+def _observe(folder: Path) -> _Observed:
     rows = [row for row in read_metrics(folder) if row["step"] > _WARM_UP] if folder.is_dir() else []
     if len(rows) < 3:
         raise UserError(
@@ -89,39 +114,46 @@ def _observe(folder: Path) -> dict[str, float]:
             expected="a run of five steps or more",
         )  # fmt: skip
     recipe = load_recipe(folder / RECIPE_FILE)
-    responses = recipe.rollout_batch_size
+    responses, schedule = recipe.rollout_batch_size, recipe.grpo.async_grpo
 
-    def median(name: str) -> float:
-        return statistics.median(row.get(name) or 0.0 for row in rows)
+    def mean(name: str) -> float:
+        return statistics.fmean(row.get(name) or 0.0 for row in rows)
 
-    length = median("response/length_mean")
-    if recipe.grpo.async_grpo.enabled:
-        idle = median("staleness/trainer_idle_seconds")
-        running = median("staleness/under_way") * recipe.grpo.num_generations_per_prompt
-        seconds = statistics.fmean(row["time/step"] - (row.get("staleness/engine_idle_seconds") or 0.0) for row in rows)
-        token_seconds = running * seconds / (responses * length)
+    length, step, sync = mean("response/length_mean"), mean("time/step"), mean("time/sync_weights")
+    if schedule.enabled:
+        idle = mean("staleness/trainer_idle_seconds")
+        generating = max(0.0, step - mean("staleness/engine_idle_seconds") - sync)  # it stands still for new weights
+        token_steps = responses * length / (mean("staleness/under_way") * recipe.grpo.num_generations_per_prompt)
     else:
-        idle, longest = median("time/generate"), median("response/length_max")
-        running, token_seconds = responses * length / longest, idle / longest
-    sync = median("time/sync_weights")
-    return {
-        "asynchronous": float(recipe.grpo.async_grpo.enabled),
-        "train_per_response": (median("time/step") - idle - sync) / responses,
-        "sync": sync,
-        "running": running,
-        "token_seconds": token_seconds,
-        "length_mean": length,
-        "length_deviation": median("response/length_std"),
-    }
+        generating = idle = mean("time/generate")
+        token_steps = mean("response/length_max")
+    return _Observed(
+        asynchronous=schedule.enabled,
+        setting=(schedule.enabled, schedule.staleness, schedule.sync_every, responses),
+        responses=responses,
+        train_per_response=(step - idle - sync) / responses,
+        sync=sync * (schedule.sync_every if schedule.enabled else 1),
+        generating=generating,
+        token_steps=token_steps,
+        length_mean=length,
+        length_deviation=mean("response/length_std"),
+    )
 
 
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope by least squares, neither below zero."""
-    if len({x for x, _ in points}) < 2:
-        return statistics.fmean(y for _, y in points), 0.0
-    slope, intercept = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
-    if slope < 0:
-        return statistics.fmean(y for _, y in points), 0.0
-    if intercept < 0:
-        return 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
-    return intercept, slope
+def _fit(observed: Sequence[_Observed]) -> tuple[float, float, float]:
+    """Seconds of a token step: alone, and more per running response; and of a reply. None below zero.
+
+    generating = base · token_steps + per_sequence · tokens + reply · responses, by least squares of the relative error;
+    the last in synchronous runs alone, where replies are waited for.
+    """
+    settings = {one.setting for one in observed}
+    both_kinds = len({one.asynchronous for one in observed}) == 2
+    unknowns = 1 + (len(settings) > 1) + (len(settings) > 2 and both_kinds)
+    rows = [
+        (one.token_steps, one.responses * one.length_mean, 0.0 if one.asynchronous else one.responses)[:unknowns]
+        for one in observed
+    ]
+    relative = np.array(rows) / np.array([[one.generating] for one in observed])
+    solution, _ = nnls(relative, np.ones(len(observed)))
+    base, per_sequence, reply = [*solution, 0.0, 0.0][:3]
+    return base, per_sequence, reply
