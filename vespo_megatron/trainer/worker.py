@@ -6,6 +6,7 @@ it ends.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -85,6 +86,8 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
         if work == "mismatch":
             measure(trainer, run_dir)
             return
+        gc.collect()
+        gc.freeze()  # what is loaded: a rank that looks through it again and again keeps the others waiting
         finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)

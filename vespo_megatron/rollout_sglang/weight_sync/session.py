@@ -39,6 +39,11 @@ Checksums = dict[tuple[str, str], int]
 """By name and slice, for instance `("lm_head.weight", "0:64,0:32")`."""
 
 
+_ONCE = ("/end_weight_update", "/freeze_gc")
+"""To a server that joins, whether it can or not: end a session that an earlier failure left open; and leave what is
+loaded out of garbage collections, in which SGLang 0.5.23 stands still (up to 1 s on a CPU, every few seconds)."""
+
+
 class WeightSync:
     """Rank 0's side, towards every server at once. Not thread-safe.
 
@@ -145,11 +150,12 @@ class WeightSync:
         if self._connected:
             return
         servers = self._servers
-        for client in servers.clients:  # a session that an earlier failure left open
-            try:
-                client.call("/end_weight_update", {})
-            except UserError:
-                pass
+        for client in servers.clients:
+            for path in _ONCE:
+                try:
+                    client.call(path, {})
+                except UserError:
+                    pass
         self._manifests = servers.on_all(lambda client: ask_weights(client, "vespo_manifest", servers.timeout_s))
         self._served = merge_manifests(self._manifests, [client.url for client in servers.clients])
         self._connected = True  # before, so that a failure in it lets go of what it made
