@@ -86,6 +86,11 @@ def processes_of(tmp_path):
     return [words for words in found if "pytest" not in " ".join(words) and "slurm.conf" not in " ".join(words)]
 
 
+def update(cluster, job, **fields):
+    words = ["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in fields.items())]
+    subprocess.run(words, env=cluster, check=True, timeout=60)
+
+
 def kill_server(but=None):
     """Kill the job's server; its id. Once it is back, with the id it had before."""
 
@@ -102,6 +107,39 @@ def kill_server(but=None):
 def is_server(command):
     supervised = any(word.endswith("supervisor.py") for word in command)
     return not supervised and any("launch_sglang" in word for word in command) and "31000" in command
+
+
+def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "whole", 2, time="00:20:00")
+    wait_until(lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING"), 300, lambda: logs(tmp_path))
+    assert state(cluster, job) == ("COMPLETED", 0), logs(tmp_path)
+    assert steps(tmp_path, "whole", job) == [1, 2]
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
+
+
+def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_completes(cluster, tmp_path):
+    """Trainer and server on nodes of their own. The limit is moved to where the job is in its steps."""
+    job = submit(cluster, tmp_path, "limited", 24, "slow_reward:score", time="00:20:00", checkpoint_lead=100)
+    started = time.monotonic()
+    wait_until(lambda: len(steps(tmp_path, "limited", job)) >= 2, 300, lambda: logs(tmp_path))
+    # In whole minutes, so that less than the lead is left: the warning comes at once.
+    update(cluster, job, TimeLimit=int((time.monotonic() - started) // 60) + 1)
+    wait_until(lambda: state(cluster, job)[1] >= 1, 200, lambda: logs(tmp_path))
+    update(cluster, job, TimeLimit=20)
+    done = steps(tmp_path, "limited", job)
+    assert 2 <= done[-1] < 24, "the time limit came too late to show anything"
+    wait_until(
+        lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 600,
+        lambda: logs(tmp_path),
+    )  # fmt: skip
+    assert state(cluster, job) == ("COMPLETED", 1), logs(tmp_path)
+    assert steps(tmp_path, "limited", job) == list(range(1, 25))
+    attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())
+    assert attempts == ["attempt_0", "attempt_1"]
+    assert "stopped with a checkpoint: back into the queue" in logs(tmp_path)
+    resumed = f"resuming after step {done[-1]}"
+    assert any(resumed in path.read_text() for path in tmp_path.glob("logs/*/attempt_1/trainer_*.log")), resumed
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
 
 
 def test_a_server_that_dies_for_good_fails_the_job_within_a_minute_and_leaves_no_process(cluster, tmp_path):
