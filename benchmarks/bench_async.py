@@ -104,7 +104,7 @@ def _train(folder: str, delay: float) -> None:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    worker.build_engine = lambda recipe, device: SimulatedEngine(delay, recipe.grpo.num_prompts_per_step)
+    worker.build_engine = lambda recipe: SimulatedEngine(delay, recipe.grpo.num_prompts_per_step)
     os._exit(worker.main(Path(folder)))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -99,13 +98,12 @@ def step_seconds(case: Case, model: Path, place, layout) -> float:
     """Median of the steps after the first."""
     import torch.distributed as dist
 
+    from benchmarks.training_step import train_step
     from vespo_megatron.data.batch import Batch
     from vespo_megatron.data.sample import Sample
-    from vespo_megatron.megatron.micro_batch import prepare
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.recipe.schema import Recipe
     from vespo_megatron.trainer.objective import Objective
-    from vespo_megatron.trainer.scatter import plan_shares
 
     recipe = Recipe()
     recipe.policy.model_name, recipe.policy.precision = str(model), "float32"
@@ -128,11 +126,7 @@ def step_seconds(case: Case, model: Path, place, layout) -> float:
     for _ in range(_STEPS + 1):
         dist.barrier()
         started = time.perf_counter()
-        share = plan_shares(batch, recipe, place.data_size, policy.shape)[place.data_rank]
-        for batches, normalizer in zip(share.mini_batches, share.normalizers, strict=True):
-            micro_batches = prepare(batches, place, temperature=1.0, log_prob_bytes=32 << 20)
-            result = policy.update(micro_batches, objective.loss_function(normalizer))
-            objective.metrics(result.reports).finalize()
+        train_step(batch, recipe, policy, objective)
         dist.barrier()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
@@ -140,16 +134,11 @@ def step_seconds(case: Case, model: Path, place, layout) -> float:
 
 def measure(cases: list[Case]) -> list[float]:
     """Seconds of a step of every case; all of one number of ranks."""
+    from torch import multiprocessing
+
     ranks = cases[0].ranks
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=world, args=(rank, ranks, folder, cases)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(1800)
-            if process.exitcode != 0:
-                raise RuntimeError(f"a rank ended with {process.exitcode}")
+        multiprocessing.spawn(world, (ranks, folder, cases), nprocs=ranks)
         return json.loads((Path(folder) / "seconds.json").read_text())
 
 

@@ -151,16 +151,15 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
 
     import torch
 
+    from benchmarks.training_step import train_step
     from vespo_megatron.data.batch import Batch
     from vespo_megatron.data.sample import Sample
     from vespo_megatron.megatron import parallel
-    from vespo_megatron.megatron.micro_batch import prepare
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.recipe.schema import Recipe
     from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
     from vespo_megatron.rollout_sglang.in_process import InProcessEngine
     from vespo_megatron.trainer.objective import Objective
-    from vespo_megatron.trainer.scatter import plan_shares
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     recipe = Recipe()
@@ -204,13 +203,7 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
                 zip(given["prompts"], responses, log_probs, strict=True)
             )
         ]  # fmt: skip
-        (share,) = plan_shares(Batch(made, advantages.reshape(-1).astype(np.float32)), recipe, 1, policy.shape)
-        for batches, normalizer in zip(share.mini_batches, share.normalizers, strict=True):
-            micro_batches = prepare(
-                batches, place, temperature=1.0, log_prob_bytes=recipe.policy.megatron_cfg.logprob_memory_mb << 20
-            )
-            result = policy.update(micro_batches, objective.loss_function(normalizer))
-            objective.metrics(result.reports).finalize()
+        train_step(Batch(made, advantages.reshape(-1).astype(np.float32)), recipe, policy, objective)
         if engine is not None:
             engine.update_weights(policy.exporter.stream(), step + 1)
         seconds.append(time.perf_counter() - started)

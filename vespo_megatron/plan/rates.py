@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +59,15 @@ def from_runs(recipe: Recipe, run_dirs: Sequence[str | Path]) -> Pipeline:
     mean = statistics.fmean(one.length_mean for one in observed)
     deviation = statistics.fmean(one.length_deviation for one in observed)
     train = statistics.median(one.train_per_response for one in alike) * recipe.rollout_batch_size
-    pipeline = _pipeline(
+    return _pipeline(
         recipe, server, max(1, recipe.policy.generation.sglang_cfg.num_servers), train,
         statistics.median(one.sync for one in alike),
-        lognormal(mean, deviation, recipe.policy.generation.max_new_tokens),
+        lognormal(mean, deviation, recipe.policy.generation.max_new_tokens), reply,
     )  # fmt: skip
-    return replace(pipeline, reply_seconds=reply)
 
 
 def _pipeline(
-    recipe: Recipe, server: Server, servers: int, train: float, sync: float, draw_length: DrawLength
+    recipe: Recipe, server: Server, servers: int, train: float, sync: float, draw_length: DrawLength, reply: float = 0.0
 ) -> Pipeline:
     asynchronous = recipe.grpo.async_grpo
     return Pipeline(
@@ -80,6 +79,7 @@ def _pipeline(
         draw_length=draw_length,
         train_seconds=train,
         sync_seconds=sync,
+        reply_seconds=reply,
         asynchronous=asynchronous.enabled,
         max_staleness=asynchronous.staleness,
         sync_every=asynchronous.sync_every,

@@ -13,7 +13,6 @@ from vespo_megatron.data.prompts import PromptRecord, load_prompts, load_tokeniz
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
-from vespo_megatron.megatron.parallel import pick_device
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
 from vespo_megatron.recipe.validate import validate
@@ -106,7 +105,7 @@ def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
     generation = recipe.policy.generation
     if generation.backend == "sglang":
         generation.sglang_cfg.urls = stack.enter_context(launch_servers(recipe, folder)).urls
-    engine = build_engine(recipe, pick_device(recipe.cluster.device))
+    engine = build_engine(recipe)
     stack.callback(engine.close)
     return engine
 

@@ -22,7 +22,6 @@ from vespo_megatron.trainer.pulse import Pulse
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from vespo_megatron.data.prompts import PromptRecord
@@ -140,7 +139,7 @@ def build_controller(
     )
     if start_step:
         logger.print(f"resuming after step {start_step}")
-    engine = build_engine(recipe, place.device)
+    engine = build_engine(recipe)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, place)}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
@@ -148,16 +147,17 @@ def build_controller(
     return kind(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
-def build_engine(recipe: Recipe, device: torch.device) -> RolloutEngine:
+def build_engine(recipe: Recipe) -> RolloutEngine:
     """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one."""
     if recipe.policy.generation.backend == "in_process":
+        from vespo_megatron.megatron.parallel import pick_device
         from vespo_megatron.megatron.policy import DTYPES
         from vespo_megatron.rollout_sglang.in_process import InProcessEngine
 
         return InProcessEngine(
             recipe.policy.model_name,
             dtype=DTYPES[recipe.policy.precision],
-            device=device,
+            device=pick_device(recipe.cluster.device),
             context_length=recipe.policy.max_total_sequence_length,
         )
     from vespo_megatron.rollout_sglang import connect

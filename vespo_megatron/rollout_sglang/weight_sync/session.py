@@ -41,7 +41,7 @@ Checksums = dict[tuple[str, str], int]
 
 _ONCE = ("/end_weight_update", "/freeze_gc")
 """To a server that joins, whether it can or not: end a session that an earlier failure left open; and leave what is
-loaded out of garbage collections, in which SGLang 0.5.23 stands still (up to 1 s on a CPU, every few seconds)."""
+loaded out of garbage collections, in which SGLang 0.5.23 stands still."""
 
 
 class WeightSync:
