@@ -119,11 +119,11 @@ def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_pa
 
 def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_completes(cluster, tmp_path):
     """Trainer and server on nodes of their own. The limit is moved to where the job is in its steps."""
-    job = submit(cluster, tmp_path, "limited", 24, "slow_reward:score", time="00:20:00", checkpoint_lead=100)
+    job = submit(cluster, tmp_path, "limited", 24, "slow_reward:score", time="00:20:00", checkpoint_lead=130)
     started = time.monotonic()
     wait_until(lambda: len(steps(tmp_path, "limited", job)) >= 2, 300, lambda: logs(tmp_path))
-    # In whole minutes, so that less than the lead is left: the warning comes at once.
-    update(cluster, job, TimeLimit=int((time.monotonic() - started) // 60) + 1)
+    # One to two minutes from now, less than the lead: the warning comes when SLURM next looks, within half a minute.
+    update(cluster, job, TimeLimit=int((time.monotonic() - started) // 60) + 2)
     wait_until(lambda: state(cluster, job)[1] >= 1, 200, lambda: logs(tmp_path))
     update(cluster, job, TimeLimit=20)
     done = steps(tmp_path, "limited", job)
