@@ -7,7 +7,8 @@ Each side runs in a process of its own, the two in turn. *Training part*: both a
 its `rollout_func`) and make one update per step of all of them; TRL pads each of its micro-batches, ours packs into
 as many tokens. *End to end*: both generate as well, TRL with transformers' `generate`, ours with the in-process
 engine, every response as long as the longest allowed. Float32, Adam, no activation recomputation, no KL, clipped
-gradients. The first step is not counted. Memory is the peak resident size of the process, the model's states included.
+gradients; OpenMP set as `vespo-megatron train` sets it (TRL is as fast with its defaults). The first step is not
+counted. Memory is the peak resident size of the process, the model's states included.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from vespo_megatron.recipe.host_threads import trainer_environment  # noqa: E402
+from vespo_megatron.recipe.schema import Recipe  # noqa: E402
 
 GROUP = 8
 
@@ -156,7 +160,6 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     from vespo_megatron.data.sample import Sample
     from vespo_megatron.megatron import parallel
     from vespo_megatron.megatron.policy import MegatronPolicy
-    from vespo_megatron.recipe.schema import Recipe
     from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
     from vespo_megatron.rollout_sglang.in_process import InProcessEngine
     from vespo_megatron.trainer.objective import Objective
@@ -218,7 +221,7 @@ def measured_apart(side: str, name: str, folder: Path, steps: int, generate: boo
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--size", name, "--folder", str(folder)]
     command += ["--steps", str(steps)] + (["--generate"] if generate else [])
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = subprocess.run(command, capture_output=True, text=True, env=trainer_environment(Recipe()) | os.environ)
     if found.returncode:
         raise RuntimeError(f"{side} failed:\n{found.stderr[-4000:]}")
     return json.loads(found.stdout.splitlines()[-1])

@@ -113,6 +113,15 @@ def everything(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any
     return answers
 
 
+def messages(folder: str, layout: dict[str, Any], store: str) -> set[str]:
+    """The collectives of one update, by name."""
+    policy = build(folder, layout, store)
+    batches = micro_batches(policy, ragged_batch())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy.update(batches, weighted_loss)
+    return {event.key for event in profile.key_averages() if event.key.startswith("c10d::")}
+
+
 def objectives(
     folder: str, layout: dict[str, Any], store: str, names, behavior: dict[str, np.ndarray]
 ) -> dict[str, Any]:

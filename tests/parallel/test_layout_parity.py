@@ -98,6 +98,12 @@ def test_random_routes_change_the_gradient(one_process):
     assert relative_error(one_process["R3"]["gradients"][name], one_process["live"]["gradients"][name]) > 0.1
 
 
+def test_one_process_sends_itself_nothing(workers, checkpoint):
+    """gloo's threads would bring OpenMP workers of their own, and all of them would sleep between operations."""
+    assert workers.run(layout_work.messages, 1, folder=checkpoint[0], layout={})[0] == set()
+    assert len(workers.run(layout_work.messages, 2, folder=checkpoint[0], layout={})[0]) >= 3
+
+
 OBJECTIVES = ("vespo", "grpo", "gspo")
 
 

@@ -19,6 +19,8 @@ from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server import ServerProcess, choose_ports, log_tail, probe_environment
 from vespo_megatron.rollout_sglang.server_flags import Environment, build_environment, build_flags, check_server_args
 
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}
+
 
 @pytest.fixture
 def recipe(tiny_recipe):
@@ -92,7 +94,7 @@ def test_a_context_the_model_has_not_is_refused(recipe, shape):
 
 def test_the_server_does_not_inherit_the_launchers_own_distributed_job(shape):
     base = {"RANK": "3", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "PYTHONPATH": "/p"}
-    result = build_environment(found(), shape, base=base, num_ranks=1, tensor_parallel_size=1)
+    result = build_environment(found(), shape, base=base, threads=THREADS, tensor_parallel_size=1)
     assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & result.keys()
     assert result["HOME"] == "/h" and result["SGLANG_PLATFORM"] == "vespo_cpu" and result["CUDA_VISIBLE_DEVICES"] == ""
     assert result["PYTHONPATH"].endswith(":/p") and "stubs" in result["PYTHONPATH"]
@@ -100,7 +102,7 @@ def test_the_server_does_not_inherit_the_launchers_own_distributed_job(shape):
 
 def test_the_torchvision_stub_stays_away_from_a_real_one_and_from_cuda(shape):
     for environment in (found(torchvision=True), found("cuda")):
-        result = build_environment(environment, shape, base={}, num_ranks=1, tensor_parallel_size=1)
+        result = build_environment(environment, shape, base={}, threads=THREADS, tensor_parallel_size=1)
         assert "PYTHONPATH" not in result
     assert "SGLANG_PLATFORM" not in result
 
@@ -110,7 +112,7 @@ def test_only_the_model_file_in_use_is_imported_by_sglangs_registry(shape, tmp_p
     models.mkdir(parents=True)
     (models / "qwen3_moe.py").write_text("class Qwen3MoeForCausalLM(Base): ...")
     (models / "llama.py").write_text("class LlamaForCausalLM(Base): ...")
-    result = build_environment(found(folder=tmp_path), shape, base={}, num_ranks=1, tensor_parallel_size=1)
+    result = build_environment(found(folder=tmp_path), shape, base={}, threads=THREADS, tensor_parallel_size=1)
     assert result["SGLANG_DISABLED_MODEL_ARCHS"] == "llama"
 
 

@@ -258,6 +258,8 @@ def recipe_on(processes: int, urls: list[str] | None = None) -> Recipe:
 def test_what_the_user_set_in_the_environment_stays():
     environment = launch.agent_environment(recipe_on(1), {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth9"})
     assert environment["OMP_NUM_THREADS"] == "7" and environment["GLOO_SOCKET_IFNAME"] == "eth9"
+    assert "GOMP_SPINCOUNT" in environment
+    assert "GOMP_SPINCOUNT" not in launch.agent_environment(recipe_on(1), {"OMP_WAIT_POLICY": "passive"})
 
 
 def test_gloo_keeps_to_the_loopback_unless_a_server_is_elsewhere():

@@ -5,8 +5,8 @@ answers. Nothing is touched where CUDA is present. Two kinds of stand-in are nee
 
 * functions of `torch.cuda` that would raise: replaced in `torch.cuda` itself, since nothing else could use them;
 * `device="cuda"` and `pin_memory=True` written out in calls: the modules that do so get a proxy for their global
-  `torch` that changes those two keywords. A `TorchFunctionMode` would do it too, at a cost in every operation of
-  the model; the proxies cost nothing outside those modules.
+  `torch` that changes those two keywords, and whose all-reduce does nothing in a group of one. A `TorchFunctionMode`
+  would do it too, at a cost in every operation of the model; the proxies cost nothing outside those modules.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def install() -> None:
     _installed = True
     _import_without_compiling()
     _stand_in_for_cuda_functions()
+    torch_on_cpu = _torch_on_cpu()
     for name in _MODULES_THAT_NAME_CUDA:
         module = importlib.import_module(f"megatron.core.{name}")
-        module.torch = _TorchOnCPU(torch)  # type: ignore[attr-defined]
+        module.torch = torch_on_cpu  # type: ignore[attr-defined]
+    _send_nothing_to_oneself()
     _stand_in_for_rng_state()
     _stand_in_for_host_copies()
     _accept_cpu_tensor_types()
@@ -126,17 +128,22 @@ def _stand_in_for_cuda_functions() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
 
 
-class _TorchOnCPU(types.ModuleType):
-    """`torch`, with `device="cuda"` read as the CPU and `pin_memory` dropped in the creation functions."""
+class _ModuleWith(types.ModuleType):
+    """A module with some of its functions replaced, for those who are given it."""
 
-    def __init__(self, real: types.ModuleType) -> None:
-        super().__init__("torch")
-        self.__dict__["_real"] = real
-        for name in _CREATION_FUNCTIONS:
-            self.__dict__[name] = _on_cpu(getattr(real, name))
+    def __init__(self, real: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(replaced, _real=real)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_real"], name)
+
+
+def _torch_on_cpu() -> _ModuleWith:
+    """`torch`, with `device="cuda"` read as the CPU and `pin_memory` dropped in the creation functions."""
+    creation = {name: _on_cpu(getattr(torch, name)) for name in _CREATION_FUNCTIONS}
+    distributed = _ModuleWith(torch.distributed, all_reduce=_unless_alone(torch.distributed.all_reduce))
+    return _ModuleWith(torch, distributed=distributed, **creation)
 
 
 def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -146,6 +153,32 @@ def _on_cpu(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
         return create(*args, **kwargs)
+
+    return wrapper
+
+
+def _send_nothing_to_oneself() -> None:
+    """param_and_grad_buffer.py:285, 443, 455 reduces gradients and gathers parameters over groups of one, too.
+
+    gloo's threads would do that with OpenMP workers of their own, and libgomp, which then counts more workers than
+    cores, puts all of them to sleep between operations: a small model's step took twice as long.
+    """
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """`collective(output, [input], ..., group=...)` that in a group of one is a copy at most."""
+
+    @functools.wraps(collective)
+    def wrapper(output: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size(group) > 1:
+            return collective(output, *args, group=group, **kwargs)
+        for given in args[:1]:
+            if given.data_ptr() != output.data_ptr():
+                output.copy_(given)
+        return None
 
     return wrapper
 

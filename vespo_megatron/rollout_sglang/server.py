@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.host_threads import server_environment
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang import secrets, supervisor
 from vespo_megatron.rollout_sglang.http_control import call
@@ -234,7 +235,7 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         found,
         shape,
         base=dict(os.environ),
-        num_ranks=config.num_servers * config.tensor_parallel_size,
+        threads=server_environment(recipe),
         tensor_parallel_size=config.tensor_parallel_size,
     )
     deadline = time.monotonic() + config.startup_timeout

@@ -137,9 +137,14 @@ def context_length(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def build_environment(
-    environment: Environment, shape: ModelShape, *, base: dict[str, str], num_ranks: int, tensor_parallel_size: int
+    environment: Environment,
+    shape: ModelShape,
+    *,
+    base: dict[str, str],
+    threads: dict[str, str],
+    tensor_parallel_size: int,
 ) -> dict[str, str]:
-    """Environment variables of the server; `num_ranks` server processes share this machine's cores.
+    """Environment variables of the server; `threads` (`recipe.host_threads`) where it computes on the CPU.
 
     What belongs to the launching process's own distributed job (`RANK`, `MASTER_PORT`, …) is left out, so that a
     server started from inside one does not believe itself a member.
@@ -153,19 +158,16 @@ def build_environment(
     result["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the margin of the context
     if environment.device != "cpu":
         return result
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // max(1, num_ranks))
+    result |= threads
     result |= {
         "CUDA_VISIBLE_DEVICES": "",
         "SGLANG_USE_CPU_ENGINE": "0",
         "SGLANG_PLATFORM": "vespo_cpu",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(unused_model_files(environment.sglang_folder, shape.architecture)),
-        "OMP_NUM_THREADS": str(share),
-        # Threads that spin at a barrier cost a server that shares its cores with a trainer most of its speed.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "GLOO_SOCKET_IFNAME": base.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     if tensor_parallel_size > 1:
+        cores, share = sorted(os.sched_getaffinity(0)), int(threads["OMP_NUM_THREADS"])
         groups = [cores[rank * share % len(cores) :][:share] for rank in range(tensor_parallel_size)]
         result["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
     if not environment.has_torchvision:

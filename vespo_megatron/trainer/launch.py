@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.host_threads import trainer_environment
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
@@ -205,9 +206,9 @@ def agent_command(recipe: Recipe, run_dir: Path, work: str = "train") -> list[st
 
 def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str]) -> dict[str, str]:
     """The workers' environment; what the user has set stays."""
-    environment = dict(base)
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // recipe.cluster.gpus_per_node)))
+    environment = trainer_environment(recipe) | base
+    if "OMP_WAIT_POLICY" in base and "GOMP_SPINCOUNT" not in base:
+        del environment["GOMP_SPINCOUNT"]  # it would have the last word
     hosts = {urlsplit(url).hostname for url in recipe.policy.generation.sglang_cfg.urls}
     if hosts <= set(_LOOPBACK):
         # gloo otherwise looks the machine's name up, which has no address in many containers.
