@@ -6,6 +6,7 @@ it ends.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -87,6 +88,7 @@ def _run(recipe: Recipe, run_dir: Path, place, work: str, pulse: Pulse) -> None:
             return
         gc.collect()
         gc.freeze()  # what is loaded: a rank that looks through it again and again keeps the others waiting
+        atexit.register(gc.unfreeze)  # or Triton's library reports a page of leaks
         finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
