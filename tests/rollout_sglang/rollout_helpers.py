@@ -20,18 +20,32 @@ class Reference:
     folder: str
 
     def score(self, request, result, temperature=1.0):
-        """Log-probs float64 [R] and sorted experts [P + R - 1, sparse layers, topk] of one unpadded forward."""
+        """Log-probs float64 [R] and sorted experts [P + R - 1, sparse layers, topk] of one unpadded forward.
+
+        Where two experts are equal up to rounding, the engine's choice among them is taken.
+        """
         import torch
 
         ids = torch.tensor([[*request.prompt_ids, *result.output_ids.tolist()]])
-        with torch.no_grad():
-            output = self.model(ids, output_router_logits=True)
-        log_probs = torch.log_softmax(output.logits[0].double() / temperature, -1)
+        routers = [module for name, module in self.model.named_modules() if name.endswith(".mlp.gate")]
+        engine = [None] * len(routers)
+        if result.routes is not None:
+            engine = torch.from_numpy(result.routes.astype(np.int64)).unbind(1)
+        routes: list[torch.Tensor] = []
+        hooks = [
+            router.register_forward_hook(_settle_ties(chosen, routes))
+            for router, chosen in zip(routers, engine, strict=True)
+        ]
+        try:
+            with torch.no_grad():
+                logits = self.model(ids).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        log_probs = torch.log_softmax(logits.double() / temperature, -1)
         start = len(request.prompt_ids)
         positions = torch.arange(start - 1, ids.shape[1] - 1)
-        routes = [logits.topk(self.model.config.num_experts_per_tok).indices for logits in output.router_logits]
-        routes = torch.stack(routes, 1)[:-1]
-        return log_probs[positions, ids[0, start:]].numpy(), np.sort(routes.numpy(), -1)
+        return log_probs[positions, ids[0, start:]].numpy(), np.sort(torch.stack(routes, 1)[:-1].numpy(), -1)
 
     def distributions(self, request, result, temperature=1.0):
         """Probabilities float64 [R, vocabulary] that each token of the response was drawn from, before truncation."""
@@ -60,6 +74,29 @@ class Reference:
             self.model.config.save_pretrained(folder)
             save_file(dict(named_tensors), f"{folder}/model.safetensors", metadata={"format": "pt"})
             return Reference(Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32").eval(), self.folder)
+
+
+def _settle_ties(chosen, routes):
+    """A hook for transformers' router (logits, gates, experts) that appends the experts to `routes`.
+
+    The experts an engine has `chosen` [tokens - 1, topk] are taken where the worst of them is as good as the worst of
+    the router's own, up to rounding.
+    """
+    import torch
+
+    def hook(router, inputs, output):
+        logits, gates, experts = output
+        if chosen is not None:
+            tied = logits[:-1].gather(1, chosen).amin(1) >= logits[:-1].gather(1, experts[:-1]).amin(1) - 1e-5
+            distinct = chosen.sort(dim=1).values.diff(dim=1).all(dim=1)
+            experts = experts.clone()
+            experts[:-1] = torch.where((tied & distinct)[:, None], chosen, experts[:-1])
+            gates = torch.softmax(logits.float(), -1).gather(1, experts)
+            gates = gates / gates.sum(-1, keepdim=True) if router.norm_topk_prob else gates
+        routes.append(experts)
+        return logits, gates.to(logits.dtype), experts
+
+    return hook
 
 
 def make_requests(count, *, group_size=2, max_new_tokens=16, longest_prompt=40, **sampling):
