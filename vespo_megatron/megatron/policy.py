@@ -12,6 +12,7 @@ import torch
 
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
+from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
@@ -184,6 +185,8 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
+        if self.place.device.type == "cpu":
+            return_free_memory()
         return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
 
     @property
@@ -205,6 +208,8 @@ class MegatronPolicy:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
             self.on_progress()
+            if self.place.device.type == "cpu":
+                return_free_memory()
             chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
             table, observed = routes.tables(micro_batch)
             with self.replay.forward(chunk, table, observed, self.place.device):
