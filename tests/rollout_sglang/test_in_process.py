@@ -101,6 +101,22 @@ def test_log_probs_and_routes_are_those_of_a_plain_transformers_forward(engine, 
         np.testing.assert_array_equal(np.sort(result.routes, -1), np.sort(experts[:-1], -1))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 32, 33])
+def test_experts_of_few_rows_and_of_many_are_transformers_own(engine, tokens):
+    from vespo_megatron.rollout_sglang.in_process_experts import run_experts
+
+    mlp = engine.model.model.layers[0].mlp
+    hidden = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
+    _, gates, chosen = mlp.gate(hidden)
+    actual = run_experts(mlp.experts, hidden, chosen, gates)
+    expected = torch.zeros_like(hidden)
+    for token, (experts, weights) in enumerate(zip(chosen, gates, strict=True)):
+        for expert, weight in zip(experts, weights, strict=True):
+            gate, up = (mlp.experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            expected[token] += weight * (mlp.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_response_is_a_function_of_prompt_and_seed_whatever_else_is_in_the_batch(engine, model_folder):
     requests = make_requests(24)
     together = generate(engine, requests)

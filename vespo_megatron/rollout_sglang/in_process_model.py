@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.in_process_experts import run_experts
 
 
 class KeyValueCache:
@@ -148,7 +149,7 @@ class CachedQwen3Moe:
             if hasattr(layer.mlp, "experts"):
                 _, weights, experts = layer.mlp.gate(normed)
                 routes.append(experts)
-                hidden = hidden + layer.mlp.experts(normed, experts, weights)
+                hidden = hidden + run_experts(layer.mlp.experts, normed, experts, weights)
             else:
                 hidden = hidden + layer.mlp(normed)
         stacked = torch.stack(routes, dim=1) if routes else ids.new_zeros(num_tokens, 0, 0)
