@@ -101,6 +101,21 @@ def test_a_checksum_that_differs_twice_is_an_error(engine_by, reference, monkeyp
     assert "as they did the time before" in str(caught.value) and engine.clients[0].url in str(caught.value)
 
 
+def test_a_server_that_joins_leaves_what_it_has_loaded_out_of_its_collections_once(engine_by, reference, monkeypatch):
+    engine, answered = engine_by("distributed"), []
+    call = engine.clients[0].call
+
+    def listen(path, *args, **kwargs):
+        answer = call(path, *args, **kwargs)
+        answered.append(path)
+        return answer
+
+    monkeypatch.setattr(engine.clients[0], "call", listen)
+    for _ in range(2):
+        engine.update_weights(reference.named_tensors(), engine.weight_version + 1)
+    assert answered.count("/freeze_gc") == 1, answered
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_only_what_changed_is_sent_and_the_checksum_still_covers_everything(
     transport, engine_by, reference, monkeypatch
