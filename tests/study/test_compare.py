@@ -14,8 +14,10 @@ import pytest
 from made_up_study import SMALL, made_up
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
 from vespo_megatron.study import compare as compare_module
+from vespo_megatron.study.compare import environment
 from vespo_megatron.study.outcomes import read_outcomes
 from vespo_megatron.study.spec import load_study
 from vespo_megatron.study.study_report import compare_rows, sentences, write_study_report
@@ -79,6 +81,16 @@ def test_a_recipe_that_is_wrong_stops_the_study_before_anything_runs(study_file,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes, alone", [(1, True), (2, False)])
+def test_a_run_of_one_process_starts_no_torchrun(processes, alone, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    recipe = Recipe()
+    recipe.cluster.gpus_per_node = processes
+    told = environment(recipe, parallel=2)
+    assert told["OMP_NUM_THREADS"] == "4" and ("RANK" in told) is alone
+
+
 def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study_file, tmp_path):
     def command():
         return subprocess.run(

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.loader import save_recipe
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
 from vespo_megatron.study.spec import Cell, Study
+from vespo_megatron.trainer.launch import ALONE, agent_environment
 from vespo_megatron.trainer.logging import SUMMARY_FILE
 from vespo_megatron.trainer.preflight import check_tables
 from vespo_megatron.trainer.process import stop_on_signals
@@ -104,7 +106,6 @@ def _run_all(study: Study, waiting: list[Cell], parallel: int) -> dict[Cell, str
 
 
 def _start(study: Study, cell: Cell, parallel: int) -> subprocess.Popen:
-    threads = max(1, (os.cpu_count() or 1) // parallel)
     log = study.folder(cell).with_suffix(".log").open("ab")
     command = [sys.executable, "-m", "vespo_megatron.cli", "train", str(recipe_file(study, cell))]
     log.write(f"$ {shlex.join(command)}\n".encode())
@@ -112,8 +113,15 @@ def _start(study: Study, cell: Cell, parallel: int) -> subprocess.Popen:
     with log:
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env=environment(load_recipe(recipe_file(study, cell)), parallel),
         )  # fmt: skip
+
+
+def environment(recipe: Recipe, parallel: int) -> dict[str, str]:
+    """Of one of `parallel` runs beside each other. A run of one process is that process: it starts no torchrun."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    base = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return agent_environment(recipe, base) | ALONE if recipe.world_size == 1 else base
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import MegatronConfig
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.trainer.checkpoint_store import POLICY, CheckpointStore
+from vespo_megatron.trainer.launch import ALONE
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 
@@ -165,8 +166,7 @@ def _layout(settings: Sequence[str]) -> MegatronConfig:
 @contextmanager
 def _joined(layout: MegatronConfig) -> Iterator[parallel.Place]:
     """One of torchrun's processes, or alone; the environment is left as it was, for what is started afterwards."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    added = {name: value for name, value in alone.items() if name not in os.environ}
+    added = {name: value for name, value in ALONE.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield parallel.initialize(layout, seed=0, device=torch.device("cpu"))

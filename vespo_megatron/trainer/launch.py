@@ -38,6 +38,8 @@ from vespo_megatron.trainer.stopping import StopKeeper, clear_stop
 from vespo_megatron.trainer.watchdog import Watchdog, describe_death, watched
 
 WORKER_MODULE = "vespo_megatron.trainer.worker"
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun would tell its only process; one that is told this needs no torchrun."""
 _AGENT_GRACE_S = 10.0
 """torchrun has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
 _POLL_S = 0.2
