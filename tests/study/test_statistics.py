@@ -50,6 +50,16 @@ def test_a_hundred_null_studies_find_a_difference_in_about_five():
     assert false / 400 < 0.08
 
 
+def test_seeds_that_differ_by_the_same_are_as_much_as_their_signs():
+    """Accuracies of 128 answers have few values: one null comparison in two hundred would be certain by chance."""
+    alike = paired([0.875, 0.9375, 0.90625], [0.90625, 0.96875, 0.9375])
+    assert alike.p == 0.25 and holm([alike])[0].verdict == "no difference found"
+    assert paired([0.3 + 0.1] * 12, [0.1] * 12).p == paired([0.4, 0.7] * 6, [0.1, 0.4] * 6).p == 2**-11
+    chance = np.random.default_rng(0)
+    accuracies = chance.binomial(128, 0.9, (2000, 2, 3)) / 128
+    assert np.mean([holm([paired(*each)])[0].verdict != "no difference found" for each in accuracies]) < 0.06
+
+
 def test_holm_by_hand():
     """Of three p values the smallest counts three times, the next twice, and none less than the one before it."""
     differences = [paired([0.0, 0.1], [0.0, 0.0])] * 3
