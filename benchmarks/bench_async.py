@@ -99,11 +99,12 @@ def _train(folder: str, delay: float) -> None:
     import torch
 
     from vespo_megatron.trainer import worker
+    from vespo_megatron.trainer.launch import ALONE
 
     with (Path(folder) / "output").open("w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= ALONE
     worker.build_engine = lambda recipe: SimulatedEngine(delay, recipe.grpo.num_prompts_per_step)
     os._exit(worker.main(Path(folder)))
 
