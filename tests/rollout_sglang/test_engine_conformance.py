@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from itertools import count
 
@@ -291,3 +292,35 @@ def test_an_update_waits_for_running_requests(engine, reference):
     before, results = asyncio.run(scenario())
     for result in results:
         assert (result.weight_versions == before).all() and result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_comes_during_an_update_waits_for_it(engine, reference, paused):
+    """Paused, it is what the update has interrupted: a conversation goes on at once."""
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def stream():
+        tensors = reference.named_tensors(0.1, next(_seeds))
+        yield next(tensors)
+        under_way.set()
+        assert go_on.wait(60)
+        yield from tensors
+
+    async def scenario():
+        if paused:
+            await engine.pause()
+        version = engine.weight_version + 1
+        update = asyncio.create_task(asyncio.to_thread(engine.update_weights, stream(), version))
+        assert await asyncio.to_thread(under_way.wait, 60)
+        coming = asyncio.create_task(engine.generate(make_requests(2, max_new_tokens=4)))
+        await asyncio.sleep(0.1)
+        assert not coming.done()
+        go_on.set()
+        await asyncio.wait_for(update, 60)
+        if paused:
+            await engine.resume()
+        return version, await asyncio.wait_for(coming, 60)
+
+    version, results = asyncio.run(scenario())
+    for result in results:
+        assert (result.weight_versions == version).all() and result.finish_reason == "length"

@@ -137,7 +137,8 @@ def test_a_report_says_which_variant_helped_by_how_much_and_whether_it_is_noise(
 
     def accuracy(cell, steps):
         noise = 0.01 * ((cell.seed * 7) % 5)
-        end = {"vespo": 0.5, "again": 0.502 + 0.01 * ((cell.seed * 3) % 5) - noise, "broken": 0.9}[cell.levels[0]]
+        other = 0.01 * ((cell.seed * 3) % 5) - noise
+        end = {"vespo": 0.5, "again": 0.502 + other, "broken": 0.9 + other}[cell.levels[0]]
         return [0.3 + (end + noise - 0.3) * step / (steps - 1) for step in range(steps)]
 
     made_up(study, accuracy)
@@ -170,7 +171,8 @@ def test_other_measures_are_compared_as_ratios_or_differences(study_file):
     made_up(study, lambda cell, steps: [0.5] * steps)
     for cell in study.cells():
         path = study.folder(cell) / "metrics.jsonl"
-        k3 = {"vespo": 1.0, "again": 1.0 + 0.1 * (cell.seed % 2), "broken": 0.2}[cell.levels[0]] * cell.seed * 1e-4
+        factor = {"vespo": 1.0, "again": 1.0 + 0.1 * (cell.seed % 2), "broken": 0.2 + 1e-4 * cell.seed}
+        k3 = factor[cell.levels[0]] * cell.seed * 1e-4
         rows = [json.loads(line) | {"mismatch/k3": k3 * (1 + 0.01 * cell.seed)} for line in path.open()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = sentences(study, compare_rows(study, read_outcomes(study)))

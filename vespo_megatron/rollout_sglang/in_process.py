@@ -80,7 +80,8 @@ class InProcessEngine:
         """See `RolloutEngine.generate`. Runs in a worker thread; `on_result` is called in the event loop's thread.
 
         A response is cut at the context length with finish reason 'length'. While the engine is paused, what runs
-        ends as 'abort' with what it has, and what is asked for anew waits for `resume`.
+        ends as 'abort' with what it has, and what is asked for anew waits for `resume`; during a weight update it waits
+        for the update's end.
         """
         for request in requests:
             self._check(request)
@@ -170,12 +171,15 @@ class InProcessEngine:
             self.model = self._forward = None
             self._views = {}
 
+    def _check_usable(self) -> None:
+        """Under the lock: an update that is under way has not failed yet."""
+        if self._closed:
+            raise UserError("is closed", where=self.description)
+        if self._broken:
+            raise UserError(self._broken, where=self.description, fix="update the weights again before generating")
+
     def _check(self, request: GenerationRequest) -> None:
         where = f"request {request.request_id}"
-        if self._closed:
-            raise UserError("the engine is closed", where=where)
-        if self._broken:
-            raise UserError(self._broken, where=where, fix="update the weights again before generating")
         length = len(request.prompt_ids)
         if not 0 < length < self.context_length:
             raise UserError(f"{length} prompt tokens", where=where, expected=f"1 to {self.context_length - 1} of them")
@@ -191,8 +195,7 @@ class InProcessEngine:
         results: list[GenerationResult] = []
         for start in range(0, len(requests), self.max_batch_size):
             with self._lock, torch.inference_mode():
-                if self._broken or self._closed:
-                    raise UserError(self._broken or "the engine was closed", where="in-process engine")
+                self._check_usable()
                 batch = _Batch(self, requests[start : start + self.max_batch_size], emit)
                 results += batch.run(self._paused.is_set)
         return results
