@@ -36,6 +36,8 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
         ours_hidden, ours_weight, targets, first_id=bounds[rank], vocab_size=real, group=dist.group.WORLD,
         temperature=0.7, memory_bytes=memory_bytes, fuse_gradient_accumulation=fuse,
     )  # fmt: skip
+    kept = list(ours.grad_fn.kept.values())
+    held = sum(tile.nbytes for tile in kept) + max((tile.nbytes for tile in kept), default=0)
     ours.backward(gradient.to(ours.dtype))
     hidden_gradient = ours_hidden.grad.double()
     dist.all_reduce(hidden_gradient)
@@ -49,6 +51,7 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
         "values": error(ours.double().t(), plain.t()),
         "hidden": error(hidden_gradient, plain_hidden.grad),
         "weight": error(found, wanted),
+        "kept": float(held > memory_bytes or (rows > 0 and real > 0 and not kept) or len(ours.grad_fn.kept) > 0),
         "fused": float(fuse != getattr(ours_weight, "grad_added_to_main_grad", False)),
     }
 

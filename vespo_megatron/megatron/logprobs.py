@@ -2,9 +2,10 @@
 
 The logits are made a tile at a time, [rows, some of the vocabulary], and folded into a few numbers per row. The
 backward makes each tile again and turns it, in place, into the gradient of the logits, from which both gradients are
-accumulated: one matrix product more than the plain form (4/3 of its work), one tile instead of tokens × vocabulary
-several times over. Tiles span all rows where they can, so that the weight's gradient is written once per tile, and
-straight into megatron-core's `main_grad` where there is one: no second tensor of the embedding's size exists.
+accumulated: one matrix product more than the plain form (4/3 of its work), a few tiles instead of tokens × vocabulary
+several times over. As many of the last tiles as the memory allows are kept for the backward and not made again. Tiles
+span all rows where they can, so that the weight's gradient is written once per tile, and straight into megatron-core's
+`main_grad` where there is one: no second tensor of the embedding's size exists.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 _MAX_TILE_ROWS = 2048
+_TILES_AT_ONE_TIME = 8
+"""What the memory is divided into: one tile to work on, and those that are kept."""
 _HOST_BLOCK = 1 << 18
 """Numbers of a tile that the host turns at a time: what is made of them on the way stays in its cache."""
 
@@ -25,27 +28,34 @@ class LogProbRequest:
     """Which log-probs are wanted. Shapes: R rows out of this rank's T tokens.
 
     `rows` int64 [R] into the T tokens (after sequence parallel gathering), `targets` int64 [R] token ids whose
-    log-probability each row gives, `temperature` divides the logits, `memory_bytes` is what a tile of logits may take.
+    log-probability each row gives, `temperature` divides the logits, `memory_bytes` is what logits may take at
+    one time.
     """
 
     rows: torch.Tensor
     targets: torch.Tensor
     temperature: float = 1.0
-    memory_bytes: int = 32 << 20
+    memory_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How [rows, vocabulary] is cut: `columns` outside, `rows` inside."""
+    """How [rows, vocabulary] is cut: `columns` outside, `rows` inside; the last `kept` are for the backward."""
 
     columns: list[slice]
     rows: list[slice]
+    kept: int
 
     @staticmethod
     def of(rows: int, columns: int, element_size: int, memory_bytes: int) -> _Tiles:
         height = max(min(rows, _MAX_TILE_ROWS), 1)
-        width = max(memory_bytes // (element_size * height), 1)
-        return _Tiles(_slices(columns, width), _slices(rows, height) or [slice(0, 0)])
+        width = max(memory_bytes // (_TILES_AT_ONE_TIME * element_size * height), 1)
+        kept = max(memory_bytes // (element_size * height * width) - 1, 0)
+        return _Tiles(_slices(columns, width), _slices(rows, height) or [slice(0, 0)], kept)
+
+    def is_kept(self, strip: int, part: int) -> bool:
+        """Whether rows `part` of columns `strip` are among the last."""
+        return (len(self.columns) - strip) * len(self.rows) - part <= self.kept
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -55,7 +65,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, fuse):
+    def forward(ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, keep, fuse):
         tiles = _Tiles.of(len(hidden), vocab_size, hidden.element_size(), memory_bytes)
         local = targets - first_id
         # Of each strip of the vocabulary: the largest logit, Σ e, Σ e·z with z the logit above the largest one.
@@ -64,14 +74,18 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         if not tiles.columns:
             strips[0] = -torch.inf
         target = hidden.new_zeros(len(hidden), dtype=accurate)
+        ctx.kept = {}
         for number, columns in enumerate(tiles.columns):
-            for rows in tiles.rows:
+            for part, rows in enumerate(tiles.rows):
                 tile = _product(hidden[rows], weight[columns])
+                is_kept = keep and tiles.is_kept(number, part)
+                if is_kept:
+                    ctx.kept[number, part] = tile
                 column, inside = _within(local[rows], columns)
                 found = tile.gather(1, column[:, None])[:, 0].to(accurate) / temperature
                 target[rows] = torch.where(inside, found, target[rows])
                 for block in _blocks(tile):
-                    z = _scaled(tile[block], temperature)
+                    z = _scaled(tile[block], temperature, in_place=not is_kept)
                     statistics = strips[:, number, rows][:, block]
                     torch.amax(z, dim=-1, out=statistics[0])
                     z.sub_(statistics[0, :, None])
@@ -111,10 +125,12 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 weight.grad_added_to_main_grad = True
             else:
                 weight_gradient[ctx.tiles.columns[-1].stop if ctx.tiles.columns else 0 :] = 0
-        for columns in ctx.tiles.columns:
+        for number, columns in enumerate(ctx.tiles.columns):
             total = None
-            for rows in ctx.tiles.rows:
-                tile = _product(hidden[rows], weight[columns])
+            for part, rows in enumerate(ctx.tiles.rows):
+                tile = ctx.kept.pop((number, part), None)
+                if tile is None:
+                    tile = _product(hidden[rows], weight[columns])
                 column, inside = _within(local[rows], columns)
                 for block in _blocks(tile):
                     slope, e = gradient[:, rows][:, block, None], entropy[rows][block, None]
@@ -142,7 +158,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 weight_gradient[columns] = total
         if wants_hidden:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
-        return hidden_gradient, weight_gradient, None, None, None, None, None, None, None
+        return hidden_gradient, weight_gradient, *[None] * 8
 
 
 def _slices(total: int, size: int) -> list[slice]:
@@ -166,9 +182,12 @@ def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return hidden @ weight.t()
 
 
-def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The block in at least float32, in place where it is that already."""
-    logits = logits if logits.element_size() >= 4 else logits.float()
+def _scaled(logits: torch.Tensor, temperature: float, *, in_place: bool = True) -> torch.Tensor:
+    """The block in at least float32, to be written to; `in_place` where it is that already."""
+    if logits.element_size() < 4:
+        logits = logits.float()
+    elif not in_place:
+        logits = logits.clone()
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -191,7 +210,7 @@ def vocab_parallel_log_probs(
     group: dist.ProcessGroup,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    memory_bytes: int = 32 << 20,
+    memory_bytes: int = 64 << 20,
     fuse_gradient_accumulation: bool = False,
 ) -> torch.Tensor:
     """Log-probs of `targets` and entropies of the full distribution.
@@ -203,7 +222,7 @@ def vocab_parallel_log_probs(
         first_id: token id of the shard's first row.
         group: tensor parallel group.
         vocab_size: how many of the shard's rows are real; None: all. The others take no part.
-        memory_bytes: what one tile of logits may take.
+        memory_bytes: what logits may take at one time, those that are kept for the backward included.
         fuse_gradient_accumulation: add the weight's gradient to `weight.main_grad` and give autograd a tensor that is
             not initialised (megatron-core's `grad_added_to_main_grad`: layers.py:610). Not for a weight used twice.
 
@@ -211,6 +230,7 @@ def vocab_parallel_log_probs(
         float32 [2, R] (float64 for float64 input): log-probs, entropies (nats).
     """
     real = weight.shape[0] if vocab_size is None else vocab_size
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _VocabParallelLogProbs.apply(
-        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, fuse_gradient_accumulation
+        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, keep, fuse_gradient_accumulation
     )
