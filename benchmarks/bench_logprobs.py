@@ -1,12 +1,13 @@
 """Log-probs and entropies from hidden states, forward and backward: ours, the plain log-softmax, TRL's, Liger's.
 
     pip install --no-deps "trl==1.16.*" accelerate datasets liger-kernel
-    python benchmarks/bench_logprobs.py [--record]
+    python benchmarks/bench_logprobs.py [--device cuda] [--record]
 
 All four give log-probs, all but Liger's entropies besides; the gradient comes through log-probs alone, as in training
 without an entropy bonus. TRL's is the fused language-model head of its trainers, Liger's the function under its GRPO
 loss, each as its library calls it. "Extra" memory is the peak above the inputs and the gradients that any form must
-produce (`hidden.grad`, `weight.grad`), in a process of its own per form. Every form runs once per round and the
+produce (`hidden.grad`, `weight.grad`), in a process of its own per form; TFLOP/s are those of the plain form's three
+matrix products, whatever a form computes, and on a GPU their share of its peak. Every form runs once per round and the
 rounds alternate, so that what else the machine does touches all alike. Errors are those of gradients against a
 float64 log-softmax, relative to its largest entry, at a vocabulary that float64 can afford.
 """
@@ -19,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +29,9 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import devices  # noqa: E402
 from benchmarks.results import record  # noqa: E402
+from vespo_megatron.megatron.hardware import peak_tflops  # noqa: E402
 from vespo_megatron.megatron.logprobs import vocab_parallel_log_probs  # noqa: E402
 
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,35 +73,29 @@ def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
 FORMS: dict[str, Form] = {"plain": plain, "TRL": trl, "Liger": liger, "ours": ours}
 
 
-def inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """hidden [rows, width], weight [vocabulary, width] as leaves, targets, and the gradient of the log-probs."""
     torch.manual_seed(0)
-    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = torch.empty(vocabulary, width, dtype=dtype).normal_(0, width**-0.5).requires_grad_()
-    return hidden, weight, torch.randint(0, vocabulary, (rows,)), torch.randn(rows) / rows
+    hidden = torch.randn(rows, width).to(device, dtype).requires_grad_()
+    weight = torch.empty(vocabulary, width, dtype=dtype, device=device).normal_(0, width**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(0, vocabulary, (rows,)).to(device), (torch.randn(rows) / rows).to(device)
 
 
 def step(form: Form, given: tuple[torch.Tensor, ...]) -> float:
     """Seconds of one forward and backward; gradients are left in the leaves."""
     hidden, weight, targets, gradient = given
     hidden.grad = weight.grad = None
-    started = time.perf_counter()
+    started = devices.now(hidden.device.type)
     form(hidden, weight, targets).backward(gradient)
-    return time.perf_counter() - started
+    return devices.now(hidden.device.type) - started
 
 
 def peak_extra_bytes(form: Form, given: tuple[torch.Tensor, ...]) -> int:
-    """Peak resident memory of one step above inputs and gradients."""
-
-    def status(key: str) -> int:
-        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
-        return int(line.split()[1]) * 1024
-
+    """Peak memory of one step above inputs and gradients."""
     given[0].grad = given[1].grad = None
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    peak = devices.PeakMemory(given[0].device.type)
     step(form, given)
-    return status("VmHWM") - before - given[0].nbytes - given[1].nbytes
+    return peak.extra() - given[0].nbytes - given[1].nbytes
 
 
 def join_world(rank: int, size: int, store: str) -> None:
@@ -110,13 +106,14 @@ def memory_of(name: str, arguments: argparse.Namespace, dtype: str) -> int:
     """`peak_extra_bytes` in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--dtypes", dtype, "--tokens", str(arguments.tokens)]
     command += ["--hidden", str(arguments.hidden), "--vocabulary", str(arguments.vocabulary)]
+    command += ["--device", arguments.device]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def errors(dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Form → errors of the gradients of hidden and weight."""
-    given = inputs(256, arguments.hidden, LARGE_ERROR_VOCABULARY, dtype)
+    given = inputs(256, arguments.hidden, LARGE_ERROR_VOCABULARY, dtype, arguments.device)
     exact = [tensor.detach().double().requires_grad_() for tensor in given[:2]]
     log_probs = (exact[0] @ exact[1].t()).log_softmax(-1)
     log_probs.gather(-1, given[2][:, None])[:, 0].backward(given[3].double())
@@ -171,10 +168,18 @@ def tensor_parallel(arguments: argparse.Namespace) -> str:
     )
 
 
+def rate(seconds: float, arguments: argparse.Namespace) -> str:
+    """Of the three products that any form needs."""
+    tflops = 6 * arguments.tokens * arguments.hidden * arguments.vocabulary / seconds / 1e12
+    peak = peak_tflops(devices.name(arguments.device))
+    return f"{tflops:.2f}" + (f" ({tflops / peak:.0%})" if peak else "")
+
+
 def main() -> None:
     """Measure, print, and with --record write to RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.default_device())
+    parser.add_argument("--tokens", type=int, help="1,024 on a CPU, 16,384 on a GPU")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
@@ -183,42 +188,46 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or (16384 if arguments.device == "cuda" else 1024)
     with tempfile.TemporaryDirectory() as folder:
         join_world(0, 1, f"{folder}/store")
         shape = (arguments.tokens, arguments.hidden, arguments.vocabulary)
         if arguments.memory_of:
-            step(FORMS[arguments.memory_of], inputs(8, arguments.hidden, 4096, DTYPES[arguments.dtypes[0]]))
-            print(peak_extra_bytes(FORMS[arguments.memory_of], inputs(*shape, DTYPES[arguments.dtypes[0]])))
+            form, last = FORMS[arguments.memory_of], (DTYPES[arguments.dtypes[0]], arguments.device)
+            step(form, inputs(8, arguments.hidden, 4096, *last))
+            print(peak_extra_bytes(form, inputs(*shape, *last)))
             return
         lines = [
             f"{arguments.tokens} tokens, hidden {arguments.hidden}, vocabulary {arguments.vocabulary}, "
             f"{torch.get_num_threads()} threads, median of {arguments.repeats} alternating rounds, forward + backward.",
             "",
-            "| dtype | form | time (s) | ours / it | extra memory (MiB) | ours / it | ∂hidden error | ∂weight error |",
-            "|---|---|---|---|---|---|---|---|",
+            "| dtype | form | time (s) | TFLOP/s | ours / it | extra memory (MiB) | ours / it | ∂hidden error "
+            "| ∂weight error |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for dtype in arguments.dtypes:
             memory = {name: memory_of(name, arguments, dtype) for name in FORMS}
             wrong = errors(DTYPES[dtype], arguments)
-            given = inputs(*shape, DTYPES[dtype])
+            given = inputs(*shape, DTYPES[dtype], arguments.device)
             times: dict[str, list[float]] = {name: [] for name in FORMS}
             for _ in range(arguments.repeats):
                 for name, form in FORMS.items():
                     times[name].append(step(form, given))
             took = {name: statistics.median(values) for name, values in times.items()}
             lines += [
-                f"| {dtype} | {name} | {took[name]:.2f} | {took['ours'] / took[name]:.2f} | {memory[name] / 2**20:.0f} "
+                f"| {dtype} | {name} | {took[name]:.3g} | {rate(took[name], arguments)} "
+                f"| {took['ours'] / took[name]:.2f} | {memory[name] / 2**20:.0f} "
                 f"| {memory['ours'] / memory[name]:.3f} | {wrong[name][0]:.1e} | {wrong[name][1]:.1e} |"
                 for name in FORMS
             ]
             del given
         dist.destroy_process_group()
-    if not arguments.no_tp:
+    if arguments.device == "cpu" and not arguments.no_tp:
         lines += ["", tensor_parallel(arguments)]
     text = "\n".join(lines)
     print(text)
     if arguments.record:
-        record("Log-probs from hidden states on cpu", text)
+        record(f"Log-probs from hidden states on {devices.name(arguments.device)}", text)
 
 
 if __name__ == "__main__":

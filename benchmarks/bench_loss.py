@@ -19,7 +19,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import devices  # noqa: E402
 from benchmarks.results import record  # noqa: E402
 from vespo_megatron.losses import LossInputs, Normalizer, PolicyLossConfig, compute_policy_loss  # noqa: E402
 from vespo_megatron.losses.ratio_sums import ratio_sums  # noqa: E402
@@ -139,23 +139,15 @@ def step_of(case: str, data: SimpleNamespace) -> Step:
     return ours(data, "full" if "metrics" in case else "none")
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device, where there is one to wait for."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def seconds(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
     """Median time of a call of each, the calls taking turns; two rounds are not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 2):
         for name, run in runs.items():
-            synchronize(device)
-            start = time.perf_counter()
+            start = devices.now(device)
             run()
-            synchronize(device)
             if number >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(devices.now(device) - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -175,20 +167,9 @@ def peak_extra_bytes(case: str, num_sequences: int, length: int, device: str) ->
     forward_backward(small, step_of(case, small))()
     data = inputs(num_sequences, length, device)
     run = forward_backward(data, step_of(case, data))
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-
-    def status(key: str) -> int:
-        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = status("VmRSS")
+    peak = devices.PeakMemory(device)
     run()
-    return status("VmHWM") - before
+    return peak.extra()
 
 
 def measured_apart(case: str, arguments: argparse.Namespace) -> int:
@@ -205,7 +186,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.default_device())
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
     parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
