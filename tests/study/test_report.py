@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.study.measures import by_layer, late_mean
 from vespo_megatron.study.report import PANELS, load_runs, write_report
 
 
@@ -103,6 +105,17 @@ def test_a_report_of_nothing_says_what_is_missing(tmp_path):
 def test_every_panel_says_what_its_numbers_are():
     for panel in PANELS:
         assert panel.caption.endswith(".")
+
+
+def test_layers_are_drawn_in_their_order_by_what_they_were_late_in_the_run(tmp_path):
+    names = [f"routes/agreement_layer_{layer}" for layer in (1, 2, 10)]
+    history = [{"step": 0}] + [{"step": step, names[0]: 0.5, names[2]: step / 8} for step in range(1, 9)]
+    assert by_layer(history, names) == {1: 0.5, 10: 7.5 / 8}
+    assert list(by_layer(history, names[::-1])) == [1, 10]
+    assert math.isnan(late_mean(history, names[1]))
+    run = make_run(tmp_path / "run", extra={names[0]: 0.99, names[2]: 0.9, "policy/entropy": 1.0, "loss/kl": 0.1})
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert all(title in page for title in ("Route agreement by layer", "Entropy", "KL to the reference"))
 
 
 def test_the_step_as_a_whole_is_not_stacked_on_its_phases(tmp_path, monkeypatch):

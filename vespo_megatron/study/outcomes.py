@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vespo_megatron.study.measures import LATE
+from vespo_megatron.study.measures import LATE, late_mean
 from vespo_megatron.study.spec import Cell, Study
 from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics
 
@@ -77,11 +77,6 @@ def _outcome(study: Study, cell: Cell) -> Outcome:
     history = read_metrics(folder) if folder.is_dir() else []
     finished = (folder / SUMMARY_FILE).exists()
     evaluations = [record[study.accuracy] for record in history if record.get(study.accuracy) is not None]
-    steps = [record for record in history if record["step"] > 0]
-    late = {}
-    for column, metric in LATE.items():
-        values = [record[metric] for record in steps[-max(1, len(steps) // 4) :] if record.get(metric) is not None]
-        late[column] = math.fsum(values) / len(values) if values else math.nan
     seconds = json.loads((folder / SUMMARY_FILE).read_text())["seconds"] if finished else math.nan
     return Outcome(
         cell=cell,
@@ -90,7 +85,7 @@ def _outcome(study: Study, cell: Cell) -> Outcome:
         accuracy=evaluations[-1] if finished and evaluations else math.nan,
         best=max(evaluations, default=math.nan),
         seconds=seconds,
-        late=late,
+        late={column: late_mean(history, metric) for column, metric in LATE.items()},
     )
 
 

@@ -20,6 +20,8 @@ class Panel:
     log: bool = False
     stacked: bool = False
     """Parts of a whole, drawn one on the other; for a single run only."""
+    over: str = "step"
+    """What is across: 'step', or 'layer', where metrics' names end in a layer's number (late means)."""
 
 
 PANELS: tuple[Panel, ...] = (
@@ -28,6 +30,9 @@ PANELS: tuple[Panel, ...] = (
     Panel("Importance weight W", "Mean of W = π/μ of whole responses; 1 is on-policy.", ("vespo/w_mean",)),
     Panel("Coefficient φ", "Mean of what multiplies A·∇log π; 1 at W = 1.", ("vespo/phi_mean",)),
     Panel("Effective sample size", "(Σw)² / (n·Σw²) of unclipped W; 1 is on-policy.", ("vespo/ess",), share=True),
+    Panel("Entropy", "Nats per token, of the policy's own distribution.", ("policy/entropy",)),
+    Panel("KL", "Estimate of KL(μ‖π) per token: −log W over the length, mean of responses.", ("vespo/approx_kl",)),
+    Panel("KL to the reference", "Of the penalty, where there is one.", ("loss/kl",)),
     Panel("Response length", "Tokens, mean of a rollout batch.", ("response/length_mean",)),
     Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
     Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
@@ -35,7 +40,11 @@ PANELS: tuple[Panel, ...] = (
     Panel("Throughput", "Tokens per second.", ("throughput/*tokens_per_second*",)),
     Panel("Staleness", "Weight versions between sampling and training.", ("staleness/lag_mean", "staleness/lag_max")),
     Panel("Route agreement", "Experts that trainer and engine agree on.", ("routes/agreement",), share=True),
-)
+    Panel(
+        "Route agreement by layer", "The same, late in the run, layer by layer.", ("routes/agreement_layer_*",),
+        over="layer",
+    ),
+)  # fmt: skip
 
 
 def canvas() -> tuple[Any, Any]:
@@ -62,7 +71,7 @@ def png(figure: Any, axes: Any, *, legend: bool, x: str = "step") -> bytes:
 
     axes.set_xlabel(x, fontsize=8)
     axes.tick_params(labelsize=8)
-    if x == "step":
+    if x in ("step", "layer"):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.study.measures import by_layer
 from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
 from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics, summarise
@@ -127,6 +128,11 @@ def draw(panel: Panel, runs: Sequence[Run]) -> bytes | None:
         return None
     figure, axes = canvas()
     several_names = len({name for _, name in lines}) > 1
+    if panel.over == "layer":
+        for run in runs:
+            layers = by_layer(run.history, run.names(panel.patterns))
+            axes.plot(list(layers), list(layers.values()), marker="o", markersize=3, linewidth=1.6, label=run.label)
+        return png(figure, axes, legend=len(runs) > 1, x=panel.over)
     if panel.stacked and len(runs) == 1:
         _draw_stacked(axes, runs[0], [name for _, name in lines if name != "time/step"])  # the whole, not a part
     else:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vespo_megatron.study.measures import LATE, RATIOS
+from vespo_megatron.study.measures import LATE, RATIOS, by_layer
 from vespo_megatron.study.outcomes import COLLAPSE, Outcome, cells_csv, curves_csv, read_outcomes
 from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
@@ -190,19 +190,23 @@ def _curves(panel: Panel, rows: Sequence[Row]) -> bytes | None:
     for row in rows:
         names = {name for run in row.runs for record in run.history for name in record}
         metrics = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in panel.patterns))
-        for metric in metrics[:1]:
-            series = [values for run in row.runs if (values := run.series(metric))]
-            steps = sorted({step for values in series for step in values})
-            at = [[values[step] for values in series if step in values] for step in steps]
-            (line,) = axes.plot(steps, [math.fsum(v) / len(v) for v in at], linewidth=1.4, label=row.variant)
-            axes.fill_between(
-                steps, [min(v) for v in at], [max(v) for v in at], alpha=0.15, color=line.get_color(), linewidth=0
-            )
-            everything += [value for values in at for value in values]
+        if panel.over == "layer":
+            series = [by_layer(run.history, metrics) for run in row.runs]
+        else:
+            series = [run.series(metric) for metric in metrics[:1] for run in row.runs]
+        places = sorted({place for values in series for place in values})
+        at = [[values[place] for values in series if place in values] for place in places]
+        if not at:
+            continue
+        (line,) = axes.plot(places, [math.fsum(v) / len(v) for v in at], linewidth=1.4, label=row.variant)
+        axes.fill_between(
+            places, [min(v) for v in at], [max(v) for v in at], alpha=0.15, color=line.get_color(), linewidth=0
+        )
+        everything += [value for values in at for value in values]
     if not everything:
         return None
     scale(axes, panel, everything)
-    return png(figure, axes, legend=True)
+    return png(figure, axes, legend=True, x=panel.over)
 
 
 def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
