@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vespo_megatron.data.layout import SequenceLayout
+from vespo_megatron.data.layout import SequenceLayout, shape_bucket
 
 
 @st.composite
@@ -40,6 +40,14 @@ def test_every_token_is_held_once_and_ranks_hold_equal_shares(layout):
     assert {len(held) for held in positions} == {layout.num_local_tokens}
     assert layout.num_local_tokens % layout.tensor_parallel_size == 0
     assert layout.num_global_tokens >= layout.pad_to
+
+
+@given(st.integers(1, 1 << 20))
+def test_shapes_come_in_few_sizes_that_waste_little(tokens):
+    size = shape_bucket(tokens)
+    assert tokens <= size <= tokens * (1 + 1 / 32) and shape_bucket(size) == size
+    octave = 1 << (size.bit_length() - 1)
+    assert size % max(octave // 32, 1) == 0  # 32 sizes from one power of two to the next
 
 
 @given(layouts())

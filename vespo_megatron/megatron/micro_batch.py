@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vespo_megatron.data.batch import Batch
-from vespo_megatron.data.layout import SequenceLayout
+from vespo_megatron.data.layout import SequenceLayout, shape_bucket
 from vespo_megatron.megatron.logprobs import LogProbRequest
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
 from vespo_megatron.megatron.parallel import Place
@@ -53,7 +53,8 @@ def layouts(batches: Sequence[Batch], place: Place, padding_id: int = 0) -> list
 
     With pipeline parallelism all are padded to the longest one: stages then exchange tensors of one known size.
     (megatron-core's exchange of shapes mixes up its messages when previous and next stage are the same rank, as they
-    are with two stages and virtual pipelining: p2p_communication.py:183.)
+    are with two stages and virtual pipelining: p2p_communication.py:183.) On a GPU, whose allocator keeps blocks by
+    size, they are padded to a `shape_bucket` (not run on one yet).
     """
     result = [
         SequenceLayout.of_samples(
@@ -69,6 +70,8 @@ def layouts(batches: Sequence[Batch], place: Place, padding_id: int = 0) -> list
     if place.pipeline_size > 1:
         longest = max(layout.num_global_tokens for layout in result)
         result = [replace(layout, pad_to=longest) for layout in result]
+    if place.device.type == "cuda":
+        result = [replace(layout, pad_to=shape_bucket(layout.num_global_tokens)) for layout in result]
     return result
 
 
