@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.losses import MetricSums
+from vespo_megatron.trainer.objective import add_by_lag
 from vespo_megatron.trainer.staleness import StalenessBuffer, lags
 
 
@@ -136,3 +139,18 @@ def test_without_room_nothing_is_sent():
     buffer.admit("a")
     with pytest.raises(ValueError, match="no group may be sent"):
         buffer.admit("b")
+
+
+def test_w_and_ess_are_told_by_lag():
+    """A response without a finite W counts nowhere."""
+    w = torch.tensor([1.0, 2.0, 0.5, 3.0, torch.inf], dtype=torch.float64)
+    output = SimpleNamespace(sequence_log_ratio=w.log(), metrics=MetricSums())
+    add_by_lag(output, np.array([0, 0, 2, 2, 2]), 3, first=True)
+    found = output.metrics.finalize()
+    assert found["staleness/w_mean_lag_0"] == pytest.approx(1.5)
+    assert found["staleness/w_mean_lag_2"] == pytest.approx(1.75)
+    assert found["staleness/ess_lag_0"] == pytest.approx(1.5**2 / 2.5)
+    assert found["staleness/ess_lag_2"] == pytest.approx(1.75**2 / 4.625)
+    elsewhere = SimpleNamespace(sequence_log_ratio=w.log(), metrics=MetricSums())
+    add_by_lag(elsewhere, np.array([0, 0, 2, 2, 2]), 3, first=False)
+    assert (output.metrics + elsewhere.metrics).finalize() == pytest.approx(found, nan_ok=True)

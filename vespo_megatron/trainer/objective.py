@@ -37,8 +37,9 @@ def add_by_lag(output: LossOutput, lags: np.ndarray, max_lag: int, *, first: boo
     finite = torch.isfinite(weight)
     for lag in range(max_lag + 1):
         where = torch.from_numpy(lags == lag).to(weight.device) & finite & first
-        output.metrics.add(f"staleness/w_mean_lag_{lag}", weight[where].sum(), where.sum())
-        output.metrics.add(f"_w_square_lag_{lag}", weight[where].square().sum(), where.sum())
+        counted = torch.where(where, weight, 0.0)
+        output.metrics.add(f"staleness/w_mean_lag_{lag}", counted.sum(), where.sum())
+        output.metrics.add(f"_w_square_lag_{lag}", counted.square().sum(), where.sum())
 
 
 class Objective:

@@ -26,7 +26,7 @@ class _Groups:
 
     def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor) -> None:
         # _grouped_mm takes bfloat16 only there. This branch has not run on a GPU yet.
-        self.on_device = like.is_cuda and like.dtype is torch.bfloat16
+        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16
         if self.on_device:
             self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
             return
@@ -71,7 +71,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, probs, gate_up, fc1, fc2 = ctx.saved_tensors
-        groups, scale = ctx.groups, probs[:, None].to(x.dtype)
+        groups, scale, gradient = ctx.groups, probs[:, None].to(x.dtype), gradient.contiguous()
         gate, up = gate_up.chunk(2, dim=1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
