@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vespo_megatron.study.provenance import machine
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEADER = "# Measurements\n\nEvery section is written by its script in this folder, on the machine it names.\n"
-
-
-def machine() -> str:
-    """Processor, cores, memory, GPU, Python and PyTorch, in one line; no host name."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1).strip() if found else model
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (OSError, ValueError):
-        memory = float("nan")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    software = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
-    return f"{model}, {cores} cores, {memory:.0f} GiB{gpu}; {software}"
 
 
 def record(section: str, markdown: str, path: Path = RESULTS) -> None:

@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("study", metavar="STUDY", help="YAML file: see vespo_megatron/study/spec.py")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
     compare.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as the study says)")
+    compare.add_argument("--seeds", type=_whole_numbers, metavar="N,…", help="only these of the study's seeds")
     compare.add_argument("--slurm", action="store_true", help="give each run to sbatch, and the report after them")
     compare.add_argument("--report-only", action="store_true", help="run nothing; runs may still be in progress")
     compare.add_argument("--output", metavar="DIR", help="where the report goes (default: the study's output)")
@@ -162,6 +163,13 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from None
 
 
 def _add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> None:
@@ -302,6 +310,8 @@ def _compare(parsed: argparse.Namespace, rest: list[str]) -> int:
     from vespo_megatron.study.study_report import write_study_report
 
     study = load_study(parsed.study)
+    if parsed.seeds:
+        study = study.with_seeds(parsed.seeds)
     if parsed.slurm:
         from vespo_megatron.slurm.study_jobs import prepare_jobs
         from vespo_megatron.slurm.submit import submit

@@ -18,9 +18,10 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
 from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.compare import environment
+from vespo_megatron.study.comparison import compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
 from vespo_megatron.study.spec import load_study
-from vespo_megatron.study.study_report import compare_rows, sentences, write_study_report
+from vespo_megatron.study.study_report import sentences, write_study_report
 from vespo_megatron.trainer.preflight import check_tables
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,7 @@ def test_every_study_of_the_examples_is_sound(path, monkeypatch):
         ("  again: [loss_fn.name=vespo]|  again: [loss_fn.name]", "variants.variant.again"),
         ("variants:|", "small.yaml"),
         ("parallel: 2|also: [k4]", "small.yaml: also"),
+        ("parallel: 2|baselines: {again: grpo}", "small.yaml: baselines"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_named(change, said, study_file):
@@ -115,7 +117,7 @@ def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study
     assert (tmp_path / "runs/vespo/seed_1/summary.json").stat().st_mtime_ns == finished
     study = load_study(study_file)
     rows = compare_rows(study, read_outcomes(study))
-    assert rows[1].difference.verdict == "no difference found"  # the null study: the same variant twice
+    assert rows[1].differences["accuracy"].verdict == "no difference found"  # the null study: the same variant twice
     assert "report.html" in second.stdout
     with (tmp_path / "runs/cells.csv").open() as file:
         cells = list(csv.DictReader(file))
@@ -142,7 +144,7 @@ def test_a_report_says_which_variant_helped_by_how_much_and_whether_it_is_noise(
         return [0.3 + (end + noise - 0.3) * step / (steps - 1) for step in range(steps)]
 
     made_up(study, accuracy)
-    said = sentences(study, compare_rows(study, read_outcomes(study)))
+    said = sentences(compare_rows(study, read_outcomes(study)))
     assert said[0].startswith("broken against vespo: higher (+0.400 accuracy")
     assert "again against vespo: no difference found" in said[1]
     page = write_study_report(study).read_text()
@@ -175,9 +177,47 @@ def test_other_measures_are_compared_as_ratios_or_differences(study_file):
         k3 = factor[cell.levels[0]] * cell.seed * 1e-4
         rows = [json.loads(line) | {"mismatch/k3": k3 * (1 + 0.01 * cell.seed)} for line in path.open()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = sentences(study, compare_rows(study, read_outcomes(study)))
+    said = sentences(compare_rows(study, read_outcomes(study)))
     assert said[0].startswith("again against vespo: no difference found (+0.000 accuracy")
     (k3,) = [text for text in said if "broken" in text and "k3" in text]
     assert k3.startswith("broken against vespo: lower (×0.2 k3 [×0.2, ×0.2]")
     assert any("again" in text and "no difference found (×" in text for text in said)
     assert any(text.startswith("again against vespo: no difference found (+0.000 ess") for text in said)
+
+
+def test_a_variant_can_have_a_baseline_of_its_own(study_file):
+    study_file.write_text(study_file.read_text() + "baselines: {broken: again}\n")
+    study = load_study(study_file)
+    ends = {"vespo": 0.3, "again": 0.5, "broken": 0.6}
+    made_up(study, lambda cell, steps: [ends[cell.levels[0]] + 0.01 * cell.seed] * steps)
+    said = sentences(compare_rows(study, read_outcomes(study)))
+    assert [text.split(" [")[0] for text in said] == [
+        "again against vespo: no difference found (+0.200 accuracy",
+        "broken against again: no difference found (+0.100 accuracy",
+    ]
+
+
+def test_part_of_a_study_is_some_of_its_seeds(study_file):
+    study = load_study(study_file)
+    assert {cell.seed for cell in study.with_seeds([2]).cells()} == {2}
+    for seeds in ([], [1, 3]):
+        with pytest.raises(UserError, match="no seeds"):
+            study.with_seeds(seeds)
+    assert study.with_seeds([2]).folder(study.cells()[0]) == study.folder(study.cells()[0]), "they go on with the rest"
+
+
+def test_every_setting_shows_every_panel_and_the_raw_curves_are_kept(study_file, tmp_path):
+    text = study_file.read_text()
+    axes = "axes:\n  objective: {vespo: [], grpo: []}\n  staleness: {N=4: [], N=8: []}\n"
+    study_file.write_text(text[: text.index("variants:")] + axes + text[text.index("accuracy:") :])
+    study = load_study(study_file)
+    made_up(study, lambda cell, steps: [0.1 * step for step in range(steps)])
+    page = write_study_report(study).read_text()
+    names = {path.stem for path in (tmp_path / "runs/figures").iterdir()}
+    panels = ("held-out_accuracy", "reward", "effective_sample_size")
+    assert names == {"accuracy"} | {f"{panel}_{setting}" for panel in panels for setting in ("N=4", "N=8")}
+    assert page.count("<figure>") == 7 and "<h2>At N=8</h2>" in page
+    with (tmp_path / "runs/curves.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert len(curves) == 2 * 2 * 2 * 4
+    assert curves[3]["step"] == "3" and float(curves[3]["reward"]) == pytest.approx(0.3) and curves[3]["k3"] == ""

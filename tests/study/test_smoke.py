@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vespo_megatron.study.comparison import compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
 from vespo_megatron.study.spec import load_study
-from vespo_megatron.study.study_report import compare_rows
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1200)]
@@ -44,7 +44,7 @@ def test_vespo_s_training_reward_is_ahead_of_grpo_s_and_it_is_not_noise(study):
     """With each of the ten seeds; their held-out accuracies do not differ."""
     loaded, outcomes = study
     (row,) = [row for row in compare_rows(loaded, outcomes) if row.variant == "vespo"]
-    assert row.also["reward"].verdict == "higher", row.also
+    assert row.differences["reward"].verdict == "higher", row.differences
 
 
 def test_data_grows_stale_within_a_rollout(study):

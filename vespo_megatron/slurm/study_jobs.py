@@ -21,5 +21,6 @@ def prepare_jobs(study: Study, study_file: str | Path, *, extra: Sequence[str] =
     jobs = {cell.name.replace("/", "_"): study.recipe(cell, tuple(extra)) for cell in unfinished(study, extra)}
     scripts = write_jobs(jobs, folder)
     base = study.recipe(study.cells()[0], tuple(extra))
-    arguments = f"compare {shlex.quote(str(Path(study_file).resolve()))} --report-only"
+    seeds = ",".join(map(str, study.seeds))
+    arguments = f"compare {shlex.quote(str(Path(study_file).resolve()))} --report-only --seeds {seeds}"
     return [*scripts, write_report(base, f"{study.name}_report", arguments, folder)]

@@ -11,6 +11,7 @@ LATE = {
     "w_mean": "vespo/w_mean",
     "ess": "vespo/ess",
     "k3": "mismatch/k3",
+    "k3_engines": "mismatch/k3_first_update",
     "route_agreement": "routes/agreement",
     "entropy": "policy/entropy",
     "response_length": "response/length_mean",
@@ -19,7 +20,7 @@ LATE = {
 }
 """Columns that are a metric's mean over the last quarter of a run's steps."""
 
-RATIOS = ("k3", "grad_norm")
+RATIOS = ("k3", "k3_engines", "grad_norm")
 """Those that are compared as ratios: positive, and of any order of magnitude."""
 
 

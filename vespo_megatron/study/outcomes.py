@@ -63,12 +63,15 @@ def cells_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
 
 
 def curves_csv(study: Study, outcomes: Sequence[Outcome]) -> str:
-    """A row per run and evaluation."""
+    """A row per run and step."""
     rows = []
     for outcome in outcomes:
-        for step, value in outcome.series(study.accuracy).items():
+        for record in outcome.history:
             row: dict[str, Any] = dict(zip(study.axes, outcome.cell.levels, strict=True))
-            rows.append(row | {"seed": outcome.cell.seed, "step": step, "accuracy": _cell_text(value)})
+            row |= {"seed": outcome.cell.seed, "step": record["step"]}
+            values = {"accuracy": study.accuracy, **LATE}
+            row |= {column: _cell_text(record.get(metric)) for column, metric in values.items()}
+            rows.append(row)
     return _csv(rows)
 
 
@@ -92,7 +95,7 @@ def _outcome(study: Study, cell: Cell) -> Outcome:
 def _cell_text(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
-    return value
+    return "" if value is None else value
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

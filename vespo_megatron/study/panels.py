@@ -36,6 +36,10 @@ PANELS: tuple[Panel, ...] = (
     Panel("Response length", "Tokens, mean of a rollout batch.", ("response/length_mean",)),
     Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
     Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
+    Panel(
+        "Mismatch of the engines", "The same over the first update of a rollout batch, which is not stale.",
+        ("mismatch/k3_first_update",), log=True,
+    ),
     Panel("Time per phase", "Seconds of each step.", ("time/*",), stacked=True),
     Panel("Throughput", "Tokens per second.", ("throughput/*tokens_per_second*",)),
     Panel("Staleness", "Weight versions between sampling and training.", ("staleness/lag_mean", "staleness/lag_max")),

@@ -12,6 +12,7 @@
       staleness:
         N=4: [grpo.num_prompts_per_step=32]
     baseline: vespo                        # a level of the first axis, which every other one is compared with
+    baselines: {vespo-r2: vespo}           # …but these, which have one of their own
     accuracy: eval/running_sums/avg@4      # the metric of the tables
     also: [k3, route_agreement]            # late means that are compared as well: study/measures.py lists them
     parallel: 2                            # runs at a time
@@ -26,8 +27,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ class Study:
     overrides: tuple[str, ...] = ()
     parallel: int = 1
     published: Published = field(default_factory=Published)
+    baselines: Mapping[str, str] = field(default_factory=dict)
+    """Levels of the first axis that are compared with another one than `baseline`."""
+
+    def baseline_of(self, variant: str) -> str | None:
+        """What a level of the first axis is compared with; None for `baseline` itself."""
+        found = self.baselines.get(variant, self.baseline)
+        return None if found == variant else found
 
     @property
     def settings(self) -> list[tuple[str, ...]]:
@@ -95,6 +103,16 @@ class Study:
     def variants(self) -> list[str]:
         """Levels of the first axis."""
         return list(next(iter(self.axes.values())))
+
+    def with_seeds(self, seeds: Sequence[int]) -> Study:
+        """The part of it that has these seeds.
+
+        Raises:
+            UserError: the study has no such seed.
+        """
+        if not seeds or set(seeds) - set(self.seeds):
+            raise UserError(f"has no seeds {list(seeds)}", where=self.name, expected=f"some of {list(self.seeds)}")
+        return replace(self, seeds=tuple(seed for seed in self.seeds if seed in seeds))
 
     def cells(self) -> list[Cell]:
         """Every run, seeds outermost: a study stopped half-way has whole seeds."""
@@ -146,6 +164,9 @@ class _Reader:
         baseline = str(self.take("baseline", str, next(iter(next(iter(axes.values()))))))
         if baseline not in next(iter(axes.values())):
             self.fail("baseline", f"one of {', '.join(next(iter(axes.values())))}")
+        baselines = {str(level): str(other) for level, other in self.take("baselines", Mapping, {}).items()}
+        if unknown := {*baselines, *baselines.values()} - set(next(iter(axes.values()))):
+            self.fail("baselines", f"pairs of {', '.join(next(iter(axes.values())))}, not {sorted(unknown)[0]}")
         seeds = tuple(self.take("seeds", list, [1, 2, 3]))
         if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
             self.fail("seeds", "different whole numbers")
@@ -164,6 +185,7 @@ class _Reader:
             overrides=self.texts("overrides", self.take("overrides", list, [])),
             parallel=max(1, self.take("parallel", int, 1)),
             published=Published(**published),
+            baselines=baselines,
         )
         if unknown := set(study.also) - set(LATE):
             self.fail("also", f"some of {', '.join(LATE)}, not {sorted(unknown)[0]}")

@@ -309,10 +309,10 @@ def _raise(failure: UserError | None) -> None:
 
 
 def _spread(per_update: list[dict[str, float]]) -> dict[str, float]:
-    """What staleness does inside a rollout batch: the first and last update's W, φ and ESS."""
+    """What staleness does inside a rollout batch: W, φ, ESS and k3 of its first and last update."""
     if len(per_update) < 2:
         return {}
-    names = ("vespo/w_mean", "vespo/phi_mean", "vespo/ess")
+    names = ("vespo/w_mean", "vespo/phi_mean", "vespo/ess", "mismatch/k3")
     return {
         f"{name}_{which}_update": metrics[name]
         for which, metrics in (("first", per_update[0]), ("last", per_update[-1]))
