@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import threading
@@ -11,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
+from scoring import score
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig, RewardShapingConfig
-from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rewards.code import code_reward, run
 from vespo_megatron.rewards.format import format_reward
 from vespo_megatron.rewards.remote import remote_reward
@@ -157,14 +157,6 @@ def test_a_busy_service_is_asked_again_and_a_broken_one_is_an_error(service):
     service.answers = [500] * 9
     with pytest.raises(Exception, match="500"):
         remote(service, retries=2)
-
-
-def score(env, *texts, truth="4"):
-    pool = RewardPool(env)
-    try:
-        return asyncio.run(pool.score([RewardRequest("s", text, truth) for text in texts]))
-    finally:
-        pool.close()
 
 
 def test_a_weighted_sum_logs_its_parts():

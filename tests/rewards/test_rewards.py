@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -10,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from scoring import score
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
-from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rewards.functions import exact_match, last_boxed
 
 
@@ -26,14 +26,6 @@ def hostile(data_source, solution_str, ground_truth, extra_info):
     if solution_str == "raise":
         raise RuntimeError
     return {"score": 0.5, "format": 1, "note": "text"}
-
-
-def score(env, *texts, truth="4"):
-    pool = RewardPool(env)
-    try:
-        return asyncio.run(pool.score([RewardRequest("s", text, truth) for text in texts]))
-    finally:
-        pool.close()
 
 
 def test_the_last_complete_box_is_the_answer():

@@ -9,10 +9,34 @@ import signal
 import time
 from pathlib import Path
 
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.trainer.pulse import read_beats
+from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["resume_imports"])
+
+ONE_PROCESS = (
+    "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",
+    "policy.megatron_cfg.expert_model_parallel_size=1", "cluster.gpus_per_node=1", "logger.tensorboard_enabled=false",
+    "exp_manager.resume_if_exists=true", "env.reward=rewards_of_mine:spread",
+)  # fmt: skip
+
+
+def make_run(folder: Path, name: str, *overrides: str) -> Path:
+    """The run directory of a run in one process, of the recipe in `folder`."""
+    recipe = load_recipe(folder / "recipe.yaml", [*ONE_PROCESS, *overrides])
+    run_dir = folder / "runs" / name
+    run_dir.mkdir(parents=True)
+    save_recipe(recipe, run_dir / RECIPE_FILE)
+    return run_dir
+
+
+def finish(run_dir: Path) -> None:
+    """Run it to its end, which must be a good one."""
+    process = start(run_dir)
+    process.join(240)
+    assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
 def start(run_dir: Path) -> multiprocessing.Process:

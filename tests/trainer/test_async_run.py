@@ -8,35 +8,18 @@ import random
 import pytest
 import resume_work
 
-from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.trainer.logging import read_metrics
-from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 STEPS, PROMPTS = 12, 2
 pytestmark = pytest.mark.timeout(600)
 
 
 def make_run(folder, name, *overrides):
-    recipe = load_recipe(
-        folder / "recipe.yaml",
-        [
-            f"grpo.max_num_steps={STEPS}", f"grpo.num_prompts_per_step={PROMPTS}", "grpo.num_generations_per_prompt=4",
-            "policy.train_global_batch_size=8", "grpo.async_grpo.enabled=true", "env.reward=rewards_of_mine:spread",
-            "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",
-            "policy.megatron_cfg.expert_model_parallel_size=1", "cluster.gpus_per_node=1",
-            "logger.tensorboard_enabled=false", "exp_manager.resume_if_exists=true", *overrides,
-        ],
+    return resume_work.make_run(
+        folder, name, f"grpo.max_num_steps={STEPS}", f"grpo.num_prompts_per_step={PROMPTS}",
+        "grpo.num_generations_per_prompt=4", "policy.train_global_batch_size=8", "grpo.async_grpo.enabled=true",
+        *overrides,
     )  # fmt: skip
-    run_dir = folder / "runs" / name
-    run_dir.mkdir(parents=True)
-    save_recipe(recipe, run_dir / RECIPE_FILE)
-    return run_dir
-
-
-def finish(run_dir):
-    process = resume_work.start(run_dir)
-    process.join(240)
-    assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
 def check(run_dir, bound):
@@ -69,7 +52,7 @@ def test_killed_and_resumed_every_group_is_trained_once(importable):
     )  # fmt: skip
     for phase, step in (("train", 3), ("checkpoint write", 5), ("generate", 8)):
         resume_work.kill_in(run_dir, resume_work.start(run_dir), phase, step, chance)
-    finish(run_dir)
+    resume_work.finish(run_dir)
     rows = check(run_dir, bound=2)
     assert max(row["staleness/lag_max"] for row in rows) > 0, "it was synchronous"
 
@@ -87,7 +70,7 @@ def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers
         "policy.router_replay.on_stale_routes=live",
         "policy.generation.sglang_cfg.enable_return_routed_experts=true",
     )  # fmt: skip
-    finish(run_dir)
+    resume_work.finish(run_dir)
     rows = check(run_dir, bound=2)
     assert max(row["staleness/lag_max"] for row in rows) > 0
     partial = sum(row["staleness/partial_share"] for row in rows)

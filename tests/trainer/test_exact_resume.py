@@ -9,9 +9,7 @@ import random
 import pytest
 import resume_work
 
-from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.trainer.logging import read_metrics
-from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 STEPS = 6
 MOMENTS = ("generate", "old_log_probs", "train", "sync_weights", "checkpoint", "checkpoint write", "step", "set-up")
@@ -21,29 +19,12 @@ pytestmark = pytest.mark.timeout(1200)
 
 def make_run(folder, name):
     """The run directory of a recipe with everything that has state: schedule, epochs, reference, recompute pass."""
-    recipe = load_recipe(
-        folder / "recipe.yaml",
-        [
-            f"grpo.max_num_steps={STEPS}", "grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=4",
-            "policy.train_global_batch_size=4", "loss_fn.behavior=recompute",
-            "loss_fn.reference_policy_kl_penalty=0.01", "env.reward=rewards_of_mine:spread",
-            "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",
-            "policy.megatron_cfg.expert_model_parallel_size=1", "policy.megatron_cfg.scheduler.lr_decay_style=cosine",
-            "policy.megatron_cfg.scheduler.lr_warmup_iters=3", "policy.megatron_cfg.optimizer.lr=3e-3",
-            "checkpointing.save_period=1", "checkpointing.keep_top_k=2", "cluster.gpus_per_node=1",
-            "logger.tensorboard_enabled=false", "exp_manager.resume_if_exists=true",
-        ],
+    return resume_work.make_run(
+        folder, name, f"grpo.max_num_steps={STEPS}", "grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=4",
+        "policy.train_global_batch_size=4", "loss_fn.behavior=recompute", "loss_fn.reference_policy_kl_penalty=0.01",
+        "policy.megatron_cfg.scheduler.lr_decay_style=cosine", "policy.megatron_cfg.scheduler.lr_warmup_iters=3",
+        "policy.megatron_cfg.optimizer.lr=3e-3", "checkpointing.save_period=1", "checkpointing.keep_top_k=2",
     )  # fmt: skip
-    run_dir = folder / "runs" / name
-    run_dir.mkdir(parents=True)
-    save_recipe(recipe, run_dir / RECIPE_FILE)
-    return run_dir
-
-
-def finish(run_dir):
-    process = resume_work.start(run_dir)
-    process.join(240)
-    assert process.exitcode == 0, (run_dir / "errors", *(p.read_text() for p in (run_dir / "errors").glob("*")))
 
 
 def outcome(run_dir):
@@ -59,7 +40,7 @@ def resume_after_kills(folder, monkeypatch, kills, seed):
     monkeypatch.syspath_prepend(folder)
     chance = random.Random(seed)
     whole = make_run(folder, "whole")
-    finish(whole)
+    resume_work.finish(whole)
     expected = outcome(whole)
     assert [row["step"] for row in expected[0]] == list(range(1, STEPS + 1))
     assert any(row["loss/grad_norm"] > 0 for row in expected[0]), "nothing was trained"
@@ -73,7 +54,7 @@ def resume_after_kills(folder, monkeypatch, kills, seed):
             where = resume_work.kill_in(run_dir, resume_work.start(run_dir), moment, chance.randint(0, 3), chance)
             if where:
                 hit.append(f"{moment}: {where}")
-        finish(run_dir)
+        resume_work.finish(run_dir)
         assert outcome(run_dir) == expected, hit
     print("\n".join(hit))
 
