@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.megatron.left_out import LeftOut
 from vespo_megatron.megatron.logprobs import vocab_parallel_log_probs
 
 
-def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: bool) -> dict:
-    """One tensor parallel rank's errors; the shards are of unequal size and end in padding, some hold nothing else."""
+def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: bool, truncated: bool = False) -> dict:
+    """One tensor parallel rank's errors; the shards are of unequal size and end in padding, some hold nothing else.
+
+    `truncated`: two rows of three were drawn from a few tokens only, some of them from one.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     generator = torch.Generator().manual_seed(0)
@@ -22,8 +28,18 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
     gradient = torch.randn(2, rows, generator=generator, dtype=torch.float64)
 
     plain_hidden, plain_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    distribution = (plain_hidden @ plain_weight.t() / 0.7).log_softmax(-1)
-    plain = torch.stack([distribution.gather(-1, targets[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)])
+    logits = plain_hidden @ plain_weight.t() / 0.7
+    left_out = None
+    if truncated:
+        lists = [[] if row % 3 == 0 else [token, *range(row % 7)] for row, token in enumerate(targets.tolist())]
+        supports = TokenSupports.of([np.unique(each) for each in lists])
+        left_out = LeftOut.of(supports, torch.device("cpu"))
+        allowed = torch.from_numpy(supports.counts == 0)[:, None].repeat(1, 50)
+        allowed[torch.from_numpy(supports.owners), torch.from_numpy(supports.ids).long()] = True
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    distribution = logits.log_softmax(-1)
+    entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0.0)).sum(-1)
+    plain = torch.stack([distribution.gather(-1, targets[:, None])[:, 0], entropy])
     plain.backward(gradient)
 
     bounds = {1: [0, 50], 2: [0, 37, 50], 3: [0, 37, 50, 50]}[size]
@@ -34,7 +50,7 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
     ours_weight.main_grad = torch.ones(real + 3, 12, dtype=torch.promote_types(dtype, torch.float32))
     ours = vocab_parallel_log_probs(
         ours_hidden, ours_weight, targets, first_id=bounds[rank], vocab_size=real, group=dist.group.WORLD,
-        temperature=0.7, memory_bytes=memory_bytes, fuse_gradient_accumulation=fuse,
+        temperature=0.7, memory_bytes=memory_bytes, left_out=left_out, fuse_gradient_accumulation=fuse,
     )  # fmt: skip
     kept = list(ours.grad_fn.kept.values())
     held = sum(tile.nbytes for tile in kept) + max((tile.nbytes for tile in kept), default=0)
@@ -57,9 +73,10 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(("memory_bytes", "rows"), [(200, 10), (1 << 20, 10), (1 << 20, 4100), (200, 0)])
-def test_log_probs_entropies_and_gradients_are_exact(world_size, memory_bytes, rows, workers):
-    given = dict(memory_bytes=memory_bytes, rows=rows)
+def test_log_probs_entropies_and_gradients_are_exact(world_size, memory_bytes, rows, truncated, workers):
+    given = dict(memory_bytes=memory_bytes, rows=rows, truncated=truncated)
     for errors in workers.run(sharded, world_size, dtype=torch.float64, fuse=True, **given):
         assert max(errors.values()) < 1e-10, errors
     for errors in workers.run(sharded, world_size, dtype=torch.float32, fuse=False, **given):
@@ -68,5 +85,7 @@ def test_log_probs_entropies_and_gradients_are_exact(world_size, memory_bytes, r
 
 def test_bfloat16_is_exact_to_its_rounding(workers):
     """Relative to the largest entry; a plain log-softmax from bfloat16 logits is off by the same."""
-    for errors in workers.run(sharded, 2, memory_bytes=200, rows=10, dtype=torch.bfloat16, fuse=False):
-        assert max(errors.values()) < 3e-2, errors
+    for truncated in (False, True):
+        given = dict(memory_bytes=200, rows=10, dtype=torch.bfloat16, fuse=False, truncated=truncated)
+        for errors in workers.run(sharded, 2, **given):
+            assert max(errors.values()) < 3e-2, errors

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer, PolicyLossConfig, objective_names
 
@@ -76,6 +77,7 @@ def batch() -> Batch:
         Sample(
             sample_id=str(length), prompt_id="0", prompt_ids=np.full(5, 3), response_ids=np.full(length, 4),
             log_probs=np.zeros(length), weight_versions=np.zeros(length), finish_reason="stop",
+            supports=TokenSupports.of([[4, 7]] * length) if length > 20 else None,
         )
         for length in (30, 7, 19, 44)
     ]  # fmt: skip
@@ -88,9 +90,11 @@ def log_probs(micro_batch, *, fuse: bool) -> None:
     hidden = torch.empty(len(micro_batch.request.rows), 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(48, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight.main_grad = torch.empty(48, 16, device="meta")
+    assert micro_batch.request.left_out is not None
     answer = vocab_parallel_log_probs(
         hidden, weight, micro_batch.request.targets, first_id=0, group=dist.group.WORLD, vocab_size=45,
-        temperature=0.9, memory_bytes=1000, fuse_gradient_accumulation=fuse,
+        temperature=0.9, memory_bytes=1000, left_out=micro_batch.request.left_out,
+        fuse_gradient_accumulation=fuse,
     )  # fmt: skip
     answer.backward(torch.empty_like(answer))
     assert (answer.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)

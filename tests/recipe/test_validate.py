@@ -84,8 +84,8 @@ IMPOSSIBLE = {
         "at least 1028",
     ),
     "greedy training": ({G + "temperature": 0.0}, "temperature", "val_temperature=0"),
-    "nucleus sampling in training": ({G + "top_p": 0.9}, "top_p", "set it to 1.0"),
-    "top-k in training": ({G + "top_k": 20}, "top_k", "set it to null"),
+    "top_p out of range": ({G + "top_p": 0.0}, "top_p", "(0, 1]"),
+    "top_k out of range": ({G + "top_k": 0}, "top_k", "null for all"),
     "val_top_p out of range": ({G + "val_top_p": 0.0}, "val_top_p", "(0, 1]"),
     "negative val_temperature": ({G + "val_temperature": -1.0}, "val_temperature", "at least 0"),
     "a staleness of two names": (
@@ -168,6 +168,7 @@ def test_an_impossible_recipe_is_refused_by_one_message_that_says_what_to_change
         {GPUS: 4, EP: 4},
         {EP: 2, GLOBAL_BATCH: 64},
         {G + "top_k": -1, G + "val_temperature": 0.0},
+        {G + "top_p": 0.9, G + "top_k": 20},
         {"policy__sequence_packing__enabled": False, "policy__sequence_packing__train_mb_tokens": 1},
         {"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32, "grpo__advantage_estimator": "batch_mean"},
     ],
@@ -192,6 +193,8 @@ def test_a_possible_recipe_is_let_through(values):
         ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),
         ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),
         ({G + "stop_token_ids": [128]}, {}, "stop_token_ids", "ids below"),
+        ({G + "top_p": 0.9}, {"vocab_size": 151936}, "generation.top_k", "set it to 4096 beside top_p"),
+        ({G + "top_k": 5000}, {"vocab_size": 151936}, "generation.top_k", "1 to 4096"),
     ],
 )
 def test_a_layout_the_model_cannot_take_is_refused(values, config, where, advice):
@@ -202,6 +205,13 @@ def test_a_layout_the_model_cannot_take_is_refused(values, config, where, advice
 def test_a_layout_the_model_can_take_is_let_through():
     values = {GPUS: 4, TP: 2, SP: True, PP: 2, EP: 2, ETP: 1, VPP: 2}
     assert list(model_problems(changed(**values), CONFIG)) == []
+
+
+@pytest.mark.parametrize("more", [{G + "top_k": 4096}, {G + "backend": "in_process"}])
+def test_truncated_sampling_is_let_through_where_the_engine_tells_what_it_drew_from(more):
+    values = {G + "top_p": 0.9} | more
+    assert list(model_problems(changed(**values), CONFIG | {"vocab_size": 151936})) == []
+    assert list(model_problems(changed(**{G + "top_p": 0.9}), CONFIG)) == [], "a small vocabulary is its own top-k"
 
 
 @pytest.mark.parametrize("values", [{FIRST: 1}, {LAST: 2}, {FIRST: 1, LAST: 2}])

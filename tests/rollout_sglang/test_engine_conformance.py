@@ -75,6 +75,21 @@ def test_truncated_sampling_reports_the_distribution_it_drew_from(engine, refere
         log_probs = truncated_log_probs(probs, **sampling)
         drawn = log_probs[np.arange(len(result.output_ids)), result.output_ids]
         np.testing.assert_allclose(result.log_probs, drawn, atol=TOLERANCE, rtol=0)
+        kept = np.zeros_like(probs, dtype=bool)
+        kept[result.supports.owners, result.supports.ids] = True
+        np.testing.assert_array_equal(kept, np.isfinite(log_probs))
+
+
+def test_a_truncated_response_in_turns_keeps_what_each_token_was_drawn_from(engine):
+    request = make_requests(1, group_size=1, max_new_tokens=9, top_k=3)[0]
+    conversation = Conversation(request, context_length=engine.context_length)
+    first = replace(conversation.next_request(), sampling=replace(request.sampling, max_new_tokens=4))
+    conversation.add(generate(engine, [first])[0])
+    conversation.observe([7, 8])
+    conversation.add(generate(engine, [conversation.next_request()])[0])
+    result = conversation.result()
+    assert result.supports.counts.tolist() == [3] * 4 + [0] * 2 + [3] * 5
+    assert result.supports.hold(result.output_ids).all()
 
 
 def truncated_log_probs(probs, top_k=-1, top_p=1.0, min_p=0.0, temperature=1.0):

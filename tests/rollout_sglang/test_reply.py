@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,40 @@ def test_a_wrong_reply_is_an_error_that_names_request_and_server(name):
         parse(value)
     for text in (says, "step1/p/0", "http://127.0.0.1:31000"):
         assert text in str(caught.value)
+
+
+TRUNCATED = replace(REQUEST, sampling=SamplingParams(max_new_tokens=4, top_k=2))
+MASKS = [[60, 1], [83], [2, 96], [30, 99]]
+
+
+def truncated(**meta):
+    return reply(output_token_sampling_mask=MASKS, output_token_sampling_logprobs=[-1.0, 0.0, -1.0, -0.1], **meta)
+
+
+def test_a_truncated_reply_says_what_each_token_was_drawn_from():
+    result = parse(truncated(), TRUNCATED)
+    assert result.supports.counts.tolist() == [2, 1, 2, 2] and result.supports.ids.tolist() == sum(MASKS, [])
+    assert result.log_probs.tolist() == pytest.approx([-1.0, 0.0, -1.0, -0.1])
+    assert parse(reply(), replace(TRUNCATED, evaluation=True)).supports is None
+
+
+@pytest.mark.parametrize(
+    ("masks", "says"),
+    [
+        (None, "masks of 0 tokens"),
+        (MASKS[1:], "masks of 3 tokens"),
+        ([[60], [83], [], [30]], "no list of token ids"),
+        ([[60], [83], [96, 100], [30]], "no list of token ids"),
+        ([[60], [83], ["96"], [30]], "no list of token ids"),
+        ([[60], [83], 96, [30]], "no list of token ids"),
+        ([[60], [83], [95], [30]], "outside its sampling mask"),
+    ],
+)
+def test_a_wrong_sampling_mask_is_an_error(masks, says):
+    value = truncated()
+    value["meta_info"]["output_token_sampling_mask"] = masks
+    with pytest.raises(UserError, match=says):
+        parse(value, TRUNCATED)
 
 
 def test_the_body_asks_for_what_the_request_says_and_never_past_the_context():

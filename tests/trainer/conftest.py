@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,11 @@ from command_line import make_folder
 def folder(tmp_path, tiny_qwen3_moe_folder) -> Path:
     """Everything a run of two processes needs, and all of it right."""
     return make_folder(tmp_path, tiny_qwen3_moe_folder)
+
+
+@pytest.fixture
+def importable(folder, monkeypatch) -> Path:
+    """`folder`, with rewards that a run in another process can import."""
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(folder)
+    return folder

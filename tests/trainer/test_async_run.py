@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -35,13 +34,6 @@ def check(run_dir, bound):
         tokens = sum(row[f"staleness/tokens_lag_{lag}"] for lag in range(bound + 1))
         assert tokens == row["response/tokens"]
     return rows
-
-
-@pytest.fixture
-def importable(folder, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    monkeypatch.syspath_prepend(folder)
-    return folder
 
 
 def test_killed_and_resumed_every_group_is_trained_once(importable):

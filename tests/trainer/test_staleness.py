@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.losses import MetricSums
 from vespo_megatron.trainer.objective import add_by_lag
 from vespo_megatron.trainer.staleness import StalenessBuffer, lags
@@ -20,7 +21,8 @@ from vespo_megatron.trainer.staleness import StalenessBuffer, lags
 
 def sample(version: int, name: str = "s") -> Sample:
     return Sample(name, "p", [1, 2], [3, 4, 5], [-0.5, -1.0, -0.1], [version, version, version + 1], "stop",
-                  routes=np.arange(8, dtype=np.uint8).reshape(4, 1, 2), routes_version=version)  # fmt: skip
+                  routes=np.arange(8, dtype=np.uint8).reshape(4, 1, 2), routes_version=version,
+                  supports=TokenSupports.of([[3, 9], [], [5]]))  # fmt: skip
 
 
 def closes(buffer: StalenessBuffer) -> bool:
@@ -117,6 +119,8 @@ def test_samples_survive_a_checkpoint_with_their_routes():
         if isinstance(value, np.ndarray):
             assert found.dtype == value.dtype
             np.testing.assert_array_equal(found, value)
+        elif isinstance(value, TokenSupports):
+            assert [array.tolist() for array in vars(found).values()] == [a.tolist() for a in vars(value).values()]
         else:
             assert found == value or value != value  # the reward is NaN
 

@@ -25,6 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.supports import TokenSupports
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -188,6 +189,14 @@ class SequenceLayout:
     def response_values(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Per-response-token values [response_i] of each sequence → this rank's [R_local]."""
         return np.concatenate(values)[self._response_index]
+
+    def response_supports(self, supports: Sequence[TokenSupports | None]) -> TokenSupports | None:
+        """What each of this rank's [R_local] response tokens was drawn from; None where nothing truncated any."""
+        if all(each is None for each in supports):
+            return None
+        whole = map(TokenSupports.whole, np.array(self.lengths) - np.array(self.prompt_lengths))
+        known = [each or full for each, full in zip(supports, whole, strict=True)]
+        return TokenSupports.concatenate(known).select(self._response_index)
 
     @cached_property
     def response_cu_seqlens(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
 
 FINISH_REASONS = ("stop", "length", "abort")
@@ -39,6 +40,8 @@ class Sample:
     """Smallest unsigned integer [P + R - 1, L, K]: the experts the engine chose; the last token has none."""
     routes_version: int | None = None
     """The weight version `routes` was computed under (one for the whole array)."""
+    supports: TokenSupports | None = None
+    """What each response token was drawn from, where sampling truncates; `log_probs` are then over these alone."""
     loss_mask: np.ndarray | None = None
     """bool [R]; None means every response token is trained on."""
     reward: float = float("nan")
@@ -58,12 +61,15 @@ class Sample:
             f"has finish reason {self.finish_reason!r}",
             f"one of {FINISH_REASONS}",
         )
-        for name in ("log_probs", "weight_versions", "loss_mask"):
-            length = len(getattr(self, name))
+        for name in ("log_probs", "weight_versions", "loss_mask", "supports"):
+            length = num_response if getattr(self, name) is None else len(getattr(self, name))
             self._check(length == num_response, f"has {length} {name}", f"{num_response}, one per response token")
         self._check(
             bool(np.isfinite(self.log_probs).all()), "has a log-prob that is not finite", "finite behaviour log-probs"
         )
+        if self.supports is not None:
+            inside = bool(self.supports.hold(self.response_ids).all())
+            self._check(inside, "has a token outside what it was drawn from", "every token in its own support")
         if self.routes is not None:
             rows = self.num_tokens - 1
             self._check(

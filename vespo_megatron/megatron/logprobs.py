@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.megatron.left_out import LeftOut
+
 _MAX_TILE_ROWS = 2048
 _TILES_AT_ONE_TIME = 8
 """What the memory is divided into: one tile to work on, and those that are kept."""
@@ -29,13 +31,14 @@ class LogProbRequest:
 
     `rows` int64 [R] into the T tokens (after sequence parallel gathering), `targets` int64 [R] token ids whose
     log-probability each row gives, `temperature` divides the logits, `memory_bytes` is what logits may take at
-    one time.
+    one time, `left_out` is what sampling could not have drawn.
     """
 
     rows: torch.Tensor
     targets: torch.Tensor
     temperature: float = 1.0
     memory_bytes: int = 64 << 20
+    left_out: LeftOut | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, keep, fuse):
+    def forward(
+        ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, left_out, keep, fuse
+    ):
         tiles = _Tiles.of(len(hidden), vocab_size, hidden.element_size(), memory_bytes)
         local = targets - first_id
         # Of each strip of the vocabulary: the largest logit, Σ e, Σ e·z with z the logit above the largest one.
@@ -77,7 +82,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         ctx.kept = {}
         for number, columns in enumerate(tiles.columns):
             for part, rows in enumerate(tiles.rows):
-                tile = _product(hidden[rows], weight[columns])
+                tile = _logits(hidden, weight, rows, columns, first_id, left_out)
                 is_kept = keep and tiles.is_kept(number, part)
                 if is_kept:
                     ctx.kept[number, part] = tile
@@ -107,6 +112,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         answer = torch.stack([sums[2] - log_sum, log_total - sums[1] / sums[0]])
         ctx.save_for_backward(hidden, weight, local, log_sum, answer[1])
         ctx.tiles, ctx.temperature, ctx.fuse = tiles, temperature, fuse
+        ctx.first_id, ctx.left_out = first_id, left_out
         return answer
 
     @staticmethod
@@ -130,7 +136,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             for part, rows in enumerate(ctx.tiles.rows):
                 tile = ctx.kept.pop((number, part), None)
                 if tile is None:
-                    tile = _product(hidden[rows], weight[columns])
+                    tile = _logits(hidden, weight, rows, columns, ctx.first_id, ctx.left_out)
                 column, inside = _within(local[rows], columns)
                 for block in _blocks(tile):
                     slope, e = gradient[:, rows][:, block, None], entropy[rows][block, None]
@@ -158,7 +164,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 weight_gradient[columns] = total
         if wants_hidden:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
-        return hidden_gradient, weight_gradient, *[None] * 8
+        return hidden_gradient, weight_gradient, *[None] * 9
 
 
 def _slices(total: int, size: int) -> list[slice]:
@@ -178,8 +184,14 @@ def _within(local: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Te
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return hidden @ weight.t()
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: slice, columns: slice, first_id: int, left_out: LeftOut | None
+) -> torch.Tensor:
+    """One tile, [rows, columns]."""
+    tile = hidden[rows] @ weight[columns].t()
+    if left_out is not None:
+        left_out.apply_(tile, rows, first_id + columns.start)
+    return tile
 
 
 def _scaled(logits: torch.Tensor, temperature: float, *, in_place: bool = True) -> torch.Tensor:
@@ -211,9 +223,10 @@ def vocab_parallel_log_probs(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     memory_bytes: int = 64 << 20,
+    left_out: LeftOut | None = None,
     fuse_gradient_accumulation: bool = False,
 ) -> torch.Tensor:
-    """Log-probs of `targets` and entropies of the full distribution.
+    """Log-probs of `targets` and entropies, of the full distribution or of what `left_out` leaves of it.
 
     Args:
         hidden: [R, hidden_size], the same on every tensor parallel rank.
@@ -223,6 +236,7 @@ def vocab_parallel_log_probs(
         group: tensor parallel group.
         vocab_size: how many of the shard's rows are real; None: all. The others take no part.
         memory_bytes: what logits may take at one time, those that are kept for the backward included.
+        left_out: token ids that take no part, row by row; every target does. None: all take part.
         fuse_gradient_accumulation: add the weight's gradient to `weight.main_grad` and give autograd a tensor that is
             not initialised (megatron-core's `grad_added_to_main_grad`: layers.py:610). Not for a weight used twice.
 
@@ -232,5 +246,6 @@ def vocab_parallel_log_probs(
     real = weight.shape[0] if vocab_size is None else vocab_size
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _VocabParallelLogProbs.apply(
-        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, keep, fuse_gradient_accumulation
-    )
+        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, left_out, keep,
+        fuse_gradient_accumulation,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.layout import SequenceLayout, shape_bucket
+from vespo_megatron.megatron.left_out import LeftOut
 from vespo_megatron.megatron.logprobs import LogProbRequest
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
 from vespo_megatron.megatron.parallel import Place
@@ -103,6 +104,7 @@ def _slice(
         return torch.from_numpy(np.ascontiguousarray(array)).to(place.device, non_blocking=True)
 
     token_ids = [sample.token_ids for sample in batch.samples]
+    supports = layout.response_supports([sample.supports for sample in batch.samples])
     return MicroBatch(
         batch=batch,
         layout=layout,
@@ -114,6 +116,7 @@ def _slice(
             targets=to_device(layout.targets(token_ids)),
             temperature=temperature,
             memory_bytes=log_prob_bytes,
+            left_out=None if supports is None else LeftOut.of(supports, place.device),
         ),
         cu_seqlens=torch.from_numpy(layout.response_cu_seqlens),
         response_positions=to_device(layout.response_positions),

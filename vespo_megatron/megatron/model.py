@@ -74,6 +74,7 @@ class PolicyModel(GPTModel):
             temperature=wanted.temperature,
             vocab_size=real_rows,
             memory_bytes=wanted.memory_bytes,
+            left_out=wanted.left_out,
             fuse_gradient_accumulation=hasattr(weight, "main_grad") and not self.share_embeddings_and_output_weights,
         )
 

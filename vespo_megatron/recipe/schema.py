@@ -217,6 +217,10 @@ class SGLangConfig:
         return self.weight_bucket_bytes // 8
 
 
+MAX_SUPPORT = 4096
+"""Tokens of a truncated distribution that SGLang 0.5.23 reports at most (`--sampling-mask-max-tokens`)."""
+
+
 @dataclass
 class GenerationConfig:
     """`policy.generation`."""
@@ -224,8 +228,8 @@ class GenerationConfig:
     backend: str = key("sglang", "sglang or in_process.")
     max_new_tokens: int = key(512, "Response tokens at most.")
     temperature: float = key(1.0, "")
-    top_p: float = key(1.0, "")
-    top_k: int | None = key(None, "None: all.")
+    top_p: float = key(1.0, "Below 1 π, too, is taken over the tokens that μ could draw.")
+    top_k: int | None = key(None, "None: all. SGLang wants one, of at most 4096, beside a top_p below 1.")
     stop_token_ids: list[int] = key([], "Empty: the tokenizer's end-of-sequence token.")
     val_temperature: float | None = key(None, "(ours) Evaluation; None: as in training. 0 is greedy.")
     val_top_p: float | None = key(None, "(ours) Evaluation; None: as in training.")

@@ -12,7 +12,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import flatten
 from vespo_megatron.recipe.model_config import read_model_config
-from vespo_megatron.recipe.schema import MegatronConfig, Recipe
+from vespo_megatron.recipe.schema import MAX_SUPPORT, MegatronConfig, Recipe
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
 
@@ -279,16 +279,10 @@ def _sampling(recipe: Recipe) -> Iterator[UserError]:
             expected="more than 0",
             fix="for greedy evaluation set policy.generation.val_temperature=0",
         )
-    full = {"top_p": (generation.top_p == 1.0, "1.0"), "top_k": (generation.top_k in (None, -1), "null")}
-    for name, (is_full, neutral) in full.items():
-        if not is_full:
-            yield UserError(
-                f"is {getattr(generation, name)}; the trainer's π is over the whole vocabulary, a truncated μ is not: "
-                "at equal weights π/μ would shrink with every token by what truncation leaves out",
-                where=f"{_GENERATION}.{name}",
-                expected=f"{neutral} in training",
-                fix=f"set it to {neutral}" + ("; evaluation has val_top_p" if name == "top_p" else ""),
-            )
+    if not 0 < generation.top_p <= 1:
+        yield UserError(f"is {generation.top_p}", where=f"{_GENERATION}.top_p", expected="in (0, 1]")
+    if generation.top_k is not None and generation.top_k != -1 and generation.top_k < 1:
+        yield UserError(f"is {generation.top_k}", where=f"{_GENERATION}.top_k", expected="at least 1, or null for all")
     if generation.val_temperature is not None and generation.val_temperature < 0:
         yield UserError(
             f"is {generation.val_temperature}", where=f"{_GENERATION}.val_temperature", expected="at least 0 (greedy)"
@@ -464,7 +458,18 @@ def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserEr
             where="policy.max_total_sequence_length",
             expected=f"at most {limit}, the context of {folder}",
         )
-    for token in recipe.policy.generation.stop_token_ids:
+    generation = recipe.policy.generation
+    top_k = vocab if generation.top_k in (None, -1) else generation.top_k
+    truncates = generation.top_p < 1 or generation.top_k not in (None, -1)
+    if generation.backend == "sglang" and truncates and top_k is not None and top_k > MAX_SUPPORT:
+        yield UserError(
+            f"is {generation.top_k} with top_p {generation.top_p}; SGLang tells what a token was drawn from only where "
+            f"that is at most {MAX_SUPPORT} tokens, and without it π cannot be taken over the same",
+            where=f"{_GENERATION}.top_k",
+            expected=f"1 to {MAX_SUPPORT} where sampling truncates",
+            fix=f"set it to {MAX_SUPPORT} beside top_p, or top_p to 1.0 and top_k to null",
+        )
+    for token in generation.stop_token_ids:
         if vocab is not None and not 0 <= token < vocab:
             yield UserError(
                 f"holds {token}", where=f"{_GENERATION}.stop_token_ids", expected=f"ids below {folder}'s {vocab}"

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
@@ -37,6 +38,7 @@ class Conversation:
         self._drawn: list[bool] = []
         self._log_probs: list[float] = []
         self._versions: list[int] = []
+        self._supports: list[TokenSupports] = []
         self._last: GenerationResult | None = None
         self._turns = 0
         self._observed = False
@@ -65,6 +67,7 @@ class Conversation:
         self._drawn += [True] * len(result.output_ids)
         self._log_probs += result.log_probs.tolist()
         self._versions += result.weight_versions.tolist()
+        self._supports.append(result.supports or TokenSupports.whole(len(result.output_ids)))
         self._last, self._observed = result, False
         self._turns += 1
 
@@ -75,6 +78,7 @@ class Conversation:
         self._drawn += [False] * len(token_ids)
         self._log_probs += [0.0] * len(token_ids)
         self._versions += [version] * len(token_ids)
+        self._supports.append(TokenSupports.whole(len(token_ids)))
         self._observed = self._observed or len(token_ids) > 0
 
     def loss_mask(self) -> np.ndarray:
@@ -101,5 +105,6 @@ class Conversation:
             finish_reason=self._last.finish_reason,
             routes=self._last.routes,
             routes_version=self._last.routes_version,
+            supports=TokenSupports.concatenate(self._supports) if self.request.wants_supports else None,
             extra={"turns": float(self._turns)},
         )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from vespo_megatron.data.supports import TokenSupports
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,11 @@ class GenerationRequest:
     evaluation: bool = False
     """Nothing trains on it: where sampling truncates, any engine may report the full distribution's log-probs."""
 
+    @property
+    def wants_supports(self) -> bool:
+        """Whether its log-probs are to be those of the truncated distribution, and what that consists of told."""
+        return self.sampling.truncates and not self.evaluation
+
 
 @dataclass
 class GenerationResult:
@@ -68,6 +75,8 @@ class GenerationResult:
     routes: np.ndarray | None = None
     """smallest unsigned int [P + R - 1, layers, topk], or None."""
     routes_version: int | None = None
+    supports: TokenSupports | None = None
+    """What each token was drawn from, where sampling truncates and something trains on it; else None."""
     extra: dict[str, float] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vespo_megatron.data.sample import smallest_int_dtype
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
@@ -218,6 +219,7 @@ class _Batch:
         # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
         self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
         self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
+        self.supports: list[list[TokenSupports]] = [[] for _ in requests]
         self.routes = np.zeros((len(requests), 0, len(self.forward.sparse_layers), self._topk), self._route_dtype)
 
     @property
@@ -253,8 +255,8 @@ class _Batch:
         alive = torch.ones(len(self.requests), dtype=torch.bool, device=self.device)
         longest, step = width, 0
         while True:
-            tokens, log_probs = sampler.sample(logits, step)
-            self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy())
+            tokens, log_probs, supports = sampler.sample(logits, step)
+            self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), supports)
             stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
             ended = alive & (stop | (limits == step + 1))
             if bool(ended.any()):
@@ -295,7 +297,9 @@ class _Batch:
     def _pack_routes(self, routes: torch.Tensor) -> np.ndarray:
         return routes.cpu().numpy().astype(self._route_dtype)
 
-    def _write(self, step: int, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+    def _write(
+        self, step: int, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray, supports: TokenSupports | None
+    ) -> None:
         if step == self.tokens.shape[1]:
             more = min(max(64, step), max(self.limits) - step)
             self.tokens = np.pad(self.tokens, ((0, 0), (0, more)))
@@ -303,6 +307,9 @@ class _Batch:
             self.routes = np.pad(self.routes, ((0, 0), (0, more), (0, 0), (0, 0)))
         self.tokens[rows, step] = tokens
         self.log_probs[rows, step] = log_probs
+        if supports is not None:
+            for index, row in enumerate(rows):
+                self.supports[row].append(supports.select(np.array([index])))
 
     def _finish(self, row: int, length: int, reason: str) -> None:
         request, version = self.requests[row], self.engine.weight_version
@@ -318,6 +325,7 @@ class _Batch:
             finish_reason=reason,
             routes=routes,
             routes_version=version if routes is not None else None,
+            supports=TokenSupports.concatenate(self.supports[row][:length]) if request.wants_supports else None,
         )
         self.results[row] = result
         self.emit(result)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
 
 
@@ -40,6 +41,7 @@ class RowSampler:
         self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device)[:, None]
         self.top_k = torch.tensor([p.top_k for p in params], device=device)[:, None]
         self.min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device)[:, None]
+        self.wants_supports = torch.tensor([request.wants_supports for request in requests], device=device)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -49,28 +51,31 @@ class RowSampler:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order."""
-        for name in ("uniforms", "temperatures", "greedy", "top_p", "top_k", "min_p"):
+        for name in ("uniforms", "temperatures", "greedy", "top_p", "top_k", "min_p", "wants_supports"):
             setattr(self, name, getattr(self, name)[rows])
         self._refresh()
 
-    def sample(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [rows] and their log-probs float32 [rows].
+    def sample(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, TokenSupports | None]:
+        """Tokens int64 [rows], their log-probs float32 [rows], and what they were drawn from where a row wants it.
 
         Log-probs are of the distribution that is drawn from: temperature-scaled, renormalised over what is left of it
         by top-k, top-p and min-p. Temperature 0 draws the most likely token and reports its log-prob at temperature 1.
         """
         log_probs = torch.log_softmax(logits / self.temperatures, dim=-1)
         probs = log_probs.double().exp_()
+        supports = None
         if self.any_truncated:
             probs = self._truncate(probs)
             truncated = torch.log(probs / probs.sum(-1, keepdim=True)).float()
             log_probs = torch.where(self.truncated, truncated, log_probs)
+            kept = ((probs > 0) & self.wants_supports[:, None]).cpu().numpy()
+            supports = TokenSupports(kept.sum(1, dtype=np.int32), np.nonzero(kept)[1].astype(np.int32))
         cumulative = probs.cumsum_(-1)
         targets = self.uniforms[:, step, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
         if self.any_greedy:
             tokens = torch.where(self.greedy, logits.argmax(-1), tokens)
-        return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+        return tokens, log_probs.gather(1, tokens[:, None])[:, 0], supports
 
     def _truncate(self, probs: torch.Tensor) -> torch.Tensor:
         """Zero what top-k, top-p and min-p leave out; the most likely token always stays.

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import MAX_SUPPORT
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
-MAX_TRUNCATED = 4096
-"""SGLang 0.5.23 reports truncated distributions of at most so many tokens (`--sampling-mask-max-tokens`)."""
 _LOG_PROB_SLACK = 1e-3
 """A log-prob above zero by rounding alone stays below this."""
 _MAX_DIGITS = 18
@@ -56,32 +56,27 @@ def check_request(request: GenerationRequest, shape: ModelShape, context_length:
     for good, what, expected in checks:
         if not good:
             raise UserError(what, where=where, expected=expected)
-    if _wants_truncated(request) and not 1 <= _effective_top_k(request, shape) <= MAX_TRUNCATED:
+    if request.wants_supports and not 1 <= _effective_top_k(request, shape) <= MAX_SUPPORT:
         raise UserError(
             f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: SGLang 0.5.23 then returns the "
             "log-probs of the full distribution, not of the truncated one it samples from, and μ would be wrong",
             where=where,
-            expected=f"top_k from 1 to {MAX_TRUNCATED} with any top_p and min_p, for which it reports both",
+            expected=f"top_k from 1 to {MAX_SUPPORT} with any top_p and min_p, for which it reports both",
             fix="add a top_k, sample from the full distribution, or mark the request as evaluation",
         )
-
-
-def _wants_truncated(request: GenerationRequest) -> bool:
-    """Whether the log-probs are to be those of a truncated distribution."""
-    return request.sampling.truncates and not request.evaluation
 
 
 def _effective_top_k(request: GenerationRequest, shape: ModelShape) -> int:
     """A small vocabulary is a top-k of its own, which SGLang wants a number for."""
     top_k = request.sampling.top_k
-    return shape.vocab_size if top_k == -1 and shape.vocab_size <= MAX_TRUNCATED else top_k
+    return shape.vocab_size if top_k == -1 and shape.vocab_size <= MAX_SUPPORT else top_k
 
 
 def build_body(
     requests: Sequence[GenerationRequest], shape: ModelShape, context_length: int, return_routes: bool
 ) -> dict[str, Any]:
     """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try."""
-    truncated = [_wants_truncated(request) for request in requests]
+    truncated = [request.wants_supports for request in requests]
     return {
         "input_ids": [list(request.prompt_ids) for request in requests],
         "sampling_params": [_sampling_params(request, shape, context_length) for request in requests],
@@ -98,7 +93,7 @@ def _sampling_params(request: GenerationRequest, shape: ModelShape, context_leng
         "max_new_tokens": min(sampling.max_new_tokens, context_length - len(request.prompt_ids)),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": _effective_top_k(request, shape) if _wants_truncated(request) else sampling.top_k,
+        "top_k": _effective_top_k(request, shape) if request.wants_supports else sampling.top_k,
         "min_p": sampling.min_p,
         "stop_token_ids": list(sampling.stop_token_ids) or None,
         # With stop ids SGLang also stops at the model's own end-of-sequence token; without any, at nothing.
@@ -135,7 +130,9 @@ def parse_reply(
     finish_reason = _finish_reason(meta.get("finish_reason"), check)
     check.that(length > 0 or finish_reason == "abort", "no token", "at least one, unless aborted")
     log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check, keep_bad_numbers)
-    if _wants_truncated(request):
+    supports = None
+    if request.wants_supports:
+        supports = _supports(meta.get("output_token_sampling_mask"), output_ids, shape, check)
         log_probs = _truncated_log_probs(meta.get("output_token_sampling_logprobs"), log_probs, check, keep_bad_numbers)
     versions = _weight_versions(meta, length, check)
     extra = {"cached_tokens": float(check.whole_number(meta.get("cached_tokens") or 0, "cached_tokens"))}
@@ -153,6 +150,7 @@ def parse_reply(
         finish_reason=finish_reason,
         routes=routes,
         routes_version=routes_version,
+        supports=supports,
         extra=extra,
     )
 
@@ -227,6 +225,20 @@ def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_n
         keep_bad_numbers or bool(sane.all()), f"truncated log-prob {log_probs[~sane][:1]}", "from the full one to 0"
     )
     return log_probs
+
+
+def _supports(value: Any, output_ids: np.ndarray, shape: ModelShape, check: _Check) -> TokenSupports:
+    """Out of a list of token ids per output token, which holds the token itself."""
+    rows = value if isinstance(value, list) else []
+    expected = f"{len(output_ids)}, one per output token"
+    check.that(len(rows) == len(output_ids), f"sampling masks of {len(rows)} tokens", expected)
+    good = all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
+    good = good and all(0 <= min(row, default=-1) and max(row) < shape.vocab_size for row in rows)
+    check.that(good, "a sampling mask that is no list of token ids", f"ids from 0 to {shape.vocab_size - 1}")
+    supports = TokenSupports.of(rows)
+    inside = bool(supports.hold(output_ids).all())
+    check.that(inside, "a token outside its sampling mask", "every token in its own")
+    return supports
 
 
 def _weight_versions(meta: dict[str, Any], length: int, check: _Check) -> np.ndarray:

@@ -7,6 +7,7 @@ routes, advantages; no pickles) and `weights/`, a Hugging Face folder with the w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.supports import TokenSupports
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
@@ -50,6 +52,8 @@ def write(folder: Path, bundle: Bundle) -> None:
     samples = []
     for index, sample in enumerate(bundle.batch.samples):
         values = {name: getattr(sample, name) for name in _PER_TOKEN}
+        if sample.supports is not None:
+            values |= {f"supports.{name}": array for name, array in vars(sample.supports).items()}
         arrays |= {f"{index}.{name}": array for name, array in values.items() if array is not None}
         samples.append({name: getattr(sample, name) for name in _PLAIN})
     np.savez_compressed(folder / _ARRAYS, **arrays)
@@ -68,7 +72,11 @@ def read(folder: Path) -> Bundle:
         facts = json.loads((folder / _FACTS).read_text())
         with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
             samples = [
-                Sample(**plain, **{name: arrays.get(f"{index}.{name}") for name in _PER_TOKEN})
+                Sample(
+                    **plain,
+                    **{name: arrays.get(f"{index}.{name}") for name in _PER_TOKEN},
+                    supports=_supports(arrays, index),
+                )
                 for index, plain in enumerate(facts["samples"])
             ]
             batch = Batch(samples, arrays["advantages"])
@@ -79,3 +87,9 @@ def read(folder: Path) -> Bundle:
             where=str(folder),
             expected=f"a folder under <run>/bundles with {_FACTS}, {_ARRAYS} and {RECIPE_FILE}",
         ) from None
+
+
+def _supports(arrays: Mapping[str, np.ndarray], index: int) -> TokenSupports | None:
+    if f"{index}.supports.counts" not in arrays:
+        return None
+    return TokenSupports(*(arrays[f"{index}.supports.{name}"] for name in ("counts", "ids")))

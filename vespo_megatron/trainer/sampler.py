@@ -123,6 +123,7 @@ def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
         finish_reason=result.finish_reason,
         routes=result.routes,
         routes_version=result.routes_version,
+        supports=result.supports,
     )
 
 

@@ -16,7 +16,7 @@ Pure bookkeeping: no clocks, no processes. Not thread-safe; one event loop owns 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.supports import TokenSupports
 
 
 @dataclass
@@ -200,13 +201,20 @@ def lags(samples: Iterable[Sample], version: int) -> np.ndarray:
 
 
 def _sample_state(sample: Sample) -> dict[str, Any]:
-    return {
-        name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        for name, value in vars(sample).items()
-    }
+    return _apply_to_arrays(vars(sample), np.ndarray, lambda array: torch.from_numpy(array.copy()))
 
 
 def _sample_of(state: dict[str, Any]) -> Sample:
-    return Sample(
-        **{name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-    )
+    plain = _apply_to_arrays(state, torch.Tensor, torch.Tensor.numpy)
+    supports = plain.pop("supports", None)
+    return Sample(**plain, supports=None if supports is None else TokenSupports(**supports))
+
+
+def _apply_to_arrays(state: dict[str, Any], kind: type, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """`state` with every value of that kind changed, those of `supports` too."""
+    return {
+        name: _apply_to_arrays(vars(value), kind, change) if isinstance(value, TokenSupports)
+        else _apply_to_arrays(value, kind, change) if isinstance(value, dict)
+        else change(value) if isinstance(value, kind) else value
+        for name, value in state.items()
+    }  # fmt: skip
