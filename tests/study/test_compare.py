@@ -8,18 +8,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from made_up_study import SMALL, made_up
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
 from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.compare import environment
 from vespo_megatron.study.comparison import compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
+from vespo_megatron.study.run_process import CommandRun, RunNursery, end, stop
 from vespo_megatron.study.spec import load_study
 from vespo_megatron.study.study_report import sentences, write_study_report
 from vespo_megatron.trainer.preflight import check_tables
@@ -118,6 +121,7 @@ def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study
     study = load_study(study_file)
     rows = compare_rows(study, read_outcomes(study))
     assert rows[1].differences["accuracy"].verdict == "no difference found"  # the null study: the same variant twice
+    assert learnt(study.folder(study.cells()[0])) == learnt(study.folder(study.cells()[1])), "forked runs differ"
     assert "report.html" in second.stdout
     with (tmp_path / "runs/cells.csv").open() as file:
         cells = list(csv.DictReader(file))
@@ -127,6 +131,45 @@ def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study
     study_file.write_text(text.replace("max_num_steps=2", "max_num_steps=3"))
     third = command()
     assert third.returncode == 2 and "grpo.max_num_steps: 2 → 3" in third.stderr
+
+
+def learnt(run_dir):
+    """Metrics of every step but those of the machine."""
+    machine = ("wall_time", "time/", "memory/", "throughput/", "checkpoint/")
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(machine)}
+        for line in (run_dir / "metrics.jsonl").open()
+    ]
+
+
+def named(recipe, name):
+    recipe.exp_manager.name = name
+    return recipe
+
+
+def test_a_forked_run_learns_what_the_command_does_and_is_ended_with_what_it_started(study_file, tmp_path):
+    study = load_study(study_file)
+    cell = study.cells()[0]
+    forked, alone = tmp_path / "forked.yaml", tmp_path / "alone.yaml"
+    for file in (forked, alone):
+        save_recipe(named(study.recipe(cell), file.stem), file)
+    variables = environment(study.recipe(cell), 1)
+    nursery = RunNursery(variables)
+    runs = [nursery.start(forked, forked.with_suffix(".log")), CommandRun(alone, alone.with_suffix(".log"), variables)]
+    for run, file in zip(runs, (forked, alone), strict=True):
+        assert run.wait(120) and run.poll() == 0, file.with_suffix(".log").read_text()
+    forked_run, alone_run = (study.output / file.stem / "seed_1" for file in (forked, alone))
+    assert learnt(forked_run) == learnt(alone_run)
+    assert "$ vespo-megatron train" in forked.with_suffix(".log").read_text()
+
+    save_recipe(named(study.recipe(cell, ("grpo.max_num_steps=100000",)), "long"), forked)
+    long = nursery.start(forked, forked.with_suffix(".log"))
+    deadline = time.monotonic() + 60
+    while not (study.output / "long/seed_1/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stop(long)
+    end(long, 60)
+    assert long.poll() == 143, forked.with_suffix(".log").read_text()
 
 
 # ---- reports of made-up runs ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from vespo_megatron.trainer.pulse import read_beats
 from vespo_megatron.trainer.run_directory import RECIPE_FILE
 
 _fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["resume_imports"])
+_fork.set_forkserver_preload(["vespo_megatron.trainer.preload"])
 
 ONE_PROCESS = (
     "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",

@@ -1,18 +1,15 @@
 """`vespo-megatron compare STUDY`: run a study's grid, as many runs at a time as asked for, and write its report.
 
-Each run is a `vespo-megatron train` of its own, so one that fails takes no other down. Run again, the command goes on
+Each run is a process of its own, so one that fails takes no other down. Run again, the command goes on
 where it was: finished runs stay, others resume from their newest checkpoint or begin.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
+from vespo_megatron.study.run_process import CommandRun, RunNursery, RunProcess, end, stop
 from vespo_megatron.study.spec import Cell, Study
 from vespo_megatron.trainer.launch import ALONE, agent_environment
 from vespo_megatron.trainer.logging import SUMMARY_FILE
@@ -82,39 +80,47 @@ def _run_all(study: Study, waiting: list[Cell], parallel: int) -> dict[Cell, str
     from tqdm import tqdm
 
     failed: dict[Cell, str] = {}
-    running: dict[Cell, subprocess.Popen] = {}
+    running: dict[Cell, RunProcess] = {}
     queue = list(waiting)
+    starter = _Starter(study, parallel)
     bar = tqdm(total=len(waiting), desc=study.name, unit="run", dynamic_ncols=True)
     with bar, stop_on_signals(), _stopped_at_the_end(running):
         while queue or running:
             while queue and len(running) < parallel:
                 cell = queue.pop(0)
-                running[cell] = _start(study, cell, parallel)
+                running[cell] = starter.start(cell)
                 _write(bar, f"begins {cell.name}")
             for cell, process in list(running.items()):
-                if process.poll() is None:
+                status = process.poll()
+                if status is None:
                     continue
                 del running[cell]
                 bar.update()
-                if process.returncode == 0:
+                if status == 0:
                     _write(bar, f"ends   {cell.name}")
                 else:
                     failed[cell] = _reason(study.folder(cell).with_suffix(".log"))
-                    _write(bar, f"FAILED {cell.name} with status {process.returncode}: {failed[cell]}")
+                    _write(bar, f"FAILED {cell.name} with status {status}: {failed[cell]}")
             time.sleep(_POLL_S)
     return failed
 
 
-def _start(study: Study, cell: Cell, parallel: int) -> subprocess.Popen:
-    log = study.folder(cell).with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "vespo_megatron.cli", "train", str(recipe_file(study, cell))]
-    log.write(f"$ {shlex.join(command)}\n".encode())
-    log.flush()
-    with log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=environment(load_recipe(recipe_file(study, cell)), parallel),
-        )  # fmt: skip
+class _Starter:
+    """Starts runs; those of one process and of one environment share what they import."""
+
+    def __init__(self, study: Study, parallel: int) -> None:
+        self.study, self.parallel = study, parallel
+        self.nursery: RunNursery | None = None
+
+    def start(self, cell: Cell) -> RunProcess:
+        file, log = recipe_file(self.study, cell), self.study.folder(cell).with_suffix(".log")
+        recipe = load_recipe(file)
+        variables = environment(recipe, self.parallel)
+        if recipe.world_size == 1:
+            self.nursery = self.nursery or RunNursery(variables)
+            if self.nursery.environment == variables:
+                return self.nursery.start(file, log)
+        return CommandRun(file, log, variables)
 
 
 def environment(recipe: Recipe, parallel: int) -> dict[str, str]:
@@ -125,20 +131,16 @@ def environment(recipe: Recipe, parallel: int) -> dict[str, str]:
 
 
 @contextmanager
-def _stopped_at_the_end(running: dict[Cell, subprocess.Popen]):
+def _stopped_at_the_end(running: dict[Cell, RunProcess]) -> Iterator[None]:
     """Whatever ends the block, no run is left: each is asked to stop, and it saves where its recipe says so."""
     try:
         yield
     finally:
         for process in running.values():
-            process.send_signal(signal.SIGTERM)
+            stop(process)
         deadline = time.monotonic() + _GRACE_S
         for process in running.values():
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process, max(0.1, deadline - time.monotonic()))
 
 
 def _write(bar, text: str) -> None:
