@@ -31,7 +31,7 @@ SHAPE = ModelShape(
     architecture="Qwen3MoeForCausalLM",
     kv_values_per_token=8,
 )
-REQUEST = GenerationRequest("r", (5, 6), SamplingParams(max_new_tokens=3))
+REQUESTS = [GenerationRequest("r", (5, 6), SamplingParams(max_new_tokens=3, top_k=top_k)) for top_k in (-1, 2)]
 ROUTES = base64.b64encode(np.array([[[0, 1], [2, 3]]] * 3, dtype="<i4").tobytes()).decode()
 GOOD = {
     "output_ids": [3, 4],
@@ -44,6 +44,8 @@ GOOD = {
         "weight_versions": [{"version": "1", "start": 0, "end": 2}],
         "output_token_logprobs": [[-0.5, 3, None], [-1.5, 4, None]],
         "routed_experts": ROUTES,
+        "output_token_sampling_mask": [[3, 7], [4]],
+        "output_token_sampling_logprobs": [-0.25, 0.0],
     },
 }
 VALUES = (
@@ -79,7 +81,7 @@ def mutate(value, data: atheris.FuzzedDataProvider):
 def one_input(raw: bytes) -> None:
     """Half the inputs are JSON of their own, half are a good reply with parts changed."""
     data = atheris.FuzzedDataProvider(raw)
-    return_routes, keep_bad_numbers = data.ConsumeBool(), data.ConsumeBool()
+    return_routes, keep_bad_numbers, truncated = data.ConsumeBool(), data.ConsumeBool(), data.ConsumeBool()
     if data.ConsumeBool():
         reply = mutate(GOOD, data)
     else:
@@ -90,7 +92,7 @@ def one_input(raw: bytes) -> None:
     try:
         result = parse_reply(
             reply,
-            REQUEST,
+            REQUESTS[truncated],
             SHAPE,
             server="http://127.0.0.1:1",
             return_routes=return_routes,
@@ -103,6 +105,8 @@ def one_input(raw: bytes) -> None:
     assert length == len(result.log_probs) == len(result.weight_versions) <= 3
     assert keep_bad_numbers or np.isfinite(result.log_probs).all()
     assert result.routes is None or result.routes.shape == (length + 1, 2, 2)
+    assert (result.supports is not None) == truncated
+    assert not truncated or result.supports.hold(result.output_ids).all()
 
 
 if __name__ == "__main__":

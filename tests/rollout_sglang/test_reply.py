@@ -159,6 +159,13 @@ def test_a_wrong_reply_is_an_error_that_names_request_and_server(name):
         assert text in str(caught.value)
 
 
+def test_a_truncated_log_prob_beyond_float64_is_an_error_like_any_other():
+    value = truncated()
+    value["meta_info"]["output_token_sampling_logprobs"] = [-(10**400), 0, 0, 0]
+    with pytest.raises(UserError, match="truncated log-prob"):
+        parse(value, TRUNCATED)
+
+
 TRUNCATED = replace(REQUEST, sampling=SamplingParams(max_new_tokens=4, top_k=2))
 MASKS = [[60, 1], [83], [2, 96], [30, 99]]
 
@@ -184,6 +191,7 @@ def test_a_truncated_reply_says_what_each_token_was_drawn_from():
         ([[60], [83], ["96"], [30]], "no list of token ids"),
         ([[60], [83], 96, [30]], "no list of token ids"),
         ([[60], [83], [95], [30]], "outside its sampling mask"),
+        ([[60], [83], [96, 2**63], [30]], "no list of token ids"),
     ],
 )
 def test_a_wrong_sampling_mask_is_an_error(masks, says):

@@ -207,19 +207,24 @@ def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbe
         for row, token in zip(rows, output_ids.tolist(), strict=True)
     )
     check.that(good, "log-probs that do not belong to the output tokens", "[log_prob, token id] per output token")
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as that
-        log_probs = np.array([max(min(row[0], _HUGE), -_HUGE) for row in rows], dtype=np.float64).astype(np.float32)
+    log_probs = _float32([row[0] for row in rows])
     sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
     check.that(keep_bad_numbers or bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
     return log_probs
 
 
+def _float32(numbers: Sequence[int | float]) -> np.ndarray:
+    """Numbers of any size; beyond float32 they are infinite."""
+    with np.errstate(over="ignore"):
+        return np.array([max(min(each, _HUGE), -_HUGE) for each in numbers], dtype=np.float64).astype(np.float32)
+
+
 def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
     """float32 [R] of the truncated distribution, in which no token is less likely than in the full one."""
     rows = value if isinstance(value, list) else []
-    good = len(rows) == len(full) and all(isinstance(row, (int, float)) for row in rows)
+    good = len(rows) == len(full) and all(type(row) in (int, float) for row in rows)
     check.that(good, f"{len(rows)} truncated log-probs", f"{len(full)}, one per output token")
-    log_probs = np.array(rows, dtype=np.float32)
+    log_probs = _float32(rows)
     sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK) & (log_probs >= full - _LOG_PROB_SLACK)
     check.that(
         keep_bad_numbers or bool(sane.all()), f"truncated log-prob {log_probs[~sane][:1]}", "from the full one to 0"
