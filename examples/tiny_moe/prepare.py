@@ -215,6 +215,11 @@ def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -
     )
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
+    with torch.no_grad():
+        # It is made zero, and trained by nothing. The first norm of zero multiplies a gradient by 1/√ε, a thousand: one
+        # response that happens to sample padding would be clipped together with the update it is in.
+        padding = model.get_input_embeddings().weight[tokenizer.pad_token_id]
+        padding.normal_(std=config.initializer_range, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     generator = np.random.default_rng([seed, 1])
     progress = tqdm(range(steps), desc="warm start", unit="step", mininterval=1.0)

@@ -165,3 +165,11 @@ def test_every_recipe_asks_for_a_layout_its_model_can_have(recipe, monkeypatch):
     from vespo_megatron.recipe.validate import validate
 
     validate(load_recipe(EXAMPLE / recipe))
+
+
+def test_every_token_that_may_be_sampled_has_an_embedding():
+    """A norm of zero multiplies a gradient by 1/√ε: one sampled token with none would drown a whole update."""
+    from safetensors.torch import load_file
+
+    embeddings = load_file(EXAMPLE / "build" / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert embeddings.pow(2).mean(1).sqrt().min() > 0.01
