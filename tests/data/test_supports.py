@@ -14,7 +14,7 @@ LISTS = st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), max_size=
 
 def as_lists(supports: TokenSupports) -> list[list[int]]:
     assert supports.counts.dtype == supports.ids.dtype == np.int32 and supports.counts.sum() == len(supports.ids)
-    return [part.tolist() for part in np.split(supports.ids, np.cumsum(supports.counts)[:-1])] if len(supports) else []
+    return [part.tolist() for part in supports.lists()]
 
 
 @given(LISTS, LISTS, st.randoms(use_true_random=False))

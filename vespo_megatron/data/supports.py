@@ -45,6 +45,10 @@ class TokenSupports:
             np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]),
         )
 
+    def lists(self) -> list[np.ndarray]:
+        """One per token; the inverse of `of`."""
+        return np.split(self.ids, np.cumsum(self.counts)[:-1]) if len(self) else []
+
     @property
     def owners(self) -> np.ndarray:
         """int64 [Σ counts], the token that each of `ids` belongs to."""

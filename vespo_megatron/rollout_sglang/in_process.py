@@ -219,7 +219,7 @@ class _Batch:
         # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
         self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
         self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
-        self.supports: list[list[TokenSupports]] = [[] for _ in requests]
+        self.supports: list[list[np.ndarray]] = [[] for _ in requests]
         self.routes = np.zeros((len(requests), 0, len(self.forward.sparse_layers), self._topk), self._route_dtype)
 
     @property
@@ -308,8 +308,8 @@ class _Batch:
         self.tokens[rows, step] = tokens
         self.log_probs[rows, step] = log_probs
         if supports is not None:
-            for index, row in enumerate(rows):
-                self.supports[row].append(supports.select(np.array([index])))
+            for row, ids in zip(rows, supports.lists(), strict=True):
+                self.supports[row].append(ids)
 
     def _finish(self, row: int, length: int, reason: str) -> None:
         request, version = self.requests[row], self.engine.weight_version
@@ -325,7 +325,7 @@ class _Batch:
             finish_reason=reason,
             routes=routes,
             routes_version=version if routes is not None else None,
-            supports=TokenSupports.concatenate(self.supports[row][:length]) if request.wants_supports else None,
+            supports=TokenSupports.of(self.supports[row][:length]) if request.wants_supports else None,
         )
         self.results[row] = result
         self.emit(result)
