@@ -10,7 +10,7 @@
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
-#   make test-triton    the loss's GPU kernels in Triton's interpreter; installs Triton (285 MB)
+#   make test-triton    GPU kernels in Triton's interpreter, and compiled for an H100; installs Triton (285 MB)
 #   make lint    ruff and the import contract
 #   make venv    install only
 
@@ -63,7 +63,7 @@ $(NEMO)/.installed: requirements/nemo.txt $(STAMP)
 
 test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0
-	$(BIN)/python -m pytest -m triton tests/losses
+	$(BIN)/python -m pytest -m triton tests/losses tests/parallel
 
 nightly: test-nightly properties fuzz study-smoke
 

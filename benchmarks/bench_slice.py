@@ -76,6 +76,7 @@ def measure(layers: int, steps: int, device: str, folder: Path) -> str:
     recipe = Recipe()
     recipe.policy.model_name, recipe.loss_fn.name = str(folder / "model"), "vespo"
     recipe.policy.precision = "bfloat16" if device == "cuda" else "float32"
+    recipe.policy.megatron_cfg.logprob_memory_mb = 512 if device == "cuda" else 64
     recipe.policy.sequence_packing.train_mb_tokens = tokens
     batch = make_batch(packs=4, tokens=tokens, vocabulary=151936 // share)
     recipe.policy.train_global_batch_size = len(batch.samples)

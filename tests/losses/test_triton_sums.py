@@ -1,13 +1,10 @@
-"""The GPU kernels of the loss, in Triton's interpreter, against the host's sums: `make test-triton` installs Triton.
+"""The loss's GPU kernels: in Triton's interpreter against the host's sums, and compiled for an H100.
 
-The interpreter must be chosen before Triton is imported, hence a process of its own.
+`make test-triton` installs Triton.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
+from triton_process import compile_for_h100, interpret
 
 CHECK = """
 import torch
@@ -45,6 +42,18 @@ for lengths in ([0, 1, 1023, 1024, 1025, 0, 20000], [3], [0, 0]):
 
 @pytest.mark.triton
 def test_kernels_equal_the_host_path():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
+    interpret(CHECK)
+
+
+@pytest.mark.triton
+def test_kernels_compile_for_an_h100(tmp_path):
+    kernels = []
+    for element in ("fp32", "fp64"):
+        for has_mask in (True, False):
+            given = {"mask": "*i1", "offsets": "*i64", "out": f"*{element}"}
+            constants = {"HAS_MASK": has_mask, "SPAN": 8192, "BLOCK": 1024}
+            summed = given | {"log_probs": f"*{element}", "anchor": f"*{element}", "bound": "fp32"}
+            summed |= {"num_sequences": "i32"}
+            kernels.append(("_sum_kernel", summed, constants | {"DTYPE": f"float{element[2:]}"}))
+            kernels.append(("_expand_kernel", given | {"values": f"*{element}"}, constants))
+    compile_for_h100("vespo_megatron.losses.triton_sums", kernels, str(tmp_path))

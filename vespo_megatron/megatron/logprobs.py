@@ -10,19 +10,23 @@ span all rows where they can, so that the weight's gradient is written once per 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.megatron import logit_tiles
 from vespo_megatron.megatron.left_out import LeftOut
 
-_MAX_TILE_ROWS = 2048
+_ENOUGH_ROWS = 2048
+"""Rows that a tile may have whatever its width: fewer would make the products of a small budget slow."""
+_WIDTH_STEP = 128
+"""A tile's width is a multiple of it: a GPU's matrix units want rows that start on 16 bytes, and whole blocks."""
 _TILES_AT_ONE_TIME = 8
 """What the memory is divided into: one tile to work on, and those that are kept."""
-_HOST_BLOCK = 1 << 18
-"""Numbers of a tile that the host turns at a time: what is made of them on the way stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,11 @@ class LogProbRequest:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """How [rows, vocabulary] is cut: `columns` outside, `rows` inside; the last `kept` are for the backward."""
+    """How [rows, vocabulary] is cut: `columns` outside, `rows` inside; the last `kept` are for the backward.
+
+    A tile reads and writes its rows of one gradient and its columns of the other, so it is as high as wide where memory
+    allows more than few rows.
+    """
 
     columns: list[slice]
     rows: list[slice]
@@ -51,8 +59,11 @@ class _Tiles:
 
     @staticmethod
     def of(rows: int, columns: int, element_size: int, memory_bytes: int) -> _Tiles:
-        height = max(min(rows, _MAX_TILE_ROWS), 1)
-        width = max(memory_bytes // (_TILES_AT_ONE_TIME * element_size * height), 1)
+        numbers = memory_bytes // (_TILES_AT_ONE_TIME * element_size)
+        parts = math.ceil(rows / max(_ENOUGH_ROWS, math.isqrt(numbers)))
+        height = math.ceil(rows / max(parts, 1)) or 1
+        width = max(numbers // height, 1)
+        width -= width % _WIDTH_STEP if width > _WIDTH_STEP else 0
         kept = max(memory_bytes // (element_size * height * width) - 1, 0)
         return _Tiles(_slices(columns, width), _slices(rows, height) or [slice(0, 0)], kept)
 
@@ -79,24 +90,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         if not tiles.columns:
             strips[0] = -torch.inf
         target = hidden.new_zeros(len(hidden), dtype=accurate)
-        ctx.kept = {}
+        ctx.kept, ctx.on_tile = {}, operations(hidden.device)
         for number, columns in enumerate(tiles.columns):
             for part, rows in enumerate(tiles.rows):
                 tile = _logits(hidden, weight, rows, columns, first_id, left_out)
                 is_kept = keep and tiles.is_kept(number, part)
                 if is_kept:
                     ctx.kept[number, part] = tile
-                column, inside = _within(local[rows], columns)
-                found = tile.gather(1, column[:, None])[:, 0].to(accurate) / temperature
-                target[rows] = torch.where(inside, found, target[rows])
-                for block in _blocks(tile):
-                    z = _scaled(tile[block], temperature, in_place=not is_kept)
-                    statistics = strips[:, number, rows][:, block]
-                    torch.amax(z, dim=-1, out=statistics[0])
-                    z.sub_(statistics[0, :, None])
-                    e = z.exp()
-                    torch.sum(e, dim=-1, out=statistics[1])
-                    torch.sum(z.mul_(e), dim=-1, out=statistics[2])
+                column, statistics = local[rows] - columns.start, strips[:, number, rows]
+                ctx.on_tile.fold(tile, column, temperature, statistics, target[rows], kept=is_kept)
         peak = strips[0].amax(dim=0)
         if group.size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -118,7 +120,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         hidden, weight, local, log_sum, entropy = ctx.saved_tensors
-        gradient = gradient / ctx.temperature
+        gradient = (gradient / ctx.temperature).contiguous()
         wants_entropy = bool(gradient[1].any()) if gradient.device.type == "cpu" else True
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=log_sum.dtype) if wants_hidden else None
@@ -137,17 +139,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 tile = ctx.kept.pop((number, part), None)
                 if tile is None:
                     tile = _logits(hidden, weight, rows, columns, ctx.first_id, ctx.left_out)
-                column, inside = _within(local[rows], columns)
-                for block in _blocks(tile):
-                    slope, e = gradient[:, rows][:, block, None], entropy[rows][block, None]
-                    z = _scaled(tile[block], ctx.temperature).sub_(log_sum[rows][block, None])
-                    if wants_entropy:
-                        p = z.exp()
-                        z.add_(e).mul_(slope[1]).add_(slope[0]).mul_(p).neg_()
-                    else:
-                        z.exp_().mul_(-slope[0])
-                    z.scatter_add_(1, column[block, None], slope[0] * inside[block, None])
-                    tile[block] = z
+                ctx.on_tile.turn_(
+                    tile, local[rows] - columns.start, ctx.temperature, log_sum[rows], gradient[:, rows],
+                    entropy[rows] if wants_entropy else None,
+                )  # fmt: skip
                 if wants_hidden:
                     _add_product(hidden_gradient[rows], tile, weight[columns])
                 if not wants_weight:
@@ -171,19 +166,6 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _blocks(tile: torch.Tensor) -> Iterator[slice]:
-    """Rows of a tile that are turned together."""
-    rows = max(_HOST_BLOCK // tile.shape[1], 1) if tile.device.type == "cpu" else len(tile)
-    return iter(_slices(len(tile), rows))
-
-
-def _within(local: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's target as a column of this strip, and whether it really is in it."""
-    column = local - columns.start
-    width = columns.stop - columns.start
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
-
-
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, rows: slice, columns: slice, first_id: int, left_out: LeftOut | None
 ) -> torch.Tensor:
@@ -194,15 +176,6 @@ def _logits(
     return tile
 
 
-def _scaled(logits: torch.Tensor, temperature: float, *, in_place: bool = True) -> torch.Tensor:
-    """The block in at least float32, to be written to; `in_place` where it is that already."""
-    if logits.element_size() < 4:
-        logits = logits.float()
-    elif not in_place:
-        logits = logits.clone()
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """`total += left @ right`, summed in `total`'s dtype."""
     if total.dtype == left.dtype:
@@ -211,6 +184,15 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
+
+
+def operations(device: torch.device) -> ModuleType:
+    """What folds and turns tiles there: `triton_tiles` where a GPU and Triton are, `logit_tiles` elsewhere."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from vespo_megatron.megatron import triton_tiles
+
+        return triton_tiles
+    return logit_tiles
 
 
 def vocab_parallel_log_probs(

@@ -150,7 +150,7 @@ class MegatronConfig:
     moe_permute_fusion: bool = key(False, "Fused permutation (needs Transformer Engine).")
     apply_rope_fusion: bool = key(False, "Fused rotary embedding (needs Transformer Engine).")
     moe_grouped_gemm: bool = key(True, "(ours) Experts by grouped matmul, where the layer spec has it.")
-    logprob_memory_mb: int = key(64, "(ours) MiB of logits that exist at one time.")
+    logprob_memory_mb: int = key(64, "(ours) MiB of logits that exist at one time; on a GPU more, say 512.")
     distributed_timeout: float = key(600.0, "(ours) Deadline of a collective, in seconds.")
     optimizer: OptimizerConfig = key(OptimizerConfig)
     scheduler: SchedulerConfig = key(SchedulerConfig)
