@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from vespo_megatron.recipe.host_threads import server_environment, trainer_environment
+from vespo_megatron.recipe.host_threads import core_shares, server_environment, trainer_environment
 from vespo_megatron.recipe.schema import Recipe
 
 
@@ -44,3 +44,11 @@ def test_servers_elsewhere_take_no_cores(recipe):
 def test_threads_neither_sleep_between_operations_nor_hold_an_idle_machines_cores(recipe):
     environment = trainer_environment(recipe)
     assert environment["OMP_WAIT_POLICY"] == "active" and int(environment["GOMP_SPINCOUNT"]) < 100_000
+
+
+def test_runs_beside_each_other_have_cores_of_their_own(monkeypatch, recipe):
+    assert core_shares(1) == [set(range(8))]
+    assert core_shares(3) == [{0, 1}, {2, 3}, {4, 5}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 7})
+    assert core_shares(3) == [{3}, {7}, {3}]
+    assert trainer_environment(recipe, cores=6)["OMP_NUM_THREADS"] == "3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from made_up_study import SMALL, made_up
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.host_threads import core_shares
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
@@ -85,17 +87,37 @@ def test_a_recipe_that_is_wrong_stops_the_study_before_anything_runs(study_file,
         compare_module.compare(load_study(study_file))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes, alone", [(1, True), (2, False)])
 def test_a_run_of_one_process_starts_no_torchrun(processes, alone, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     recipe = Recipe()
     recipe.cluster.gpus_per_node = processes
-    told = environment(recipe, parallel=2)
-    assert told["OMP_NUM_THREADS"] == "4" and ("RANK" in told) is alone
+    told = environment(recipe, cores=4)
+    # torchrun's agent counts the cores it has been given by itself.
+    assert told.get("OMP_NUM_THREADS") == ("4" if alone else None) and ("RANK" in told) is alone
 
 
+class ShortRun(CommandRun):
+    """Writes down the cores it has."""
+
+    def __init__(self, file):
+        code = "import os, time, sys; time.sleep(0.5); open(sys.argv[1], 'w').write(str(os.sched_getaffinity(0)))"
+        self._process = subprocess.Popen([sys.executable, "-c", code, str(file)])
+        self.pid = self._process.pid
+
+
+def test_runs_beside_each_other_share_no_core(study_file, tmp_path, monkeypatch):
+    study = load_study(study_file)
+    files = [tmp_path / f"cores_{number}" for number in range(4)]
+    runs = iter(files)
+    monkeypatch.setattr(compare_module._Starter, "start", lambda self, cell: ShortRun(next(runs)))
+    assert compare_module._run_all(study, study.cells()[:4], parallel=2) == {}
+    shares = [tuple(sorted(share)) for share in core_shares(2)]
+    told = [tuple(sorted(ast.literal_eval(file.read_text()))) for file in files]
+    assert set(told[:2]) == set(told) == set(shares)
+
+
+@pytest.mark.slow
 def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study_file, tmp_path):
     def command():
         return subprocess.run(
@@ -153,7 +175,7 @@ def test_a_forked_run_learns_what_the_command_does_and_is_ended_with_what_it_sta
     forked, alone = tmp_path / "forked.yaml", tmp_path / "alone.yaml"
     for file in (forked, alone):
         save_recipe(named(study.recipe(cell), file.stem), file)
-    variables = environment(study.recipe(cell), 1)
+    variables = environment(study.recipe(cell), cores=1)
     nursery = RunNursery(variables)
     runs = [nursery.start(forked, forked.with_suffix(".log")), CommandRun(alone, alone.with_suffix(".log"), variables)]
     for run, file in zip(runs, (forked, alone), strict=True):

@@ -1,7 +1,8 @@
 """`vespo-megatron compare STUDY`: run a study's grid, as many runs at a time as asked for, and write its report.
 
-Each run is a process of its own, so one that fails takes no other down. Run again, the command goes on
-where it was: finished runs stay, others resume from their newest checkpoint or begin.
+Each run is a process of its own, so one that fails takes no other down. Runs beside each other have cores of their own:
+threads that wait for one another while another run's hold the cores stand still. Run again, the command goes on where it
+was: finished runs stay, others resume from their newest checkpoint or begin.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.host_threads import core_shares
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
@@ -81,20 +83,24 @@ def _run_all(study: Study, waiting: list[Cell], parallel: int) -> dict[Cell, str
 
     failed: dict[Cell, str] = {}
     running: dict[Cell, RunProcess] = {}
+    free, held = core_shares(parallel), {}
     queue = list(waiting)
-    starter = _Starter(study, parallel)
+    starter = _Starter(study, cores=len(free[0]))
     bar = tqdm(total=len(waiting), desc=study.name, unit="run", dynamic_ncols=True)
     with bar, stop_on_signals(), _stopped_at_the_end(running):
         while queue or running:
-            while queue and len(running) < parallel:
+            while queue and free:
                 cell = queue.pop(0)
-                running[cell] = starter.start(cell)
+                running[cell], held[cell] = starter.start(cell), free.pop(0)
+                with suppress(ProcessLookupError):  # it has ended already
+                    os.sched_setaffinity(running[cell].pid, held[cell])
                 _write(bar, f"begins {cell.name}")
             for cell, process in list(running.items()):
                 status = process.poll()
                 if status is None:
                     continue
                 del running[cell]
+                free.append(held.pop(cell))
                 bar.update()
                 if status == 0:
                     _write(bar, f"ends   {cell.name}")
@@ -108,14 +114,14 @@ def _run_all(study: Study, waiting: list[Cell], parallel: int) -> dict[Cell, str
 class _Starter:
     """Starts runs; those of one process and of one environment share what they import."""
 
-    def __init__(self, study: Study, parallel: int) -> None:
-        self.study, self.parallel = study, parallel
+    def __init__(self, study: Study, cores: int) -> None:
+        self.study, self.cores = study, cores
         self.nursery: RunNursery | None = None
 
     def start(self, cell: Cell) -> RunProcess:
         file, log = recipe_file(self.study, cell), self.study.folder(cell).with_suffix(".log")
         recipe = load_recipe(file)
-        variables = environment(recipe, self.parallel)
+        variables = environment(recipe, self.cores)
         if recipe.world_size == 1:
             self.nursery = self.nursery or RunNursery(variables)
             if self.nursery.environment == variables:
@@ -123,11 +129,9 @@ class _Starter:
         return CommandRun(file, log, variables)
 
 
-def environment(recipe: Recipe, parallel: int) -> dict[str, str]:
-    """Of one of `parallel` runs beside each other. A run of one process is that process: it starts no torchrun."""
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    base = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    return agent_environment(recipe, base) | ALONE if recipe.world_size == 1 else base
+def environment(recipe: Recipe, cores: int) -> dict[str, str]:
+    """Of a run with so many cores. A run of one process is that process: it starts no torchrun."""
+    return agent_environment(recipe, os.environ, cores) | ALONE if recipe.world_size == 1 else dict(os.environ)
 
 
 @contextmanager

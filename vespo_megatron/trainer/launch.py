@@ -206,9 +206,9 @@ def agent_command(recipe: Recipe, run_dir: Path, work: str = "train") -> list[st
     ]  # fmt: skip
 
 
-def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str]) -> dict[str, str]:
-    """The workers' environment; what the user has set stays."""
-    environment = trainer_environment(recipe) | base
+def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores: int | None = None) -> dict[str, str]:
+    """The workers' environment, of a run with so many cores (None: this process's); what the user has set stays."""
+    environment = trainer_environment(recipe, cores) | base
     if "OMP_WAIT_POLICY" in base and "GOMP_SPINCOUNT" not in base:
         del environment["GOMP_SPINCOUNT"]  # it would have the last word
     hosts = {urlsplit(url).hostname for url in recipe.policy.generation.sglang_cfg.urls}
