@@ -1,8 +1,8 @@
 """`vespo-megatron compare STUDY`: run a study's grid, as many runs at a time as asked for, and write its report.
 
 Each run is a process of its own, so one that fails takes no other down. Runs beside each other have cores of their own:
-threads that wait for one another while another run's hold the cores stand still. Run again, the command goes on where it
-was: finished runs stay, others resume from their newest checkpoint or begin.
+threads that wait for one another stand still while another run's hold the cores. Run again, the command goes on where
+it was: finished runs stay, others resume from their newest checkpoint or begin.
 """
 
 from __future__ import annotations
