@@ -88,7 +88,7 @@ setup(
         "safetensors",
         "scipy",
         "tensorboard",
-        "torch>=2.9",
+        "torch>=2.10",  # addmm(out_dtype=) takes a float32 sum to add to (pytorch #167931)
         "tqdm",
         "transformers>=5",
     ],
