@@ -9,7 +9,6 @@ of one process in the first way, those of several in the second.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -51,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
     arguments = parser.parse_args()
-    variables = environment(load_recipe(ROOT / "examples/tiny_moe/in_process.yaml", []), os.cpu_count() or 1)
+    variables = environment(load_recipe(ROOT / "examples/tiny_moe/in_process.yaml", []))
     took: dict[str, list[float]] = {"a command each": [], "forked": []}
     nursery = RunNursery(variables)
     ways = {"a command each": lambda file, log: CommandRun(file, log, variables), "forked": nursery.start}

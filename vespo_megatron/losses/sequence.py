@@ -32,8 +32,9 @@ def numpy_or_none() -> Any:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def has_triton(device_type: str) -> bool:
+    """Whether Triton's kernels can run on such a device."""
+    return device_type == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class PackedSequences:
     @property
     def has_kernels(self) -> bool:
         """Whether the tokens are on a GPU with Triton and the offsets in host memory, as `triton_sums` needs them."""
-        return self.device.type == "cuda" and self.cu_seqlens.is_cpu and _has_triton()
+        return has_triton(self.device.type) and self.cu_seqlens.is_cpu
 
     @cached_property
     def longest(self) -> int:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron import logit_tiles
 from vespo_megatron.megatron.left_out import LeftOut
 
@@ -188,7 +188,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 def operations(device: torch.device) -> ModuleType:
     """What folds and turns tiles there: `triton_tiles` where a GPU and Triton are, `logit_tiles` elsewhere."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if has_triton(device.type):
         from vespo_megatron.megatron import triton_tiles
 
         return triton_tiles

@@ -1,6 +1,6 @@
 """`logit_tiles` as one Triton kernel each: a tile is read once to be folded, read and written once to be turned.
 
-PyTorch's operations go over it about a dozen times, which on a GPU takes longer than the matrix product between them.
+PyTorch's operations go over it about a dozen times.
 Checked in Triton's interpreter and compiled for an H100 on a CPU (`make test-triton`); it has not run on a GPU yet.
 Imported only where a GPU and Triton are (PyTorch's CUDA builds bring it).
 """

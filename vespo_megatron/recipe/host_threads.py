@@ -26,7 +26,7 @@ def trainer_environment(recipe: Recipe, cores: int | None = None) -> dict[str, s
 
 def server_environment(recipe: Recipe) -> dict[str, str]:
     """OpenMP's variables for a rank of a server that this run starts on the CPU."""
-    return _environment(_servers(recipe) + (recipe.cluster.gpus_per_node if _at_once(recipe) else 0), None)
+    return _environment(_servers(recipe) + (recipe.cluster.gpus_per_node if _at_once(recipe) else 0))
 
 
 def _servers(recipe: Recipe) -> int:
@@ -42,7 +42,7 @@ def _at_once(recipe: Recipe) -> bool:
     return recipe.grpo.async_grpo.enabled
 
 
-def _environment(processes: int, cores: int | None) -> dict[str, str]:
+def _environment(processes: int, cores: int | None = None) -> dict[str, str]:
     """For one of so many processes that compute at once.
 
     libgomp counts the workers of every thread that computes (trainer, in-process engine, gloo). Once there are more

@@ -129,8 +129,8 @@ class _Starter:
         return CommandRun(file, log, variables)
 
 
-def environment(recipe: Recipe, cores: int) -> dict[str, str]:
-    """Of a run with so many cores. A run of one process is that process: it starts no torchrun."""
+def environment(recipe: Recipe, cores: int | None = None) -> dict[str, str]:
+    """Of a run with so many cores (None: this process's). A run of one process is that process: it starts no torchrun."""
     return agent_environment(recipe, os.environ, cores) | ALONE if recipe.world_size == 1 else dict(os.environ)
 
 
