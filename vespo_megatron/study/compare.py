@@ -130,7 +130,7 @@ class _Starter:
 
 
 def environment(recipe: Recipe, cores: int | None = None) -> dict[str, str]:
-    """Of a run with so many cores; None: this process's. A run of one process starts no torchrun: it is that process."""
+    """Of a run with so many cores; None: this process's. A run of one process starts no torchrun."""
     return agent_environment(recipe, os.environ, cores) | ALONE if recipe.world_size == 1 else dict(os.environ)
 
 
