@@ -71,7 +71,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vespo_megatron", "vespo_megatron.*"]),
-    package_data={"vespo_megatron": ["rollout_sglang/stubs/**/*.py", "study/templates/*", "slurm/templates/*"]},
+    package_data={"vespo_megatron": ["rollout_sglang/plugin/stubs/**/*.py", "study/templates/*", "slurm/templates/*"]},
     install_requires=[
         "aiohttp",
         "datasets>=5",
@@ -97,7 +97,7 @@ setup(
         "console_scripts": ["vespo-megatron = vespo_megatron.cli:main"],
         # SGLang loads these in its own processes: the CPU platform (it stands aside where CUDA is present) and the
         # checksum of its weights.
-        "sglang.srt.platforms": ["vespo_cpu = vespo_megatron.rollout_sglang.cpu_platform:activate"],
-        "sglang.srt.plugins": ["vespo_weights = vespo_megatron.rollout_sglang.server_weights:register"],
+        "sglang.srt.platforms": ["vespo_cpu = vespo_megatron.rollout_sglang.plugin.cpu_platform:activate"],
+        "sglang.srt.plugins": ["vespo_weights = vespo_megatron.rollout_sglang.plugin.weights:register"],
     },
 )

@@ -27,9 +27,12 @@ from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationRe
 
 RECIPE = "examples/tiny_moe/vespo.yaml"
 ALONE = [
-    "policy.megatron_cfg.tensor_model_parallel_size=1", "policy.megatron_cfg.sequence_parallel=false",
-    "policy.megatron_cfg.expert_model_parallel_size=1", "cluster.gpus_per_node=1", "logger.tensorboard_enabled=false",
-]  # fmt: skip
+    "policy.megatron_cfg.tensor_model_parallel_size=1",
+    "policy.megatron_cfg.sequence_parallel=false",
+    "policy.megatron_cfg.expert_model_parallel_size=1",
+    "cluster.gpus_per_node=1",
+    "logger.tensorboard_enabled=false",
+]
 ASYNC = ["grpo.async_grpo.enabled=true"]
 ON_TIME = ["grpo.num_prompts_per_step=8", "policy.train_global_batch_size=64"]  # a step is an update, as in the paper
 
@@ -54,10 +57,13 @@ def wall_time(arguments: argparse.Namespace) -> str:
     settings = {
         "synchronous": [],
         "one step off (max_staleness 1)": [*ASYNC, "grpo.async_grpo.max_staleness=1"],
-        "max_staleness 1, weights every 4 steps": [*ASYNC, "grpo.async_grpo.staleness_threshold=1",
-                                                   "grpo.async_grpo.sync_every=4"],
+        "max_staleness 1, weights every 4 steps": [
+            *ASYNC,
+            "grpo.async_grpo.staleness_threshold=1",
+            "grpo.async_grpo.sync_every=4",
+        ],
         "max_staleness 4": [*ASYNC, "grpo.async_grpo.max_staleness=4"],
-    }  # fmt: skip
+    }
     lines = [
         f"{arguments.steps} updates of 64 responses, one trainer process; generation is simulated: "
         f"{delay * 1000:.0f} ms a group in the median, eight groups at once. "
@@ -83,10 +89,18 @@ def wall_time(arguments: argparse.Namespace) -> str:
 def run(steps: int, delay: float, overrides: list[str]) -> list[dict[str, float]]:
     """The metrics of a run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe(RECIPE, [
-            *ALONE, *ON_TIME, f"grpo.max_num_steps={steps}", "grpo.val_period=0", "checkpointing.save_hf=false",
-            "policy.generation.backend=in_process", *overrides,
-        ])  # fmt: skip
+        recipe = load_recipe(
+            RECIPE,
+            [
+                *ALONE,
+                *ON_TIME,
+                f"grpo.max_num_steps={steps}",
+                "grpo.val_period=0",
+                "checkpointing.save_hf=false",
+                "policy.generation.backend=in_process",
+                *overrides,
+            ],
+        )
         save_recipe(recipe, Path(folder) / "recipe.yaml")
         process = multiprocessing.get_context("spawn").Process(target=_train, args=(folder, delay))
         process.start()
@@ -98,8 +112,8 @@ def run(steps: int, delay: float, overrides: list[str]) -> list[dict[str, float]
 def _train(folder: str, delay: float) -> None:
     import torch
 
-    from vespo_megatron.trainer import worker
-    from vespo_megatron.trainer.launch import ALONE
+    from vespo_megatron.launch import worker
+    from vespo_megatron.launch.launcher import ALONE
 
     with (Path(folder) / "output").open("w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)

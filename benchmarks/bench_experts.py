@@ -47,10 +47,20 @@ def build(kind: str, dtype: torch.dtype, experts: int, topk: int, hidden: int, w
     from vespo_megatron.megatron.native.experts import GroupedExperts
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=hidden, num_attention_heads=2, ffn_hidden_size=width, moe_ffn_hidden_size=width,
-        num_moe_experts=experts, moe_router_topk=topk, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, bias_activation_fusion=False, gradient_accumulation_fusion=False, params_dtype=dtype,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=hidden,
+        num_attention_heads=2,
+        ffn_hidden_size=width,
+        moe_ffn_hidden_size=width,
+        num_moe_experts=experts,
+        moe_router_topk=topk,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if kind == "grouped":
         module = GroupedExperts(experts, config, groups)

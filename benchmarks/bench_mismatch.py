@@ -54,10 +54,18 @@ def run(seed: int, arguments: argparse.Namespace) -> list[dict]:
     """Measure once in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "vespo_megatron.cli", "mismatch", f"--batches={arguments.batches}", arguments.recipe,
-            f"grpo.seed={seed}", "policy.generation.sglang_cfg.dtype=bfloat16", f"exp_manager.exp_dir={folder}",
-            "exp_manager.name=run", "exp_manager.version=0",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "vespo_megatron.cli",
+            "mismatch",
+            f"--batches={arguments.batches}",
+            arguments.recipe,
+            f"grpo.seed={seed}",
+            "policy.generation.sglang_cfg.dtype=bfloat16",
+            f"exp_manager.exp_dir={folder}",
+            "exp_manager.name=run",
+            "exp_manager.version=0",
+        ]
         subprocess.run(command, check=True)
         return json.loads((Path(folder) / "run/0" / FILE).read_text())
 

@@ -75,9 +75,11 @@ def main() -> None:
     for seed in range(5):
         lengths = draw(seed)
         options = dict(
-            num_mini_batches=1, data_parallel_size=RANKS, token_budget=BUDGET,
+            num_mini_batches=1,
+            data_parallel_size=RANKS,
+            token_budget=BUDGET,
             padded_length=lambda length: padded_length(length, 2),
-        )  # fmt: skip
+        )
         began = time.perf_counter()
         plan = plan_mini_batches(lengths, cost=cost, **options)
         seconds.append(time.perf_counter() - began)
@@ -95,8 +97,9 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for name, found in rows.items():
-        worst = {key: (min if key in ("useful tokens", "of the budget") else max)(f[key] for f in found)
-                 for key in found[0]}  # fmt: skip
+        worst = {
+            key: (min if key in ("useful tokens", "of the budget") else max)(f[key] for f in found) for key in found[0]
+        }
         lines.append(
             f"| {name} | {worst['micro-batches a rank']:.0f} | {worst['useful tokens']:.1f}% "
             f"| {worst['of the budget']:.1f}% | {worst['imbalance']:.2f}% | {worst['lockstep']:.2f}% |"

@@ -30,7 +30,7 @@ import psutil
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.rollout_sglang import connect, launch_servers
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-from vespo_megatron.rollout_sglang.server_flags import STUBS
+from vespo_megatron.rollout_sglang.server.flags import STUBS
 from vespo_megatron.rollout_sglang.sglang_engine import SGLangEngine
 
 RECIPE = "examples/tiny_moe/vespo.yaml"
@@ -93,14 +93,44 @@ def measure_theirs(url: str, model: str, arguments: argparse.Namespace, folder: 
     """The same by `sglang.bench_serving`."""
     output = folder / f"bench_{repeat}.jsonl"
     command = [
-        sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url,
-        "--dataset-name", "random-ids", "--tokenize-prompt", "--model", model, "--tokenizer", model,
-        "--num-prompts", arguments.requests, "--max-concurrency", arguments.concurrency,
-        "--random-input-len", arguments.prompt, "--random-output-len", arguments.response,
-        "--random-range-ratio", 1.0, "--temperature", 1.0, "--seed", repeat + 1, "--warmup-requests", 1,
-        "--disable-stream", "--disable-tqdm", "--return-logprob", "--return-routed-experts", "--flush-cache",
-        "--output-file", output,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sglang.bench_serving",
+        "--backend",
+        "sglang",
+        "--base-url",
+        url,
+        "--dataset-name",
+        "random-ids",
+        "--tokenize-prompt",
+        "--model",
+        model,
+        "--tokenizer",
+        model,
+        "--num-prompts",
+        arguments.requests,
+        "--max-concurrency",
+        arguments.concurrency,
+        "--random-input-len",
+        arguments.prompt,
+        "--random-output-len",
+        arguments.response,
+        "--random-range-ratio",
+        1.0,
+        "--temperature",
+        1.0,
+        "--seed",
+        repeat + 1,
+        "--warmup-requests",
+        1,
+        "--disable-stream",
+        "--disable-tqdm",
+        "--return-logprob",
+        "--return-routed-experts",
+        "--flush-cache",
+        "--output-file",
+        output,
+    ]
     path = os.pathsep.join(filter(None, [str(STUBS), os.environ.get("PYTHONPATH", "")]))
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "0", "SGLANG_PLATFORM": "vespo_cpu", "PYTHONPATH": path}
     ran = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300)
@@ -149,7 +179,9 @@ def measure_memory(engine: SGLangEngine, arguments: argparse.Namespace) -> str:
         peak[0] = 0
         results = asyncio.run(engine.generate(requests(IN_FLIGHT, 1, arguments)))
         assert len({result.request_id for result in results}) == IN_FLIGHT
-        held = sum(result.routes.nbytes + result.output_ids.nbytes + result.log_probs.nbytes for result in results)
+        held = sum(
+            result.routes.nbytes + result.output_ids.nbytes + result.behavior_log_probs.nbytes for result in results
+        )
         del results
         peaks.append(peak[0])
         after.append(process.memory_info().rss)

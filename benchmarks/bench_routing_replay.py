@@ -52,8 +52,8 @@ def prepare(arguments: argparse.Namespace):
     config = PolicyConfig(model_name=arguments.model, precision="float32")
     config.megatron_cfg.optimizer.lr = 0.0
     store = "file://" + os.path.join(tempfile.mkdtemp(), "store")
-    place = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
-    policy = MegatronPolicy(config, place)
+    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    policy = MegatronPolicy(config, rank_info)
     shape, generator = policy.shape, np.random.default_rng(0)
     samples = []
     for index in range(arguments.sequences):
@@ -65,7 +65,7 @@ def prepare(arguments: argparse.Namespace):
                 prompt_id=str(index),
                 prompt_ids=generator.integers(0, shape.vocab_size, 8),
                 response_ids=generator.integers(0, shape.vocab_size, response),
-                log_probs=np.zeros(response),
+                behavior_log_probs=np.zeros(response),
                 weight_versions=np.zeros(response),
                 finish_reason="stop",
                 routes=routes[..., : shape.num_experts_per_tok].astype(np.uint8),
@@ -76,9 +76,9 @@ def prepare(arguments: argparse.Namespace):
     topk, experts = shape.num_experts_per_tok, shape.num_experts
     tables = [
         slice_routes(samples, where, policy.moe_layers, topk=topk, num_experts=experts)
-        for where in layouts([part], place)
+        for where in layouts([part], rank_info)
     ]
-    batch = slice_batches([part], place, temperature=1.0, log_prob_bytes=32 << 20, routes=tables)
+    batch = slice_batches([part], rank_info, temperature=1.0, log_prob_bytes=32 << 20, routes=tables)
     batch[0].trainer_routes = policy.empty_routes(batch[0])
     policy.log_probs(batch, routes=RouteUse("record", lambda each: (each.trainer_routes, None)))
     return policy, batch, tables[0].nbytes, sum(sample.num_tokens for sample in samples)
@@ -122,8 +122,11 @@ def report(seconds, table_bytes: int, tokens: int, policy, arguments) -> str:
     for mode, values in seconds.items():
         ratio = statistics.median(value / off for value, off in zip(values, seconds["off"], strict=True))
         lines.append(f"| {mode} | {1000 * statistics.median(values):.1f} ms | {100 * (ratio - 1):+.1f}% |")
-    lines += ["", f"Routes held: {table_bytes} bytes for tokens × layers × topk = {routes} "
-              f"({100 * (table_bytes / routes - 1):+.1f}%)."]  # fmt: skip
+    lines += [
+        "",
+        f"Routes held: {table_bytes} bytes for tokens × layers × topk = {routes} "
+        f"({100 * (table_bytes / routes - 1):+.1f}%).",
+    ]
     return "\n".join(lines)
 
 

@@ -62,11 +62,21 @@ def make_model(case: Case, folder: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=_VOCABULARY, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
-        num_hidden_layers=case.layers, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        num_experts=case.experts, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=False,
-        mlp_only_layers=[], max_position_embeddings=16384,
-    )  # fmt: skip
+        vocab_size=_VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=case.experts,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        mlp_only_layers=[],
+        max_position_embeddings=16384,
+    )
     Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
 
 
@@ -81,20 +91,20 @@ def world(rank: int, ranks: int, folder: str, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     layout = MegatronConfig(expert_model_parallel_size=ranks)
-    place = parallel.initialize(layout, seed=1, device=torch.device("cpu"), init_method=f"file://{folder}/store")
+    rank_info = parallel.initialize(layout, seed=1, device=torch.device("cpu"), init_method=f"file://{folder}/store")
     found = []
     for number, case in enumerate(cases):
         model = Path(folder) / f"model_{number}"
         if rank == 0:
             make_model(case, model)
         dist.barrier()
-        found.append(step_seconds(case, model, place, layout))
+        found.append(step_seconds(case, model, rank_info, layout))
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(found))
     parallel.finalize()
 
 
-def step_seconds(case: Case, model: Path, place, layout) -> float:
+def step_seconds(case: Case, model: Path, rank_info, layout) -> float:
     """Median of the steps after the first."""
     import torch.distributed as dist
 
@@ -111,16 +121,20 @@ def step_seconds(case: Case, model: Path, place, layout) -> float:
     recipe.policy.sequence_packing.train_mb_tokens = max(2048, case.length)
     recipe.policy.megatron_cfg = layout
     recipe.loss_fn.name = "vespo"
-    policy, objective = MegatronPolicy(recipe.policy, place, total_updates=1000), Objective(recipe.loss_fn)
+    policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn)
     chance, half = np.random.default_rng(0), case.length // 2
     samples = [
         Sample(
-            sample_id=str(index), prompt_id=str(index), prompt_ids=chance.integers(3, _VOCABULARY, half),
-            response_ids=chance.integers(3, _VOCABULARY, half), log_probs=np.full(half, -7.0),
-            weight_versions=np.zeros(half), finish_reason="stop",
+            sample_id=str(index),
+            prompt_id=str(index),
+            prompt_ids=chance.integers(3, _VOCABULARY, half),
+            response_ids=chance.integers(3, _VOCABULARY, half),
+            behavior_log_probs=np.full(half, -7.0),
+            weight_versions=np.zeros(half),
+            finish_reason="stop",
         )
         for index in range(case.sequences)
-    ]  # fmt: skip
+    ]
     batch = Batch(samples, chance.normal(size=case.sequences).astype(np.float32))
     seconds = []
     for _ in range(_STEPS + 1):

@@ -26,7 +26,7 @@ from vespo_megatron.plan.pipeline_model import simulate
 from vespo_megatron.plan.rates import from_runs
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.rollout_sglang import launch_servers
-from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.run.records import read_metrics
 
 # SGLang 0.5.23 looks once a second whether a pause by abort is over, which at this size would be all there is to see.
 _ASYNC = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.on_weight_update=in_place"]
@@ -36,8 +36,10 @@ def _setting(prompts: int, max_staleness: int = 0, sync_every: int = 1) -> list[
     overrides = [f"grpo.num_prompts_per_step={prompts}", f"policy.train_global_batch_size={8 * prompts}"]
     if max_staleness:
         overrides += [
-            *_ASYNC, f"grpo.async_grpo.max_staleness={max_staleness}", f"grpo.async_grpo.sync_every={sync_every}"
-        ]  # fmt: skip
+            *_ASYNC,
+            f"grpo.async_grpo.max_staleness={max_staleness}",
+            f"grpo.async_grpo.sync_every={sync_every}",
+        ]
     return overrides
 
 
@@ -58,10 +60,21 @@ WARM_UP = 5
 def run(folder: Path, url: str, version: str, overrides: list[str], steps: int) -> Path:
     """Train; the run directory."""
     command = [
-        sys.executable, "-m", "vespo_megatron.cli", "train", RECIPE, *ALONE, f"grpo.max_num_steps={steps}",
-        "grpo.val_period=0", "checkpointing.save_hf=false", f"policy.generation.sglang_cfg.urls=[{url}]",
-        f"exp_manager.exp_dir={folder}", "exp_manager.name=simulate", f"exp_manager.version={version}", *overrides,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vespo_megatron.cli",
+        "train",
+        RECIPE,
+        *ALONE,
+        f"grpo.max_num_steps={steps}",
+        "grpo.val_period=0",
+        "checkpointing.save_hf=false",
+        f"policy.generation.sglang_cfg.urls=[{url}]",
+        f"exp_manager.exp_dir={folder}",
+        "exp_manager.name=simulate",
+        f"exp_manager.version={version}",
+        *overrides,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=900)
     return folder / "simulate" / version
 

@@ -34,12 +34,23 @@ def make_model(layers: int, share: int, folder: Path) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=151936 // share, hidden_size=2048 // share, intermediate_size=6144 // share,
-        moe_intermediate_size=768 // share, num_hidden_layers=layers, num_attention_heads=32 // min(share, 8),
-        num_key_value_heads=4, head_dim=128 // share, num_experts=128 // share, num_experts_per_tok=8,
-        norm_topk_prob=True, tie_word_embeddings=False, mlp_only_layers=[], max_position_embeddings=PACK_TOKENS,
-        rope_theta=1e6, dtype=torch.bfloat16,
-    )  # fmt: skip
+        vocab_size=151936 // share,
+        hidden_size=2048 // share,
+        intermediate_size=6144 // share,
+        moe_intermediate_size=768 // share,
+        num_hidden_layers=layers,
+        num_attention_heads=32 // min(share, 8),
+        num_key_value_heads=4,
+        head_dim=128 // share,
+        num_experts=128 // share,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        mlp_only_layers=[],
+        max_position_embeddings=PACK_TOKENS,
+        rope_theta=1e6,
+        dtype=torch.bfloat16,
+    )
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -54,11 +65,15 @@ def make_batch(packs: int, tokens: int, vocabulary: int):
         name = str(len(samples))
         samples.append(
             Sample(
-                sample_id=name, prompt_id=name, prompt_ids=chance.integers(3, vocabulary, prompt),
-                response_ids=chance.integers(3, vocabulary, length), log_probs=np.full(length, -np.log(vocabulary)),
-                weight_versions=np.zeros(length), finish_reason="stop",
+                sample_id=name,
+                prompt_id=name,
+                prompt_ids=chance.integers(3, vocabulary, prompt),
+                response_ids=chance.integers(3, vocabulary, length),
+                behavior_log_probs=np.full(length, -np.log(vocabulary)),
+                weight_versions=np.zeros(length),
+                finish_reason="stop",
             )
-        )  # fmt: skip
+        )
     return Batch(samples, chance.normal(size=len(samples)).astype(np.float32))
 
 
@@ -80,10 +95,10 @@ def measure(layers: int, steps: int, device: str, folder: Path) -> str:
     recipe.policy.sequence_packing.train_mb_tokens = tokens
     batch = make_batch(packs=4, tokens=tokens, vocabulary=151936 // share)
     recipe.policy.train_global_batch_size = len(batch.samples)
-    place = parallel.initialize(
+    rank_info = parallel.initialize(
         recipe.policy.megatron_cfg, seed=1, device=torch.device(device), init_method=f"file://{folder}/store"
     )
-    policy, objective = MegatronPolicy(recipe.policy, place, total_updates=1000), Objective(recipe.loss_fn)
+    policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn)
     took = []
     peak = devices.PeakMemory(device)
     for _ in range(steps + 2):

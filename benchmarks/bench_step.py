@@ -30,8 +30,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vespo_megatron.recipe.host_threads import trainer_environment  # noqa: E402
 from vespo_megatron.recipe.schema import Recipe  # noqa: E402
+from vespo_megatron.run.host_threads import trainer_environment  # noqa: E402
 
 GROUP = 8
 
@@ -57,16 +57,48 @@ class Size:
 _COMMON = dict(norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=1024, mlp_only_layers=[])
 SIZES = {
     "tiny": Size(
-        dict(vocab_size=512, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2),
-        responses=32, micro_batch=32, micro_batch_tokens=4096, prompt=10, median=10, longest=24, generated=24,
+        dict(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=8,
+            num_experts_per_tok=2,
+        ),
+        responses=32,
+        micro_batch=32,
+        micro_batch_tokens=4096,
+        prompt=10,
+        median=10,
+        longest=24,
+        generated=24,
     ),
     "medium": Size(
-        dict(vocab_size=32768, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=8,
-             num_attention_heads=8, num_key_value_heads=4, head_dim=64, num_experts=32, num_experts_per_tok=4),
-        responses=32, micro_batch=8, micro_batch_tokens=2048, prompt=32, median=100, longest=512, generated=64,
+        dict(
+            vocab_size=32768,
+            hidden_size=512,
+            intermediate_size=1024,
+            moe_intermediate_size=256,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            num_experts=32,
+            num_experts_per_tok=4,
+        ),
+        responses=32,
+        micro_batch=8,
+        micro_batch_tokens=2048,
+        prompt=32,
+        median=100,
+        longest=512,
+        generated=64,
     ),
-}  # fmt: skip
+}
 
 
 def make_model(size: Size, folder: Path) -> None:
@@ -125,26 +157,48 @@ def run_trl(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     def rollout(prompts, trainer):
         step = next(calls)
         return {
-            "prompt_ids": step["prompts"], "completion_ids": step["responses"],
-            "logprobs": [[-10.0] * len(response) for response in step["responses"]], "score": step["rewards"],
-        }  # fmt: skip
+            "prompt_ids": step["prompts"],
+            "completion_ids": step["responses"],
+            "logprobs": [[-10.0] * len(response) for response in step["responses"]],
+            "score": step["rewards"],
+        }
 
     def reward(prompts, completion_ids, score=None, **kwargs):
         tokens.append(sum(map(len, completion_ids)))
         return score or np.random.default_rng(len(tokens)).random(len(prompts)).tolist()
 
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), loss_type="vespo", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=size.micro_batch, gradient_accumulation_steps=size.responses // size.micro_batch,
-        num_generations=GROUP, max_completion_length=size.generated if generate else size.longest, beta=0.0,
-        max_steps=steps + 1, learning_rate=1e-5, lr_scheduler_type="constant", max_grad_norm=1.0, save_strategy="no",
-        report_to="none", logging_steps=1000, disable_tqdm=True, shuffle_dataset=False, temperature=1.0,
+        output_dir=str(folder / "trl"),
+        loss_type="vespo",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=size.micro_batch,
+        gradient_accumulation_steps=size.responses // size.micro_batch,
+        num_generations=GROUP,
+        max_completion_length=size.generated if generate else size.longest,
+        beta=0.0,
+        max_steps=steps + 1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1000,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        temperature=1.0,
         generation_kwargs={"min_new_tokens": size.generated} if generate else None,
-    )  # fmt: skip
+    )
     trainer = GRPOTrainer(
-        model, reward, config, train_dataset=Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
-        callbacks=[Clock()], rollout_func=None if generate else rollout,
-    )  # fmt: skip
+        model,
+        reward,
+        config,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+        rollout_func=None if generate else rollout,
+    )
     trainer.train()
     return {"seconds": np.diff(stamps).tolist(), "tokens": tokens[1:], "peak": peak_bytes()}
 
@@ -161,7 +215,7 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     from vespo_megatron.megatron import parallel
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-    from vespo_megatron.rollout_sglang.in_process import InProcessEngine
+    from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
     from vespo_megatron.trainer.objective import Objective
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -172,8 +226,8 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     recipe.policy.megatron_cfg.optimizer.lr = 1e-5
     recipe.loss_fn.name = "vespo"
     store = f"file://{tempfile.mkdtemp()}/store"
-    place = parallel.initialize(recipe.policy.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
-    policy = MegatronPolicy(recipe.policy, place, total_updates=1000)
+    rank_info = parallel.initialize(recipe.policy.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    policy = MegatronPolicy(recipe.policy, rank_info, total_updates=1000)
     objective = Objective(recipe.loss_fn)
     engine = InProcessEngine(folder, return_routes=False) if generate else None
     sampling = SamplingParams(temperature=1.0, max_new_tokens=size.generated)
@@ -187,7 +241,7 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
             for index, prompt in enumerate(given["prompts"])
         ]
         results = asyncio.run(engine.generate(requests))
-        return [result.output_ids.tolist() for result in results], [result.log_probs for result in results]
+        return [result.output_ids.tolist() for result in results], [result.behavior_log_probs for result in results]
 
     seconds, tokens = [], []
     for step in range(steps + 1):
@@ -198,14 +252,18 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
         advantages = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True, ddof=1)
         made = [
             Sample(
-                sample_id=str(index), prompt_id=str(index // GROUP), prompt_ids=np.asarray(prompt),
-                response_ids=np.asarray(response), log_probs=log_prob, weight_versions=np.full(len(response), step),
+                sample_id=str(index),
+                prompt_id=str(index // GROUP),
+                prompt_ids=np.asarray(prompt),
+                response_ids=np.asarray(response),
+                behavior_log_probs=log_prob,
+                weight_versions=np.full(len(response), step),
                 finish_reason="stop",
             )
             for index, (prompt, response, log_prob) in enumerate(
                 zip(given["prompts"], responses, log_probs, strict=True)
             )
-        ]  # fmt: skip
+        ]
         train_step(Batch(made, advantages.reshape(-1).astype(np.float32)), recipe, policy, objective)
         if engine is not None:
             engine.update_weights(policy.exporter.stream(), step + 1)

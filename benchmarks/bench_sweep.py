@@ -22,12 +22,15 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.results import record  # noqa: E402
 from vespo_megatron.recipe.loader import load_recipe, save_recipe  # noqa: E402
 from vespo_megatron.study.compare import environment  # noqa: E402
-from vespo_megatron.study.run_process import CommandRun, RunNursery, RunProcess  # noqa: E402
+from vespo_megatron.study.run_process import CommandRun, RunForker, RunProcess  # noqa: E402
 
 RUNS = 6
 OVERRIDES = [
-    "grpo.max_num_steps=2", "grpo.val_period=0", "checkpointing.save_hf=false", "logger.tensorboard_enabled=false",
-]  # fmt: skip
+    "grpo.max_num_steps=2",
+    "grpo.val_period=0",
+    "checkpointing.save_hf=false",
+    "logger.tensorboard_enabled=false",
+]
 
 
 def seconds(start: Callable[[Path, Path], RunProcess], folder: Path, name: str) -> float:
@@ -52,8 +55,8 @@ def main() -> None:
     arguments = parser.parse_args()
     variables = environment(load_recipe(ROOT / "examples/tiny_moe/in_process.yaml", []))
     took: dict[str, list[float]] = {"a command each": [], "forked": []}
-    nursery = RunNursery(variables)
-    ways = {"a command each": lambda file, log: CommandRun(file, log, variables), "forked": nursery.start}
+    forker = RunForker(variables)
+    ways = {"a command each": lambda file, log: CommandRun(file, log, variables), "forked": forker.start}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(RUNS):
             for way, start in ways.items():

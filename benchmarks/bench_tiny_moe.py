@@ -38,9 +38,17 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Train once in a folder of its own; raises `CalledProcessError` when it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "vespo_megatron.cli", "train", arguments.recipe, f"grpo.seed={seed}",
-            f"exp_manager.exp_dir={folder}", "exp_manager.name=run", "exp_manager.version=0", *arguments.overrides,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "vespo_megatron.cli",
+            "train",
+            arguments.recipe,
+            f"grpo.seed={seed}",
+            f"exp_manager.exp_dir={folder}",
+            "exp_manager.name=run",
+            "exp_manager.version=0",
+            *arguments.overrides,
+        ]
         started = time.monotonic()
         subprocess.run(command, check=True)
         seconds = time.monotonic() - started
@@ -53,9 +61,15 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
         return sorted(step[key] for step in timed)[len(timed) // 2]
 
     return {
-        "seed": seed, "first": accuracy[0], "last": accuracy[-1], "steps": len(timed), "seconds": seconds,
-        "generate": middle("time/generate"), "train": middle("time/train"), "sync": middle("time/sync_weights"),
-    }  # fmt: skip
+        "seed": seed,
+        "first": accuracy[0],
+        "last": accuracy[-1],
+        "steps": len(timed),
+        "seconds": seconds,
+        "generate": middle("time/generate"),
+        "train": middle("time/train"),
+        "sync": middle("time/sync_weights"),
+    }
 
 
 def table(rows: list[dict[str, float]], arguments: argparse.Namespace) -> str:

@@ -32,13 +32,31 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 8192, "hidden_size": 1024,
-    "intermediate_size": 3072, "moe_intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
-    "attention_bias": False, "hidden_act": "silu", "eos_token_id": 1, "torch_dtype": "float32",
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
-}  # fmt: skip
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "eos_token_id": 1,
+    "torch_dtype": "float32",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "use_sliding_window": False,
+}
 TRANSPORTS = ("distributed", "tensor", "disk")
 MIB = 2**20
 

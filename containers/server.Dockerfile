@@ -1,4 +1,4 @@
-# A rollout server: SGLang of the version whose HTTP contract is spoken (rollout_sglang/contract.py), and this package's
+# A rollout server: SGLang of the version whose HTTP contract is spoken (rollout_sglang/client/contract.py), and this package's
 # plugins, which answer what weights it holds.
 # Not built yet: the project has no machine with a container engine.
 #

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import make_folder
 from hypothesis import Phase, settings
 from tiny_model import write_tiny_qwen3_moe
 
@@ -70,3 +71,17 @@ def sglang_servers(request, tiny_recipe, tmp_path_factory):
         return
     with launch_servers(tiny_recipe, tmp_path_factory.mktemp("sglang")) as servers:
         yield servers
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_qwen3_moe_folder) -> Path:
+    """Everything a `vespo-megatron train` of two processes needs, and all of it right."""
+    return make_folder(tmp_path, tiny_qwen3_moe_folder)
+
+
+@pytest.fixture
+def importable(folder, monkeypatch) -> Path:
+    """`folder`, with rewards that a run in another process can import."""
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(folder)
+    return folder

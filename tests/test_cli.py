@@ -10,7 +10,8 @@ import pytest
 
 from vespo_megatron import cli
 from vespo_megatron.errors import UserError
-from vespo_megatron.trainer import launch, process
+from vespo_megatron.launch import launcher
+from vespo_megatron.run import processes
 
 
 @pytest.fixture
@@ -56,9 +57,9 @@ def test_check_refuses_what_train_would_refuse(recipe, capsys):
     ("raised", "status"),
     [
         (UserError("x"), 2),
-        (launch.TrainingFailed("x"), 1),
-        (process.Stopped(15), 143),
-        (process.Stopped(2), 130),
+        (launcher.TrainingFailed("x"), 1),
+        (processes.Stopped(15), 143),
+        (processes.Stopped(2), 130),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -66,7 +67,7 @@ def test_the_exit_status_says_how_training_ended(recipe, monkeypatch, raised, st
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(launch, "train", fail)
+    monkeypatch.setattr(launcher, "train", fail)
     assert cli.main(["train", recipe]) == status
 
 
@@ -111,8 +112,11 @@ def test_under_torchrun_the_recipe_must_fit_what_was_started(recipe, monkeypatch
 def test_the_module_runs_as_the_command_does(recipe):
     outcome = subprocess.run(
         [sys.executable, "-m", "vespo_megatron.cli", "recipe", "show", recipe, "oops"],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"COLUMNS": "200"},
+    )
     assert outcome.returncode == 2
     assert outcome.stderr == (
         "vespo-megatron: command line: 'oops' is no override\n  expected: key=value, as in grpo.seed=7\n"

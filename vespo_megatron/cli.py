@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(parsed, "takes_rest", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
-    from vespo_megatron.trainer.process import Stopped
+    from vespo_megatron.run.processes import Stopped
 
     try:
         return parsed.run(parsed, rest) or 0
@@ -100,9 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="TARGET", help="folder to make, in the other format")
     convert.add_argument("--model", metavar="DIR", help="HF folder with config.json, where the source's run has none")
     convert.add_argument(
-        "--layout", nargs="+", default=[], metavar="KEY=VALUE",
+        "--layout",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
         help="under torchrun, how the processes share the model: expert_model_parallel_size=8",
-    )  # fmt: skip
+    )
     convert.set_defaults(run=_convert)
 
     data = commands.add_parser("data", help="public problem sets").add_subparsers(required=True, metavar="ACTION")
@@ -180,12 +183,12 @@ def _add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> No
 
 
 def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
-    from vespo_megatron.trainer import launch
+    from vespo_megatron.launch import launcher
 
     overrides = [*parsed.overrides, *(["logger.profile_step=2"] if parsed.profile else [])]
     try:
-        run_dir = launch.train(parsed.recipe, overrides, tiny_folder=parsed.scale_down)
-    except launch.TrainingFailed as failure:
+        run_dir = launcher.train(parsed.recipe, overrides, tiny_folder=parsed.scale_down)
+    except launcher.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
         return failure.exit_code
     if run_dir is not None:
@@ -196,25 +199,27 @@ def _train(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _eval(parsed: argparse.Namespace, rest: list[str]) -> None:
+    from vespo_megatron.launch.evaluate import evaluate, parse_repeats
     from vespo_megatron.recipe.loader import load_recipe
-    from vespo_megatron.trainer.eval_command import evaluate, parse_repeats
 
     folder, text = evaluate(
         load_recipe(parsed.recipe, parsed.overrides),
-        checkpoint=parsed.checkpoint, data=parsed.data, repeats=parse_repeats(parsed.samples),
-    )  # fmt: skip
+        checkpoint=parsed.checkpoint,
+        data=parsed.data,
+        repeats=parse_repeats(parsed.samples),
+    )
     print(f"{text}\n\nwritten to {folder}")
 
 
 def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:
-    from vespo_megatron.trainer import launch
+    from vespo_megatron.launch import launcher
     from vespo_megatron.trainer.mismatch_table import table
 
     try:
-        run_dir = launch.train(
+        run_dir = launcher.train(
             parsed.recipe, [*parsed.overrides, f"grpo.max_num_steps={parsed.batches}"], work="mismatch"
         )
-    except launch.TrainingFailed as failure:
+    except launcher.TrainingFailed as failure:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
         return failure.exit_code
     if run_dir is not None:
@@ -224,7 +229,7 @@ def _mismatch(parsed: argparse.Namespace, rest: list[str]) -> int:
 
 def _recipe_show(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.recipe.loader import load_recipe, to_yaml
-    from vespo_megatron.rollout_sglang.secrets import hide_api_key
+    from vespo_megatron.rollout_sglang.api_key import hide_api_key
 
     recipe = load_recipe(parsed.recipe, parsed.overrides)
     hide_api_key(recipe)
@@ -237,8 +242,8 @@ def _recipe_check(parsed: argparse.Namespace, rest: list[str]) -> None:
 
         print(check(parsed.recipe, parsed.output))
         return
+    from vespo_megatron.launch import preflight
     from vespo_megatron.recipe.loader import load_recipe
-    from vespo_megatron.trainer import preflight
 
     preflight.check(load_recipe(parsed.recipe, parsed.overrides))
     print(f"{parsed.recipe}: nothing wrong found")
@@ -268,15 +273,15 @@ def _replay_step(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _serve(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from vespo_megatron.trainer import launch
+    from vespo_megatron.launch import launcher
 
-    launch.serve(parsed.recipe, parsed.overrides)
+    launcher.serve(parsed.recipe, parsed.overrides)
 
 
 def _convert(parsed: argparse.Namespace, rest: list[str]) -> None:
     import os
 
-    from vespo_megatron.trainer.convert import convert
+    from vespo_megatron.launch.convert import convert
 
     done = convert(parsed.source, parsed.target, model=parsed.model, layout=parsed.layout)
     if os.environ.get("RANK", "0") == "0":
@@ -376,11 +381,11 @@ def _report(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _kernels(parsed: argparse.Namespace, rest: list[str]) -> int:
-    from vespo_megatron.losses import kernels_command
+    from vespo_megatron.losses import objectives_command
 
-    parser = argparse.ArgumentParser(prog="vespo-megatron kernels", description=kernels_command.__doc__)
-    kernels_command.add_arguments(parser)
-    return kernels_command.run(parser.parse_args(rest))
+    parser = argparse.ArgumentParser(prog="vespo-megatron kernels", description=objectives_command.__doc__)
+    objectives_command.add_arguments(parser)
+    return objectives_command.run(parser.parse_args(rest))
 
 
 if __name__ == "__main__":

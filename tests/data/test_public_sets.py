@@ -30,20 +30,34 @@ ROWS = {
     "amc23": [{"id": 0, "question": "1 + 33?", "answer": 34.0, "url": "…"}],
     "math500": [{"problem": "1 + 33?", "answer": "34", "subject": "Algebra", "level": 1, "unique_id": "a/1"}],
     "eurus_code": [
-        VERL | {"prompt": message("Add."), "ability": "code", "reward_model": {"style": "rule",
-                "ground_truth": json.dumps({"inputs": ["1 33"], "outputs": ["34"]})}},
+        VERL
+        | {
+            "prompt": message("Add."),
+            "ability": "code",
+            "reward_model": {"style": "rule", "ground_truth": json.dumps({"inputs": ["1 33"], "outputs": ["34"]})},
+        },
         VERL | {"prompt": message("1 + 33?")},
     ],
-    "humaneval_plus": [{
-        "task_id": "HumanEval/0", "prompt": "def add(a, b):\n    '''Add.'''\n", "entry_point": "add",
-        "canonical_solution": "    return a + b\n",
-        "test": "def check(candidate):\n    assert candidate(1, 33) == 34\n",
-    }],
-    "mbpp_plus": [{
-        "task_id": 2, "prompt": "Write a function that adds.", "code": "…", "test_list": ["assert add(1, 2) == 3"],
-        "test_imports": [], "test": "for a in range(3):\n    assert add(a, 33) == a + 33\n",
-    }],
-}  # fmt: skip
+    "humaneval_plus": [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def add(a, b):\n    '''Add.'''\n",
+            "entry_point": "add",
+            "canonical_solution": "    return a + b\n",
+            "test": "def check(candidate):\n    assert candidate(1, 33) == 34\n",
+        }
+    ],
+    "mbpp_plus": [
+        {
+            "task_id": 2,
+            "prompt": "Write a function that adds.",
+            "code": "…",
+            "test_list": ["assert add(1, 2) == 3"],
+            "test_imports": [],
+            "test": "for a in range(3):\n    assert add(a, 33) == a + 33\n",
+        }
+    ],
+}
 """Rows as the hub has them."""
 ANSWERS = {
     "math": (r"So it is \boxed{34}.", r"\boxed{35}"),

@@ -34,7 +34,6 @@ def test_the_report_of_this_machine_has_a_line_for_everything_and_says_with_its_
     assert main(["doctor", "--json", "--exp-dir", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     names = {finding["name"] for finding in report["findings"]}
-    # fmt: skip
     assert {
         "Python",
         "torch",

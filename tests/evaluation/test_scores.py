@@ -15,9 +15,14 @@ from vespo_megatron.evaluation.scores import Problem, average, majority_at, pass
 def problem(rewards, answers=None, name="p0", source="sums"):
     n = len(rewards)
     return Problem(
-        name, source, "4", tuple(map(float, rewards)), tuple(answers or [None] * n), (7,) * n, ("stop",) * (n - 1) +
-        ("length",),
-    )  # fmt: skip
+        name,
+        source,
+        "4",
+        tuple(map(float, rewards)),
+        tuple(answers or [None] * n),
+        (7,) * n,
+        ("stop",) * (n - 1) + ("length",),
+    )
 
 
 @pytest.mark.parametrize("rewards", [[1, 0, 0, 1, 0, 0], [0] * 5, [1] * 5, [0, 0, 0, 1]])
@@ -55,10 +60,12 @@ def test_the_majority_of_fewer_is_near_its_mean_over_all_subsets():
     rewards = [float(answer == "4") for answer in answers]
     whole = problem(rewards, answers)
     for k in (1, 3, 5):
-        exact = np.mean([
-            majority_at(problem([rewards[i] for i in s], [answers[i] for i in s]), k)
-            for s in itertools.combinations(range(10), k)
-        ])  # fmt: skip
+        exact = np.mean(
+            [
+                majority_at(problem([rewards[i] for i in s], [answers[i] for i in s]), k)
+                for s in itertools.combinations(range(10), k)
+            ]
+        )
         assert majority_at(whole, k) == pytest.approx(exact, abs=0.12)
     assert majority_at(whole, 3) == majority_at(whole, 3)
 

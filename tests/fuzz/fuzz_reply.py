@@ -14,9 +14,9 @@ import atheris
 
 with atheris.instrument_imports(include=["vespo_megatron"]):
     from vespo_megatron.errors import UserError
+    from vespo_megatron.rollout_sglang.client.reply import parse_reply
     from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
     from vespo_megatron.rollout_sglang.model_shape import ModelShape
-    from vespo_megatron.rollout_sglang.reply import parse_reply
 
 import numpy as np
 
@@ -49,10 +49,50 @@ GOOD = {
     },
 }
 VALUES = (
-    None, True, False, 0, 1, -1, 2, 3, 15, 16, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 0.5, -0.5, 1e308, -1e39,
-    float("nan"), float("inf"), float("-inf"), "", "1", "1.0", "x", "stop", "length", "abort", ROUTES, ROUTES[:-4],
-    "AAAA", "\udc80", [], [[]], {}, [None], [0], [3, 4], [-0.5, 3], {"type": "stop"}, {"type": []}, {"type": {}},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    15,
+    16,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63) - 1,
+    10**400,
+    0.5,
+    -0.5,
+    1e308,
+    -1e39,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "",
+    "1",
+    "1.0",
+    "x",
+    "stop",
+    "length",
+    "abort",
+    ROUTES,
+    ROUTES[:-4],
+    "AAAA",
+    "\udc80",
+    [],
+    [[]],
+    {},
+    [None],
+    [0],
+    [3, 4],
+    [-0.5, 3],
+    {"type": "stop"},
+    {"type": []},
+    {"type": {}},
+)
 """What a JSON decoder can hand over and a parser may not expect."""
 
 
@@ -102,11 +142,11 @@ def one_input(raw: bytes) -> None:
     except UserError:
         return
     length = len(result.output_ids)
-    assert length == len(result.log_probs) == len(result.weight_versions) <= 3
-    assert keep_bad_numbers or np.isfinite(result.log_probs).all()
+    assert length == len(result.behavior_log_probs) == len(result.weight_versions) <= 3
+    assert keep_bad_numbers or np.isfinite(result.behavior_log_probs).all()
     assert result.routes is None or result.routes.shape == (length + 1, 2, 2)
-    assert (result.supports is not None) == truncated
-    assert not truncated or result.supports.hold(result.output_ids).all()
+    assert (result.sampling_mask is not None) == truncated
+    assert not truncated or result.sampling_mask.contains(result.output_ids).all()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vespo_megatron.losses import (
     objective_names,
     policy_loss,
 )
-from vespo_megatron.losses.kernels import bound_candidates
+from vespo_megatron.losses.objectives import bound_candidates
 
 LENGTH = 16.0
 

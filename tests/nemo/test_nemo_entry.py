@@ -11,7 +11,7 @@ import pytest
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
-from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.run.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "tiny_moe").glob("*.yaml"))
@@ -20,9 +20,13 @@ pytestmark = [pytest.mark.nemo, pytest.mark.timeout(600)]
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "vespo_megatron.nemo_entry", *arguments], cwd=ROOT, text=True, capture_output=True,
-        timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, "-m", "vespo_megatron.nemo_entry", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_this_is_the_real_toolkit():
@@ -49,11 +53,16 @@ def test_what_nemo_would_not_take_is_named():
 
 def test_a_recipe_with_defaults_runs_under_hydra_with_hydra_s_overrides(tmp_path):
     done = command(
-        "--config-path=examples/tiny_moe", "--config-name=in_process", "grpo.max_num_steps=2",
-        "grpo.num_prompts_per_step=8", "grpo.val_period=0", "+loss_fn.hyperparameters.c1_pos=2.5",
-        "logger.tensorboard_enabled=false", f"exp_manager.exp_dir={tmp_path}",
+        "--config-path=examples/tiny_moe",
+        "--config-name=in_process",
+        "grpo.max_num_steps=2",
+        "grpo.num_prompts_per_step=8",
+        "grpo.val_period=0",
+        "+loss_fn.hyperparameters.c1_pos=2.5",
+        "logger.tensorboard_enabled=false",
+        f"exp_manager.exp_dir={tmp_path}",
         "exp_manager.version=one",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     run_dir = next(tmp_path.rglob("one"))
     assert [row["step"] for row in read_metrics(run_dir) if row["step"]] == [1, 2]

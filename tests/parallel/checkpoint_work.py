@@ -42,10 +42,10 @@ def state_and_next(policy: MegatronPolicy, batches: list[MicroBatch]) -> dict[st
     outputs = policy.log_probs(batches)
     random = torch.rand(4)
     result = policy.update(batches, weighted_loss)
-    place = policy.place
+    rank_info = policy.rank_info
     return {
         "weights": before,
-        "log_probs": [float(output[0].sum()) for output in outputs] if place.reports and outputs else None,
+        "log_probs": [float(output[0].sum()) for output in outputs] if rank_info.reports and outputs else None,
         "next": {name: tensor - before[name] for name, tensor in weights(policy).items()},
         "random": random,
         "learning_rate": result.learning_rate,
@@ -57,7 +57,7 @@ def save_with_faults(folder: str, layout: dict[str, Any], store: str, run_dir: s
     """Three saves, the second with no space on rank 1, the third spoiled on the disk: what is said, what is found."""
     policy = build(folder, layout, store)
     checkpointer = Checkpointer(CheckpointingConfig(timeout=60.0), policy, Path(run_dir))
-    batches, rank = micro_batches(policy, ragged_batch()), policy.place.rank
+    batches, rank = micro_batches(policy, ragged_batch()), policy.rank_info.rank
     facts = {"weight_version": 0}
     first = checkpointer.save(1, facts, wait=True)
     kept = weights(policy)

@@ -20,8 +20,24 @@ from vespo_megatron.trainer.objective import Objective
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
 # a prompt longer than its response, and lengths that no parallel size divides.
-LENGTHS = ((5, 7), (3, 1), (20, 41), (1, 9), (9, 13), (2, 30), (17, 3), (4, 4), (6, 11), (1, 1), (8, 19), (3, 23),
-           (2, 2), (12, 5), (7, 6), (5, 17))  # fmt: skip
+LENGTHS = (
+    (5, 7),
+    (3, 1),
+    (20, 41),
+    (1, 9),
+    (9, 13),
+    (2, 30),
+    (17, 3),
+    (4, 4),
+    (6, 11),
+    (1, 1),
+    (8, 19),
+    (3, 23),
+    (2, 2),
+    (12, 5),
+    (7, 6),
+    (5, 17),
+)
 VOCAB = 126
 
 
@@ -34,7 +50,7 @@ def ragged_batch(seed: int = 0) -> Batch:
             prompt_id=f"p{index // 4}",
             prompt_ids=generator.integers(0, VOCAB, prompt),
             response_ids=generator.integers(0, VOCAB, response),
-            log_probs=-5 + generator.normal(0, 0.3, response),
+            behavior_log_probs=-5 + generator.normal(0, 0.3, response),
             weight_versions=np.zeros(response),
             finish_reason="stop",
             loss_mask=generator.random(response) > 0.1 if response > 1 else None,
@@ -57,16 +73,16 @@ def policy_config(folder: str, layout: dict[str, Any], **changes: Any) -> Policy
 
 def build(folder: str, layout: dict[str, Any], store: str, **changes: Any) -> MegatronPolicy:
     config = policy_config(folder, layout, **changes)
-    place = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
-    return MegatronPolicy(config, place)
+    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    return MegatronPolicy(config, rank_info)
 
 
 def micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[MicroBatch]:
     """This data parallel rank's share of the batch in `count` micro-batches."""
-    place = policy.place
-    mine = list(range(len(batch)))[place.data_rank :: place.data_size]
+    rank_info = policy.rank_info
+    mine = list(range(len(batch)))[rank_info.data_rank :: rank_info.data_size]
     return prepare(
-        [batch.select(mine[index::count]) for index in range(count)], place, temperature=0.9, log_prob_bytes=4096
+        [batch.select(mine[index::count]) for index in range(count)], rank_info, temperature=0.9, log_prob_bytes=4096
     )
 
 
@@ -82,7 +98,7 @@ def gradients(policy: MegatronPolicy, batches: list[MicroBatch], loss, routes: R
     """This rank's share of the loss, and every gradient with its HF name (on rank 0)."""
     reports = policy.compute_gradients(batches, loss, routes=routes, everywhere=True)
     named = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
-    share = sum(reports) if reports and policy.place.tensor_rank == 0 else torch.zeros(())
+    share = sum(reports) if reports and policy.rank_info.tensor_rank == 0 else torch.zeros(())
     return {"loss": float(share), "gradients": named}
 
 
@@ -129,7 +145,7 @@ def objectives(
     policy = build(folder, layout, store)
     batch = ragged_batch()
     for sample in batch.samples:
-        sample.log_probs = behavior[sample.sample_id]
+        sample.behavior_log_probs = behavior[sample.sample_id]
     batches = micro_batches(policy, batch)
     normalizer = Normalizer.from_lengths([int(sample.loss_mask.sum()) for sample in batch.samples])
 
@@ -150,7 +166,7 @@ def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | 
     policy = build(folder, layout, store)
     batches = micro_batches(policy, ragged_batch(), count=2)
     outputs = policy.log_probs(batches)
-    if not policy.place.reports:
+    if not policy.rank_info.reports:
         return None
     return [
         (batch.layout, [s.sample_id for s in batch.batch.samples], out.numpy())
@@ -186,14 +202,14 @@ def with_random_routes(batch: Batch, seed: int = 5) -> Batch:
 
 def routed_micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[MicroBatch]:
     """`micro_batches`, with the samples' routes sliced for this rank."""
-    place = policy.place
-    mine = list(range(len(batch)))[place.data_rank :: place.data_size]
+    rank_info = policy.rank_info
+    mine = list(range(len(batch)))[rank_info.data_rank :: rank_info.data_size]
     parts = [batch.select(mine[index::count]) for index in range(count)]
     tables = [
         slice_routes(part.samples, layout, policy.moe_layers, topk=TOPK, num_experts=NUM_EXPERTS)
-        for part, layout in zip(parts, layouts(parts, place), strict=True)
+        for part, layout in zip(parts, layouts(parts, rank_info), strict=True)
     ]
-    return prepare(parts, place, temperature=0.9, log_prob_bytes=4096, routes=tables)
+    return prepare(parts, rank_info, temperature=0.9, log_prob_bytes=4096, routes=tables)
 
 
 def replay_at_theta_old(folder: str, layout: dict[str, Any], store: str) -> bool | None:

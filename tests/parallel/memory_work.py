@@ -21,12 +21,16 @@ def equal_batch() -> Batch:
     generator = np.random.default_rng(0)
     samples = [
         Sample(
-            sample_id=f"s{index}", prompt_id=f"p{index}", prompt_ids=generator.integers(0, layout_work.VOCAB, 1),
+            sample_id=f"s{index}",
+            prompt_id=f"p{index}",
+            prompt_ids=generator.integers(0, layout_work.VOCAB, 1),
             response_ids=generator.integers(0, layout_work.VOCAB, LENGTH - 1),
-            log_probs=np.full(LENGTH - 1, -5.0), weight_versions=np.zeros(LENGTH - 1), finish_reason="stop",
+            behavior_log_probs=np.full(LENGTH - 1, -5.0),
+            weight_versions=np.zeros(LENGTH - 1),
+            finish_reason="stop",
         )
         for index in range(SAMPLES)
-    ]  # fmt: skip
+    ]
     return Batch(samples, np.ones(SAMPLES, dtype=np.float32))
 
 
@@ -34,15 +38,15 @@ def held(folder: str, layout: dict[str, Any], store: str, precision: str, micro_
     """Bytes by what they are for, on this rank; `stage` is its pipeline stage."""
     config = layout_work.policy_config(folder, layout)
     config.precision = precision
-    place = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
-    policy = MegatronPolicy(config, place)
+    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    policy = MegatronPolicy(config, rank_info)
     batches = layout_work.micro_batches(policy, equal_batch(), micro_batches)
     saved = _Saved(parameter for chunk in policy.chunks for parameter in chunk.parameters())
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         policy.update(batches, layout_work.weighted_loss)
     buffers = [b for chunk in policy.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return {
-        "stage": place.pipeline_rank,
+        "stage": rank_info.pipeline_rank,
         "tokens": batches[0].input_ids.numel(),
         "weights": sum(p.nbytes for chunk in policy.chunks for p in chunk.parameters()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),

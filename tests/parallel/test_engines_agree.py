@@ -29,20 +29,20 @@ def served(store: str, recipe, layout: dict, urls: list[str], version: int) -> d
     generator = np.random.default_rng(version)
     policy.update(layout_work.micro_batches(policy, layout_work.ragged_batch(version)), layout_work.weighted_loss)
     shared: list = [None, None]
-    if policy.place.rank == 0:
+    if policy.rank_info.rank == 0:
         shared = list(_generate(policy, recipe, urls, version, generator))
     else:
         for _ in policy.exporter.stream():
             pass
     dist.broadcast_object_list(shared, src=0)
     samples, checksum = shared
-    mine = samples[policy.place.data_rank :: policy.place.data_size]
+    mine = samples[policy.rank_info.data_rank :: policy.rank_info.data_size]
     parts = [Batch(mine[i::2], np.zeros(len(mine[i::2]), np.float32)) for i in range(2)]
     tables = [
         slice_routes(part.samples, where, policy.moe_layers, topk=2, num_experts=8)
-        for part, where in zip(parts, layouts(parts, policy.place), strict=True)
+        for part, where in zip(parts, layouts(parts, policy.rank_info), strict=True)
     ]
-    batches = prepare(parts, policy.place, temperature=1.0, log_prob_bytes=4096, routes=tables)
+    batches = prepare(parts, policy.rank_info, temperature=1.0, log_prob_bytes=4096, routes=tables)
     for each in batches:
         each.trainer_routes = policy.empty_routes(each)
     outputs = policy.log_probs(batches, routes=RouteUse("record", lambda each: (each.trainer_routes, None)))
@@ -79,7 +79,7 @@ def _generate(policy, recipe, urls, version, generator):
                 prompt_id=request.request_id,
                 prompt_ids=request.prompt_ids,
                 response_ids=result.output_ids,
-                log_probs=result.log_probs,
+                behavior_log_probs=result.behavior_log_probs,
                 weight_versions=result.weight_versions,
                 finish_reason=result.finish_reason,
                 routes=result.routes,

@@ -27,7 +27,9 @@ def looped(x, probs, fc1, fc2, tokens_per_expert):
 def test_value_and_gradients_are_those_of_the_definition():
     torch.manual_seed(0)
     counts = torch.tensor([3, 0, 5, 1])
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 6), (9,), (4, 10, 6), (4, 6, 5))]  # fmt: skip  # noqa: E501
+    leaves = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 6), (9,), (4, 10, 6), (4, 6, 5))
+    ]  # noqa: E501
     weight = torch.randn(9, 6, dtype=torch.float64)
     expected = torch.autograd.grad((looped(*leaves, counts) * weight).sum(), leaves)
     found = torch.autograd.grad((grouped._GroupedSwiGLU.apply(*leaves, counts) * weight).sum(), leaves)
@@ -63,28 +65,37 @@ def _build(layout: dict, store: str, kind: str):
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    place = parallel.initialize(MegatronConfig(**layout), seed=1, device=torch.device("cpu"), init_method=store)
+    rank_info = parallel.initialize(MegatronConfig(**layout), seed=1, device=torch.device("cpu"), init_method=store)
     config = TransformerConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, moe_ffn_hidden_size=12,
-        num_moe_experts=4, gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        ffn_hidden_size=16,
+        moe_ffn_hidden_size=12,
+        num_moe_experts=4,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
         bias_activation_fusion=False,
         **{name: size for name, size in layout.items() if name != "sequence_parallel"},
         sequence_parallel=layout.get("sequence_parallel", False),
-    )  # fmt: skip
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    count = 4 // place.expert_size
+    count = 4 // rank_info.expert_size
     if kind == "grouped":
-        return place, grouped.GroupedExperts(count, config, groups)
+        return rank_info, grouped.GroupedExperts(count, config, groups)
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    return place, SimpleNamespace(m=SequentialMLP(count, config, linear, groups)).m
+    return rank_info, SimpleNamespace(m=SequentialMLP(count, config, linear, groups)).m
 
 
-def _fill(module, place) -> None:
+def _fill(module, rank_info) -> None:
     """Every number says which expert, row and column it is, so that a misplaced slice shows."""
     full1 = torch.arange(4 * 24 * 8.0).view(4, 24, 8)
     full2 = -torch.arange(4 * 8 * 12.0).view(4, 8, 12)
-    here = slice(place.expert_rank * (4 // place.expert_size), (place.expert_rank + 1) * (4 // place.expert_size))
-    rank, size = place.expert_tensor_rank, place.expert_tensor_size
+    here = slice(
+        rank_info.expert_rank * (4 // rank_info.expert_size), (rank_info.expert_rank + 1) * (4 // rank_info.expert_size)
+    )
+    rank, size = rank_info.expert_tensor_rank, rank_info.expert_tensor_size
     fc1 = torch.cat([half.chunk(size, dim=1)[rank] for half in full1[here].chunk(2, dim=1)], dim=1)
     fc2 = full2[here].chunk(size, dim=2)[rank]
     return fc1, fc2
@@ -102,10 +113,10 @@ def _weights(module) -> tuple[torch.Tensor, torch.Tensor]:
 def write(store: str, layout: dict, folder: str) -> None:
     from megatron.core import dist_checkpointing
 
-    place, module = _build(layout, store, "grouped")
-    for weight, value in zip(_weights(module), _fill(module, place), strict=True):
+    rank_info, module = _build(layout, store, "grouped")
+    for weight, value in zip(_weights(module), _fill(module, rank_info), strict=True):
         weight.copy_(value)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         os.makedirs(folder)
     dist.barrier()
     multiprocessing.current_process()._config["daemon"] = False  # dist_checkpointing starts a process of its own
@@ -118,7 +129,7 @@ def write(store: str, layout: dict, folder: str) -> None:
 def read(store: str, layout: dict, folder: str, kind: str) -> float:
     from megatron.core import dist_checkpointing
 
-    place, module = _build(layout, store, kind)
+    rank_info, module = _build(layout, store, kind)
     wanted = module.sharded_state_dict(prefix="mlp.experts.")
     wanted = {name: value for name, value in wanted.items() if "_extra_state" not in name}
     state = dist_checkpointing.load(wanted, folder)
@@ -126,10 +137,14 @@ def read(store: str, layout: dict, folder: str, kind: str) -> float:
         loaded = (state["mlp.experts.linear_fc1_weight"], state["mlp.experts.linear_fc2_weight"])
     else:
         loaded = tuple(
-            torch.stack([state[f"mlp.experts.local_experts.{i}.{name}.weight"] for i in range(4 // place.expert_size)])
+            torch.stack(
+                [state[f"mlp.experts.local_experts.{i}.{name}.weight"] for i in range(4 // rank_info.expert_size)]
+            )
             for name in ("linear_fc1", "linear_fc2")
         )
-    return max(float((found - value).abs().max()) for found, value in zip(loaded, _fill(module, place), strict=True))
+    return max(
+        float((found - value).abs().max()) for found, value in zip(loaded, _fill(module, rank_info), strict=True)
+    )
 
 
 EP2 = {"expert_model_parallel_size": 2}

@@ -43,7 +43,10 @@ def test_a_saved_folder_is_sharded_and_transformers_reads_it(workers, checkpoint
 def test_tied_embeddings_train_as_on_one_process(layout, workers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tied")
     make_checkpoint(folder, tie_word_embeddings=True, num_hidden_layers=2, mlp_only_layers=[])
-    run = {"folder": str(folder), "behavior": {s.sample_id: s.log_probs for s in layout_work.ragged_batch().samples}}
+    run = {
+        "folder": str(folder),
+        "behavior": {s.sample_id: s.behavior_log_probs for s in layout_work.ragged_batch().samples},
+    }
     one = workers.run(layout_work.objectives, 1, layout={}, names=["reinforce"], **run)[0]["reinforce"]
     two = workers.run(layout_work.objectives, 2, layout=layout, names=["reinforce"], **run)[0]["reinforce"]
     assert "lm_head.weight" not in one["gradients"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vespo_megatron.data.supports import TokenSupports
-from vespo_megatron.megatron.left_out import LeftOut
+from vespo_megatron.data.sampling_mask import SamplingMask
+from vespo_megatron.megatron.logit_mask import LogitMask
 from vespo_megatron.megatron.logprobs import vocab_parallel_log_probs
 
 
@@ -29,13 +29,13 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
 
     plain_hidden, plain_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = plain_hidden @ plain_weight.t() / 0.7
-    left_out = None
+    logit_mask = None
     if truncated:
         lists = [[] if row % 3 == 0 else [token, *range(row % 7)] for row, token in enumerate(targets.tolist())]
-        supports = TokenSupports.of([np.unique(each) for each in lists])
-        left_out = LeftOut.of(supports, torch.device("cpu"))
-        allowed = torch.from_numpy(supports.counts == 0)[:, None].repeat(1, 50)
-        allowed[torch.from_numpy(supports.owners), torch.from_numpy(supports.ids).long()] = True
+        sampling_mask = SamplingMask.of([np.unique(each) for each in lists])
+        logit_mask = LogitMask.of(sampling_mask, torch.device("cpu"))
+        allowed = torch.from_numpy(sampling_mask.counts == 0)[:, None].repeat(1, 50)
+        allowed[torch.from_numpy(sampling_mask.owners), torch.from_numpy(sampling_mask.ids).long()] = True
         logits = logits.masked_fill(~allowed, -torch.inf)
     distribution = logits.log_softmax(-1)
     entropy = -(distribution.exp() * distribution.masked_fill(distribution == -torch.inf, 0.0)).sum(-1)
@@ -49,9 +49,17 @@ def sharded(store: str, memory_bytes: int, rows: int, dtype: torch.dtype, fuse: 
     ours_weight = torch.cat([weight[bounds[rank] : bounds[rank + 1]], padding]).to(dtype).requires_grad_()
     ours_weight.main_grad = torch.ones(real + 3, 12, dtype=torch.promote_types(dtype, torch.float32))
     ours = vocab_parallel_log_probs(
-        ours_hidden, ours_weight, targets, first_id=bounds[rank], vocab_size=real, group=dist.group.WORLD,
-        temperature=0.7, memory_bytes=memory_bytes, left_out=left_out, fuse_gradient_accumulation=fuse,
-    )  # fmt: skip
+        ours_hidden,
+        ours_weight,
+        targets,
+        first_id=bounds[rank],
+        vocab_size=real,
+        group=dist.group.WORLD,
+        temperature=0.7,
+        memory_bytes=memory_bytes,
+        logit_mask=logit_mask,
+        fuse_gradient_accumulation=fuse,
+    )
     kept = list(ours.grad_fn.kept.values())
     held = sum(tile.nbytes for tile in kept) + max((tile.nbytes for tile in kept), default=0)
     ours.backward(gradient.to(ours.dtype))

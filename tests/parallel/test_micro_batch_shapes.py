@@ -10,29 +10,34 @@ from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.layout import shape_bucket
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.megatron.micro_batch import layouts
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 
 
-def place(device: str, **sizes: int) -> Place:
-    one = {name: 0 if name.endswith("rank") else 1 for name in Place.__dataclass_fields__ if name != "device"}
-    return Place(device=torch.device(device), **one | sizes)
+def rank_info(device: str, **sizes: int) -> RankInfo:
+    one = {name: 0 if name.endswith("rank") else 1 for name in RankInfo.__dataclass_fields__ if name != "device"}
+    return RankInfo(device=torch.device(device), **one | sizes)
 
 
 def batch(length: int) -> Batch:
     half = np.full(length, 5)
     sample = Sample(
-        sample_id="0", prompt_id="0", prompt_ids=half, response_ids=half, log_probs=np.zeros(length),
-        weight_versions=np.zeros(length), finish_reason="stop",
-    )  # fmt: skip
+        sample_id="0",
+        prompt_id="0",
+        prompt_ids=half,
+        response_ids=half,
+        behavior_log_probs=np.zeros(length),
+        weight_versions=np.zeros(length),
+        finish_reason="stop",
+    )
     return Batch([sample], np.zeros(1, dtype=np.float32))
 
 
 @pytest.mark.parametrize("tensor_size", [1, 4])
 def test_on_a_gpu_shapes_repeat_and_on_the_host_nothing_is_padded(tensor_size):
     batches = [batch(length) for length in range(480, 512)]
-    host = layouts(batches, place("cpu", tensor_size=tensor_size))
+    host = layouts(batches, rank_info("cpu", tensor_size=tensor_size))
     assert len({layout.num_global_tokens for layout in host}) == {1: 32, 4: 17}[tensor_size]
-    device = layouts(batches, place("cuda", tensor_size=tensor_size))
+    device = layouts(batches, rank_info("cuda", tensor_size=tensor_size))
     assert {layout.num_global_tokens for layout in device} == {960, 976, 992, 1008, 1024}
     for layout, sizes in zip(device, host, strict=True):
         assert layout.num_global_tokens == shape_bucket(sizes.num_global_tokens)
@@ -41,5 +46,5 @@ def test_on_a_gpu_shapes_repeat_and_on_the_host_nothing_is_padded(tensor_size):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_pipeline_stages_exchange_one_size(device):
     batches = [batch(length) for length in (30, 500, 120)]
-    (size,) = {layout.num_global_tokens for layout in layouts(batches, place(device, pipeline_size=2))}
+    (size,) = {layout.num_global_tokens for layout in layouts(batches, rank_info(device, pipeline_size=2))}
     assert size == {"cpu": 1000, "cuda": 1008}[device]

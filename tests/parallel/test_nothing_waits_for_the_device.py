@@ -17,12 +17,12 @@ import torch.distributed as dist
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer, PolicyLossConfig, objective_names
 
 ONLY_WHERE_BATCHES_MEET = ("bapo",)
-"""Its bounds hold for a whole mini-batch and are settled before it (`Objective.settle`)."""
+"""Its bounds hold for a whole mini-batch and are settled before it (`Objective.mini_batch_config`)."""
 WAITS = ("reading a value", "minpro, rollout", "minpro, recompute")
 """MinPRO asks for the longest response (`Ratios.prefix_min_log_ratio`)."""
 
@@ -35,9 +35,9 @@ def report(store: str) -> dict[str, str]:
     from vespo_megatron.trainer.objective import Objective
 
     os.environ |= {"LOCAL_RANK": "0"}
-    place = parallel.initialize(MegatronConfig(), seed=1, device=torch.device("cpu"), init_method=store)
-    place = replace(place, device=torch.device("meta"))
-    micro_batch = prepare([batch()], place, temperature=0.9, log_prob_bytes=1000)[0]
+    rank_info = parallel.initialize(MegatronConfig(), seed=1, device=torch.device("cpu"), init_method=store)
+    rank_info = replace(rank_info, device=torch.device("meta"))
+    micro_batch = prepare([batch()], rank_info, temperature=0.9, log_prob_bytes=1000)[0]
     tokens = len(micro_batch.request.rows)
     micro_batch.old_log_probs = micro_batch.reference_log_probs = torch.empty(tokens, device="meta")
     failures: dict[str, str] = {}
@@ -75,12 +75,17 @@ def report(store: str) -> dict[str, str]:
 def batch() -> Batch:
     samples = [
         Sample(
-            sample_id=str(length), prompt_id="0", prompt_ids=np.full(5, 3), response_ids=np.full(length, 4),
-            log_probs=np.zeros(length), weight_versions=np.zeros(length), finish_reason="stop",
-            supports=TokenSupports.of([[4, 7]] * length) if length > 20 else None,
+            sample_id=str(length),
+            prompt_id="0",
+            prompt_ids=np.full(5, 3),
+            response_ids=np.full(length, 4),
+            behavior_log_probs=np.zeros(length),
+            weight_versions=np.zeros(length),
+            finish_reason="stop",
+            sampling_mask=SamplingMask.of([[4, 7]] * length) if length > 20 else None,
         )
         for length in (30, 7, 19, 44)
-    ]  # fmt: skip
+    ]
     return Batch(samples, np.ones(4, dtype=np.float32), np.zeros(4, dtype=np.int64))
 
 
@@ -90,12 +95,19 @@ def log_probs(micro_batch, *, fuse: bool) -> None:
     hidden = torch.empty(len(micro_batch.request.rows), 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(48, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight.main_grad = torch.empty(48, 16, device="meta")
-    assert micro_batch.request.left_out is not None
+    assert micro_batch.request.logit_mask is not None
     answer = vocab_parallel_log_probs(
-        hidden, weight, micro_batch.request.targets, first_id=0, group=dist.group.WORLD, vocab_size=45,
-        temperature=0.9, memory_bytes=1000, left_out=micro_batch.request.left_out,
+        hidden,
+        weight,
+        micro_batch.request.targets,
+        first_id=0,
+        group=dist.group.WORLD,
+        vocab_size=45,
+        temperature=0.9,
+        memory_bytes=1000,
+        logit_mask=micro_batch.request.logit_mask,
         fuse_gradient_accumulation=fuse,
-    )  # fmt: skip
+    )
     answer.backward(torch.empty_like(answer))
     assert (answer.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
 

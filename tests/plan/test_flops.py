@@ -16,10 +16,20 @@ LENGTH = 48
 @pytest.fixture(scope="module", params=[[], [1]], ids=["sparse", "one dense layer"])
 def model(request, tmp_path_factory):
     config = Qwen3MoeConfig(
-        vocab_size=126, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, num_experts=8, num_experts_per_tok=2,
-        mlp_only_layers=request.param, attn_implementation="eager", experts_implementation="eager",
-    )  # fmt: skip
+        vocab_size=126,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=request.param,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
     folder = tmp_path_factory.mktemp("counted")
     config.save_pretrained(folder)
     return Qwen3MoeForCausalLM(config).float(), read_shape(folder)

@@ -17,9 +17,15 @@ from vespo_megatron.recipe.loader import load_recipe, save_recipe
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "vespo.yaml"
 
 CONSTANT = Pipeline(
-    batch_groups=4, group_size=2, steps=50, server=Server(base=0.1, per_sequence=0.0, slots=100,
-    prefill_tokens_per_second=1e9), servers=1, draw_length=lambda chance: 10.0, train_seconds=3.0, sync_seconds=0.5,
-)  # fmt: skip
+    batch_groups=4,
+    group_size=2,
+    steps=50,
+    server=Server(base=0.1, per_sequence=0.0, slots=100, prefill_tokens_per_second=1e9),
+    servers=1,
+    draw_length=lambda chance: 10.0,
+    train_seconds=3.0,
+    sync_seconds=0.5,
+)
 
 
 def test_a_synchronous_step_is_the_sum_of_its_parts():
@@ -33,9 +39,14 @@ def test_a_synchronous_step_is_the_sum_of_its_parts():
 @pytest.mark.parametrize("train, generate", [(3.0, 0.1), (0.5, 0.4)])
 def test_an_asynchronous_step_is_the_longer_of_its_parts(train, generate):
     pipeline = replace(
-        CONSTANT, asynchronous=True, max_staleness=4, train_seconds=train, sync_seconds=0.0, steps=200,
+        CONSTANT,
+        asynchronous=True,
+        max_staleness=4,
+        train_seconds=train,
+        sync_seconds=0.0,
+        steps=200,
         server=Server(base=generate, per_sequence=0.0, slots=8, prefill_tokens_per_second=1e9),
-    )  # fmt: skip
+    )
     forecast = simulate(pipeline)
     # Eight slots: a step's eight responses take ten decoding steps.
     assert forecast.seconds / 200 == pytest.approx(max(train, 10 * generate), rel=0.05)
@@ -47,10 +58,14 @@ def test_an_asynchronous_step_is_the_longer_of_its_parts(train, generate):
 def test_no_token_is_behind_by_more_than_the_bound(bound, sync_every, drain):
     forecast = simulate(
         replace(
-            CONSTANT, asynchronous=True, max_staleness=bound, sync_every=sync_every, drain=drain,
+            CONSTANT,
+            asynchronous=True,
+            max_staleness=bound,
+            sync_every=sync_every,
+            drain=drain,
             draw_length=lognormal(10, 8, 60),
         )
-    )  # fmt: skip
+    )
     assert max(forecast.lag_tokens) <= bound
     assert forecast.responses == 50 * 8
 
@@ -109,10 +124,14 @@ def observed(folder, prompts, *, asynchronous=False, under_way=0):
         row |= {"time/generate": generating, "time/step": generating + SYNC + TRAIN * responses}
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": n}) + "\n" for n in range(1, 8)))
-    recipe = load_recipe(TINY, [
-        f"grpo.num_prompts_per_step={prompts}", f"policy.train_global_batch_size={responses}",
-        f"grpo.async_grpo.enabled={str(asynchronous).lower()}",
-    ])  # fmt: skip
+    recipe = load_recipe(
+        TINY,
+        [
+            f"grpo.num_prompts_per_step={prompts}",
+            f"policy.train_global_batch_size={responses}",
+            f"grpo.async_grpo.enabled={str(asynchronous).lower()}",
+        ],
+    )
     save_recipe(recipe, folder / "recipe.yaml")
     return folder
 

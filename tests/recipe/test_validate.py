@@ -229,7 +229,17 @@ def test_validate_reads_the_model_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     validate(changed(policy__model_name=str(tmp_path)))
     with pytest.raises(UserError, match="8 experts"):
-        validate(changed(**{"policy__model_name": str(tmp_path), GPUS: 3, EP: 3, GLOBAL_BATCH: 192, "grpo__num_prompts_per_step": 24}))  # fmt: skip # noqa: E501
+        validate(
+            changed(
+                **{
+                    "policy__model_name": str(tmp_path),
+                    GPUS: 3,
+                    EP: 3,
+                    GLOBAL_BATCH: 192,
+                    "grpo__num_prompts_per_step": 24,
+                }
+            )
+        )  # noqa: E501
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -26,7 +26,7 @@ def sglang_engine(sglang_servers, tiny_recipe):
 
 @pytest.fixture(scope="session")
 def in_process_engine(tiny_qwen3_moe_folder):
-    from vespo_megatron.rollout_sglang.in_process import InProcessEngine
+    from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
 
     engine = InProcessEngine(tiny_qwen3_moe_folder, context_length=128)
     yield engine

@@ -7,7 +7,7 @@ from fault_server import FaultServer
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
-from vespo_megatron.rollout_sglang.contract import ENDPOINTS, REQUEST_FIELDS
+from vespo_megatron.rollout_sglang.client.contract import ENDPOINTS, REQUEST_FIELDS
 
 
 class OtherVersion(FaultServer):
@@ -63,7 +63,7 @@ def test_a_server_that_is_no_sglang_is_named(tiny_recipe):
 
 @pytest.mark.sglang
 def test_the_endpoints_and_fields_of_the_contract_are_those_of_the_real_server(sglang_servers, tiny_recipe):
-    from vespo_megatron.rollout_sglang.http_control import call
+    from vespo_megatron.rollout_sglang.client.control import call
 
     schema = call(sglang_servers.urls[0], "/openapi.json", timeout_s=30)
     assert set(ENDPOINTS) <= set(schema["paths"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from vespo_megatron.rollout_sglang.dispatch import Dispatcher, split_calls
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
+from vespo_megatron.rollout_sglang.pool.dispatch import Dispatcher, split_calls
 
 
 def test_a_group_stays_with_its_server_and_no_server_is_overfull():

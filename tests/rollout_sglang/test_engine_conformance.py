@@ -34,8 +34,8 @@ def test_results_come_in_order_with_one_number_of_each_kind_per_token(engine):
     assert [result.request_id for result in results] == [request.request_id for request in requests]
     assert sorted(result.request_id for result in arrived) == sorted(request.request_id for request in requests)
     for request, result in zip(requests, results, strict=True):
-        assert result.output_ids.dtype == np.int64 and result.log_probs.dtype == np.float32
-        assert len(result.output_ids) == len(result.log_probs) == len(result.weight_versions) == 9
+        assert result.output_ids.dtype == np.int64 and result.behavior_log_probs.dtype == np.float32
+        assert len(result.output_ids) == len(result.behavior_log_probs) == len(result.weight_versions) == 9
         assert result.finish_reason == "length"
         assert result.routes.dtype == np.uint8
         assert result.routes.shape == (len(request.prompt_ids) + 9 - 1, 3, 2)
@@ -49,7 +49,7 @@ def test_log_probs_and_routes_are_those_of_transformers_for_the_same_weights(eng
     requests = make_requests(12, temperature=temperature)
     for request, result in zip(requests, generate(engine, requests), strict=True):
         log_probs, routes = expected.score(request, result, temperature)
-        np.testing.assert_allclose(result.log_probs, log_probs, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=TOLERANCE, rtol=0)
         np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
         assert (result.weight_versions == version).all()
 
@@ -74,9 +74,9 @@ def test_truncated_sampling_reports_the_distribution_it_drew_from(engine, refere
         probs = expected.distributions(request, result, sampling.get("temperature", 1.0))
         log_probs = truncated_log_probs(probs, **sampling)
         drawn = log_probs[np.arange(len(result.output_ids)), result.output_ids]
-        np.testing.assert_allclose(result.log_probs, drawn, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, drawn, atol=TOLERANCE, rtol=0)
         kept = np.zeros_like(probs, dtype=bool)
-        kept[result.supports.owners, result.supports.ids] = True
+        kept[result.sampling_mask.owners, result.sampling_mask.ids] = True
         np.testing.assert_array_equal(kept, np.isfinite(log_probs))
 
 
@@ -88,8 +88,8 @@ def test_a_truncated_response_in_turns_keeps_what_each_token_was_drawn_from(engi
     conversation.observe([7, 8])
     conversation.add(generate(engine, [conversation.next_request()])[0])
     result = conversation.result()
-    assert result.supports.counts.tolist() == [3] * 4 + [0] * 2 + [3] * 5
-    assert result.supports.hold(result.output_ids).all()
+    assert result.sampling_mask.counts.tolist() == [3] * 4 + [0] * 2 + [3] * 5
+    assert result.sampling_mask.contains(result.output_ids).all()
 
 
 def truncated_log_probs(probs, top_k=-1, top_p=1.0, min_p=0.0, temperature=1.0):
@@ -119,7 +119,7 @@ def test_a_response_drawn_in_turns_equals_one_drawn_at_once(engine, reference):
     joined = conversation.result()
     assert turns == 3 and conversation.loss_mask().all()
     np.testing.assert_array_equal(joined.output_ids, whole.output_ids)
-    np.testing.assert_allclose(joined.log_probs, whole.log_probs, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(joined.behavior_log_probs, whole.behavior_log_probs, atol=TOLERANCE, rtol=0)
     np.testing.assert_array_equal(np.sort(joined.routes, -1), np.sort(whole.routes, -1))
     np.testing.assert_array_equal(joined.weight_versions, whole.weight_versions)
 
@@ -136,7 +136,7 @@ def test_what_the_environment_says_is_part_of_the_response_and_of_what_follows(e
     assert len(result.output_ids) == 13 and mask.tolist() == [True] * 4 + [False] * 3 + [True] * 6
     assert conversation.next_request() is None
     log_probs, routes = expected.score(request, result)
-    np.testing.assert_allclose(result.log_probs[mask], log_probs[mask], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(result.behavior_log_probs[mask], log_probs[mask], atol=TOLERANCE, rtol=0)
     np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
@@ -163,7 +163,7 @@ def test_an_update_changes_log_probs_though_prompts_were_cached(engine, referenc
         for _ in range(2):  # the second time from the cache
             (result,) = generate(engine, request)
             log_probs, routes = expected.score(request[0], result)
-            np.testing.assert_allclose(result.log_probs, log_probs, atol=TOLERANCE, rtol=0)
+            np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=TOLERANCE, rtol=0)
             np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
@@ -252,7 +252,7 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(engine):
         assert not ends & set(result.output_ids[:-1].tolist()) - {1}
         if result.finish_reason == "stop":
             assert result.output_ids[-1] in ends
-            assert len(result.log_probs) == len(result.output_ids)
+            assert len(result.behavior_log_probs) == len(result.output_ids)
 
 
 def test_without_stop_tokens_nothing_stops_a_response(engine):
@@ -282,7 +282,7 @@ def test_pause_ends_what_runs_as_abort_and_holds_back_what_comes(engine):
     ended, later = asyncio.run(scenario())
     for result in ended:
         assert result.finish_reason in ("abort", "length")
-        assert len(result.log_probs) == len(result.output_ids)
+        assert len(result.behavior_log_probs) == len(result.output_ids)
     assert [result.finish_reason for result in later] == ["length", "length"]
 
 
@@ -292,7 +292,9 @@ def test_weights_can_be_updated_while_paused_and_serve_after_resume(engine, refe
     asyncio.run(engine.resume())
     requests = make_requests(2)
     for request, result in zip(requests, generate(engine, requests), strict=True):
-        np.testing.assert_allclose(result.log_probs, expected.score(request, result)[0], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            result.behavior_log_probs, expected.score(request, result)[0], atol=TOLERANCE, rtol=0
+        )
         assert (result.weight_versions == version).all()
 
 

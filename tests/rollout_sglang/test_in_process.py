@@ -11,7 +11,7 @@ import torch
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-from vespo_megatron.rollout_sglang.in_process import InProcessEngine
+from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
 
 VOCAB, CONTEXT, STOP = 96, 64, 5
 
@@ -95,7 +95,7 @@ def test_log_probs_and_routes_are_those_of_a_plain_transformers_forward(engine, 
     for request, result in zip(requests, results, strict=True):
         assert result.request_id == request.request_id
         log_probs, experts = plain_forward(reference, request, result, temperature)
-        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-5)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-5)
         assert result.routes.dtype == np.uint8
         assert result.routes.shape == (len(request.prompt_ids) + len(result.output_ids) - 1, 2, 2)
         np.testing.assert_array_equal(np.sort(result.routes, -1), np.sort(experts[:-1], -1))
@@ -103,7 +103,7 @@ def test_log_probs_and_routes_are_those_of_a_plain_transformers_forward(engine, 
 
 @pytest.mark.parametrize("tokens", [1, 5, 32, 33])
 def test_experts_of_few_rows_and_of_many_are_transformers_own(engine, tokens):
-    from vespo_megatron.rollout_sglang.in_process_experts import run_experts
+    from vespo_megatron.rollout_sglang.in_process.experts import run_experts
 
     mlp = engine.model.model.layers[0].mlp
     hidden = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
@@ -126,11 +126,11 @@ def test_a_response_is_a_function_of_prompt_and_seed_whatever_else_is_in_the_bat
     in_fives = generate(narrow, requests[::-1])[::-1]
     narrow.close()
     for first, second, third, fourth in zip(together, again, alone, in_fives, strict=True):
-        np.testing.assert_array_equal(first.log_probs, second.log_probs)  # to the last bit
+        np.testing.assert_array_equal(first.behavior_log_probs, second.behavior_log_probs)  # to the last bit
         for other in (second, third, fourth):
             np.testing.assert_array_equal(first.output_ids, other.output_ids)
             np.testing.assert_array_equal(first.routes, other.routes)
-            np.testing.assert_allclose(first.log_probs, other.log_probs, atol=1e-5)
+            np.testing.assert_allclose(first.behavior_log_probs, other.behavior_log_probs, atol=1e-5)
     assert any(
         len(a.output_ids) != len(b.output_ids) or (a.output_ids != b.output_ids).any()
         for a, b in zip(together[::2], together[1::2], strict=True)
@@ -220,11 +220,11 @@ def test_update_weights_changes_what_is_sampled_and_to_what_it_says(model_folder
     new = generate(engine, requests)
     assert all((result.weight_versions == 3).all() and result.routes_version == 3 for result in new)
     assert all((result.weight_versions == 0).all() for result in old)
-    assert not np.array_equal(old[0].log_probs, new[0].log_probs)
+    assert not np.array_equal(old[0].behavior_log_probs, new[0].behavior_log_probs)
     back = engine.update_weights(tensors.items(), version=4)
     assert back == before
     for first, second in zip(old, generate(engine, requests), strict=True):
-        np.testing.assert_array_equal(first.log_probs, second.log_probs)
+        np.testing.assert_array_equal(first.behavior_log_probs, second.behavior_log_probs)
     engine.close()
 
 
@@ -282,7 +282,7 @@ def test_pause_ends_running_requests_as_aborts_whose_tokens_are_whole(engine, re
     assert all(result.finish_reason != "abort" for result in after)
     for request, result in zip(requests, results, strict=True):
         log_probs, experts = plain_forward(reference, request, result)
-        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-5)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-5)
         np.testing.assert_array_equal(np.sort(result.routes, -1), np.sort(experts[:-1], -1))
 
 

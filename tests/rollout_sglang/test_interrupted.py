@@ -74,10 +74,21 @@ def test_each_span_has_the_log_probs_of_its_own_weights_and_no_route_is_of_anoth
     assert (np.diff(result.weight_versions) >= 0).all()
     for version, model in weights_of(reference, first).items():
         here = result.weight_versions == version
-        np.testing.assert_allclose(result.log_probs[here], model.score(request(), result)[0][here], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            result.behavior_log_probs[here], model.score(request(), result)[0][here], atol=1e-4, rtol=0
+        )
     assert result.routes_version == versions[-1]
-    sample = Sample("s", "p", request().prompt_ids, result.output_ids, result.log_probs, result.weight_versions,
-                    result.finish_reason, result.routes, result.routes_version)  # fmt: skip
+    sample = Sample(
+        "s",
+        "p",
+        request().prompt_ids,
+        result.output_ids,
+        result.behavior_log_probs,
+        result.weight_versions,
+        result.finish_reason,
+        result.routes,
+        result.routes_version,
+    )
     stale = stale_rows(sample)
     assert stale[: len(sample.prompt_ids)].all() and not stale[-1]
     assert apply_stale_policy([sample], "live") == 1
@@ -99,7 +110,10 @@ def test_in_place_a_response_runs_on_through_the_updates(engine, reference):
     assert result.routes is None, "no one version would be true of them"
     here = result.weight_versions == first  # before the first update the cache is of one version
     np.testing.assert_allclose(
-        result.log_probs[here], weights_of(reference, first)[first].score(request(), result)[0][here], atol=1e-4, rtol=0
+        result.behavior_log_probs[here],
+        weights_of(reference, first)[first].score(request(), result)[0][here],
+        atol=1e-4,
+        rtol=0,
     )
 
 

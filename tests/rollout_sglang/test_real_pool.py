@@ -21,8 +21,8 @@ from rollout_helpers import generate, make_requests
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect, launch_servers
-from vespo_megatron.rollout_sglang.http_control import call
-from vespo_megatron.rollout_sglang.secrets import VARIABLE
+from vespo_megatron.rollout_sglang.api_key import VARIABLE
+from vespo_megatron.rollout_sglang.client.control import call
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -52,7 +52,7 @@ def recipe(tiny_recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def servers(recipe, tmp_path_factory):
     try:
-        with launch_servers(recipe, tmp_path_factory.mktemp("run")) as servers, servers.tended():
+        with launch_servers(recipe, tmp_path_factory.mktemp("run")) as servers, servers.supervised():
             yield servers
     finally:
         os.environ.pop(VARIABLE, None)
@@ -115,7 +115,7 @@ def test_a_server_killed_in_mid_batch_costs_no_prompt_and_comes_back_with_the_we
     assert sorted(result.request_id for result in seen) == sorted(request.request_id for request in requests)
     for request, result in zip(requests, results, strict=True):
         log_probs, routes = expected.score(request, result)
-        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
         np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
     metrics = engine.metrics()
     assert metrics["rollout/redispatched"] > 0 and metrics["rollout/servers"] == 1
@@ -131,7 +131,7 @@ def test_a_server_killed_in_mid_batch_costs_no_prompt_and_comes_back_with_the_we
     expected = reference.with_weights(reference.named_tensors(0.1, seed=2))
     requests = make_requests(16)
     for request, result in zip(requests, generate(engine, requests), strict=True):
-        np.testing.assert_allclose(result.log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
         assert (result.weight_versions == version + 1).all()
     metrics = engine.metrics()
     assert metrics["rollout/readmitted"] == 1 and metrics["rollout/server_0/requests"] == 8

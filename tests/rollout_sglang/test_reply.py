@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.client.reply import build_body, check_request, parse_reply
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
-from vespo_megatron.rollout_sglang.reply import build_body, check_request, parse_reply
 
 SHAPE = ModelShape(
     vocab_size=100,
@@ -61,7 +61,7 @@ def parse(value, request=REQUEST, shape=SHAPE, return_routes=True):
 def test_a_good_reply_becomes_a_result():
     result = parse(reply())
     np.testing.assert_array_equal(result.output_ids, [60, 83, 96, 30])
-    np.testing.assert_array_equal(result.log_probs, np.float32([-4.5, -5.25, -3.0, -0.5]))
+    np.testing.assert_array_equal(result.behavior_log_probs, np.float32([-4.5, -5.25, -3.0, -0.5]))
     np.testing.assert_array_equal(result.weight_versions, [7, 7, 7, 7])
     np.testing.assert_array_equal(result.routes, ROUTES)
     assert result.routes.dtype == np.uint8 and result.routes_version == 7
@@ -91,7 +91,7 @@ def test_an_abort_before_the_first_token_is_an_empty_result():
     )
     value["output_ids"] = []
     result = parse(value)
-    assert result.finish_reason == "abort" and len(result.output_ids) == len(result.log_probs) == 0
+    assert result.finish_reason == "abort" and len(result.output_ids) == len(result.behavior_log_probs) == 0
 
 
 def with_output_ids(ids):
@@ -176,9 +176,9 @@ def truncated(**meta):
 
 def test_a_truncated_reply_says_what_each_token_was_drawn_from():
     result = parse(truncated(), TRUNCATED)
-    assert result.supports.counts.tolist() == [2, 1, 2, 2] and result.supports.ids.tolist() == sum(MASKS, [])
-    assert result.log_probs.tolist() == pytest.approx([-1.0, 0.0, -1.0, -0.1])
-    assert parse(reply(), replace(TRUNCATED, evaluation=True)).supports is None
+    assert result.sampling_mask.counts.tolist() == [2, 1, 2, 2] and result.sampling_mask.ids.tolist() == sum(MASKS, [])
+    assert result.behavior_log_probs.tolist() == pytest.approx([-1.0, 0.0, -1.0, -0.1])
+    assert parse(reply(), replace(TRUNCATED, evaluation=True)).sampling_mask is None
 
 
 @pytest.mark.parametrize(

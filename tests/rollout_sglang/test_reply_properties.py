@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
-from vespo_megatron.rollout_sglang.reply import parse_reply
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
@@ -74,7 +74,7 @@ def test_a_right_reply_is_taken_as_it_is(case):
     request, shape, reply, routes = case
     result = parse(request, shape, reply)
     assert result.output_ids.tolist() == reply["output_ids"]
-    assert result.log_probs.tolist() == [row[0] for row in reply["meta_info"]["output_token_logprobs"]]
+    assert result.behavior_log_probs.tolist() == [row[0] for row in reply["meta_info"]["output_token_logprobs"]]
     spans = reply["meta_info"]["weight_versions"]
     expected = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
     assert result.weight_versions.tolist() == expected
@@ -94,8 +94,8 @@ def test_a_reply_with_a_part_exchanged_is_taken_or_refused(case, data):
     except UserError as error:
         assert "server http://s to request r" in str(error)
         return
-    assert len(result.output_ids) == len(result.log_probs) == len(result.weight_versions)
-    assert np.isfinite(result.log_probs).all()
+    assert len(result.output_ids) == len(result.behavior_log_probs) == len(result.weight_versions)
+    assert np.isfinite(result.behavior_log_probs).all()
 
 
 @given(cases(), st.data())

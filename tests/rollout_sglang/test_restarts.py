@@ -1,4 +1,4 @@
-"""`ServerGroup.tend`: what died is started again, so often, on the same port; the last one's end is an error."""
+"""`ServerGroup.restart_dead`: the dead are started again, so often, on their port; the end of the last is an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.server import ServerGroup, ServerProcess
+from vespo_megatron.rollout_sglang.server.server_group import ServerGroup, ServerProcess
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def test_a_dead_server_is_started_again_with_a_log_of_its_own(group, capsys):
     first, second = group.servers
     before, untouched = first.process_group, second.process_group
     kill(first)
-    group.tend()
+    group.restart_dead()
     assert first.alive and first.process_group != before and second.process_group == untouched
     assert first.log.name == "server_1.restart_1.log" and first._first_log.exists()
     output = capsys.readouterr().out
     assert "http://127.0.0.1:1 died" in output and "restart 1 of 2" in output and "server_1.log" in output
-    group.tend()
+    group.restart_dead()
     assert first.restarts == 1
 
 
@@ -54,8 +54,8 @@ def test_a_server_stays_down_after_its_last_restart_and_the_other_goes_on(group,
     first, _ = group.servers
     for _ in range(3):
         kill(first)
-        group.tend()
-    group.tend()
+        group.restart_dead()
+    group.restart_dead()
     assert not first.alive and first.restarts == 2
     assert capsys.readouterr().out.count("stays down") == 1
 
@@ -64,16 +64,16 @@ def test_the_end_of_the_last_server_is_the_error(group):
     group.max_restarts = 0
     first, second = group.servers
     kill(first)
-    group.tend()
+    group.restart_dead()
     kill(second)
     with pytest.raises(UserError, match="SGLang died") as caught:
-        group.tend()
+        group.restart_dead()
     assert "127.0.0.1:2" in str(caught.value) and "server_2.log" in str(caught.value)
 
 
 def test_a_thread_tends_while_the_process_has_other_things_to_do(group):
     first, _ = group.servers
-    with group.tended():
+    with group.supervised():
         kill(first)
         until(lambda: first.restarts == 1 and first.alive)
     kill(first)

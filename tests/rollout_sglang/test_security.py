@@ -19,8 +19,9 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
-from vespo_megatron.rollout_sglang import connect, secrets
-from vespo_megatron.rollout_sglang.server_flags import check_server_args
+from vespo_megatron.rollout_sglang import api_key as secrets
+from vespo_megatron.rollout_sglang import connect
+from vespo_megatron.rollout_sglang.server.flags import check_server_args
 
 KEY = "a-key-nobody-may-see"
 

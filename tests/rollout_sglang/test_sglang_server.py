@@ -138,7 +138,7 @@ def test_a_request_past_its_own_deadline_comes_back_with_what_it_has(sglang_engi
     assert whole.finish_reason == "length" and len(whole.output_ids) == 100
     for request, result in ((hurried, first), (hurried, whole)):
         log_probs, routes = expected.score(request, result)
-        np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
         np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
@@ -185,7 +185,7 @@ def test_two_ranks_hold_a_tied_model_between_them_and_nothing_of_them_is_left(re
         requests = make_requests(6)
         for request, result in zip(requests, generate(engine, requests), strict=True):
             log_probs, routes = expected.score(request, result)
-            np.testing.assert_allclose(result.log_probs, log_probs, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
             np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
         group = [p for p in psutil.process_iter() if os.getpgid(p.pid) == servers.servers[0].process_group]

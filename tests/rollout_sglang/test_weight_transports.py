@@ -43,7 +43,7 @@ def check_serves(engine, reference, scale, seed):
     expected = reference.with_weights(reference.named_tensors(scale, seed))
     requests = make_requests(4)
     for request, result in zip(requests, generate(engine, requests), strict=True):
-        np.testing.assert_allclose(result.log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
         assert (result.weight_versions == engine.weight_version).all()
 
 
@@ -137,11 +137,15 @@ def test_only_what_changed_is_sent_and_the_checksum_still_covers_everything(
     expected = reference.with_weights(tensors(1.5))
     requests = make_requests(2)
     for request, result in zip(requests, generate(engine, requests), strict=True):
-        np.testing.assert_allclose(result.log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(result.behavior_log_probs, expected.score(request, result)[0], atol=1e-4, rtol=0)
 
-    monkeypatch.setattr(engine.sync, "_held", dict.fromkeys(engine.sync._held, 0) | engine.sync._held)
-    wrong = next(key for key in engine.sync._held if key[0] == changed)
-    engine.sync._held[wrong] = _checksum_of(changed, tensors(2.0))  # it believes that the server has this already
+    monkeypatch.setattr(
+        engine.sync, "_known_checksums", dict.fromkeys(engine.sync._known_checksums, 0) | engine.sync._known_checksums
+    )
+    wrong = next(key for key in engine.sync._known_checksums if key[0] == changed)
+    engine.sync._known_checksums[wrong] = _checksum_of(
+        changed, tensors(2.0)
+    )  # it believes that the server has this already
     with pytest.raises(WeightsNeeded, match=changed):
         engine.update_weights(tensors(2.0), engine.weight_version + 1)
     engine.update_weights(tensors(2.0), engine.weight_version + 1)

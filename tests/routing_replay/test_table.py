@@ -16,9 +16,17 @@ def sample(routes=True, versions=(0, 0, 0, 0), routes_version=0, **changes) -> S
     """Three prompt tokens, four response tokens, two MoE layers, experts 0…3 of 8."""
     values = np.tile(np.arange(4, dtype=np.uint8), (6, 2, 1)) if routes else None
     return Sample(
-        sample_id="s", prompt_id="p", prompt_ids=[1, 2, 3], response_ids=[4, 5, 6, 7], log_probs=np.zeros(4),
-        weight_versions=versions, finish_reason="stop", routes=values, routes_version=routes_version, **changes,
-    )  # fmt: skip
+        sample_id="s",
+        prompt_id="p",
+        prompt_ids=[1, 2, 3],
+        response_ids=[4, 5, 6, 7],
+        behavior_log_probs=np.zeros(4),
+        weight_versions=versions,
+        finish_reason="stop",
+        routes=values,
+        routes_version=routes_version,
+        **changes,
+    )
 
 
 def table(samples, layers=(0, 1), topk=4) -> RouteTable:

@@ -30,7 +30,7 @@ def batches(draw):
                 prompt_id="p",
                 prompt_ids=np.ones(prompt),
                 response_ids=np.ones(response),
-                log_probs=np.zeros(response),
+                behavior_log_probs=np.zeros(response),
                 weight_versions=versions,
                 finish_reason="stop",
                 routes=routes.astype(np.uint8),

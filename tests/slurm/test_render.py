@@ -47,17 +47,32 @@ def test_every_layout_is_valid_shell(overrides, tmp_path):
 
 def test_the_options_are_the_recipe_s():
     found = options(
-        script("slurm.rollout_nodes=2", "slurm.account=rl", "slurm.partition=gpu", "slurm.time=04:00:00",
-               "slurm.checkpoint_lead=300", "slurm.sbatch_options=[--exclusive]")
-    )  # fmt: skip
-    assert {"--nodes=6", "--gpus-per-node=8", "--account=rl", "--partition=gpu", "--time=04:00:00", "--exclusive",
-            "--signal=B:USR1@300", "--requeue"} <= set(found)  # fmt: skip
+        script(
+            "slurm.rollout_nodes=2",
+            "slurm.account=rl",
+            "slurm.partition=gpu",
+            "slurm.time=04:00:00",
+            "slurm.checkpoint_lead=300",
+            "slurm.sbatch_options=[--exclusive]",
+        )
+    )
+    assert {
+        "--nodes=6",
+        "--gpus-per-node=8",
+        "--account=rl",
+        "--partition=gpu",
+        "--time=04:00:00",
+        "--exclusive",
+        "--signal=B:USR1@300",
+        "--requeue",
+    } <= set(found)
     assert "--nodes=4" in options(script("slurm.layout=colocated"))
 
 
 def test_a_hetjob_has_two_parts_with_their_own_nodes():
-    text = script("slurm.layout=heterogeneous", "slurm.rollout_nodes=2", "slurm.partition=h100",
-                  "slurm.rollout_partition=h20")  # fmt: skip
+    text = script(
+        "slurm.layout=heterogeneous", "slurm.rollout_nodes=2", "slurm.partition=h100", "slurm.rollout_partition=h20"
+    )
     first, second = text.split("#SBATCH hetjob")
     assert {"--nodes=4", "--partition=h100"} <= set(options(first))
     assert {"--nodes=2", "--partition=h20"} <= set(options(second))
@@ -82,8 +97,10 @@ def test_a_comparison_is_a_script_per_value_and_a_report_that_waits_for_them(tmp
     assert main(command) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [Path(call.split()[-1]).name for call in calls] == [
-        "mismatch_grpo_none.sbatch", "mismatch_grpo_R2.sbatch", "mismatch_grpo_report.sbatch",
-    ]  # fmt: skip
+        "mismatch_grpo_none.sbatch",
+        "mismatch_grpo_R2.sbatch",
+        "mismatch_grpo_report.sbatch",
+    ]
     assert "--dependency=afterany:1:2" in calls[2]
     modes = [
         load_recipe(tmp_path / "slurm" / f"mismatch_grpo_{v}.yaml").policy.router_replay.mode for v in ("none", "R2")

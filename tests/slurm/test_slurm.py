@@ -129,9 +129,10 @@ def test_at_the_time_limit_the_job_saves_goes_back_into_the_queue_resumes_and_co
     done = steps(tmp_path, "limited", job)
     assert 2 <= done[-1] < 24, "the time limit came too late to show anything"
     wait_until(
-        lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), 600,
+        lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"),
+        600,
         lambda: logs(tmp_path),
-    )  # fmt: skip
+    )
     assert state(cluster, job) == ("COMPLETED", 1), logs(tmp_path)
     assert steps(tmp_path, "limited", job) == list(range(1, 25))
     attempts = sorted(path.name for path in (tmp_path / "logs" / str(job)).iterdir())

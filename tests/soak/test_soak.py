@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.run.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", "5000"))
@@ -34,13 +34,26 @@ def look(process: psutil.Process) -> dict[str, tuple[int, int, int]]:
 def test_nothing_grows(tmp_path):
     """Resident memory within 2% after the first tenth, files and threads not at all."""
     command = [
-        sys.executable, "-m", "vespo_megatron.cli", "train", "examples/tiny_moe/in_process.yaml",
-        f"exp_manager.exp_dir={tmp_path}", "exp_manager.version=one", f"grpo.max_num_steps={STEPS}",
-        "grpo.num_prompts_per_step=2", "grpo.num_generations_per_prompt=2", "policy.train_global_batch_size=2",
-        "policy.generation.max_new_tokens=6", "policy.max_total_sequence_length=64", "grpo.val_period=200",
-        "grpo.max_val_samples=4", "checkpointing.enabled=true", "checkpointing.save_period=500",
-        "checkpointing.keep_top_k=2", "logger.progress=false",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vespo_megatron.cli",
+        "train",
+        "examples/tiny_moe/in_process.yaml",
+        f"exp_manager.exp_dir={tmp_path}",
+        "exp_manager.version=one",
+        f"grpo.max_num_steps={STEPS}",
+        "grpo.num_prompts_per_step=2",
+        "grpo.num_generations_per_prompt=2",
+        "policy.train_global_batch_size=2",
+        "policy.generation.max_new_tokens=6",
+        "policy.max_total_sequence_length=64",
+        "grpo.val_period=200",
+        "grpo.max_val_samples=4",
+        "checkpointing.enabled=true",
+        "checkpointing.save_period=500",
+        "checkpointing.keep_top_k=2",
+        "logger.progress=false",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -16,18 +16,18 @@ import pytest
 from made_up_study import SMALL, made_up
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.host_threads import core_shares
+from vespo_megatron.launch.preflight import check_tables
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import problems
+from vespo_megatron.run.host_threads import core_shares
 from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.compare import environment
 from vespo_megatron.study.comparison import compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
-from vespo_megatron.study.run_process import CommandRun, RunNursery, end, stop
+from vespo_megatron.study.run_process import CommandRun, RunForker, end, stop
 from vespo_megatron.study.spec import load_study
 from vespo_megatron.study.study_report import sentences, write_study_report
-from vespo_megatron.trainer.preflight import check_tables
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
@@ -121,9 +121,13 @@ def test_runs_beside_each_other_share_no_core(study_file, tmp_path, monkeypatch)
 def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study_file, tmp_path):
     def command():
         return subprocess.run(
-            [sys.executable, "-m", "vespo_megatron.cli", "compare", str(study_file)], cwd=ROOT, text=True,
-            capture_output=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [sys.executable, "-m", "vespo_megatron.cli", "compare", str(study_file)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=170,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     shutil.copy(study_file, tmp_path / "copy.yaml")
     text = study_file.read_text()
@@ -148,8 +152,11 @@ def test_a_failed_variant_takes_no_other_down_and_the_same_command_goes_on(study
     with (tmp_path / "runs/cells.csv").open() as file:
         cells = list(csv.DictReader(file))
     assert [(cell["variant"], cell["seed"]) for cell in cells] == [
-        ("vespo", "1"), ("again", "1"), ("vespo", "2"), ("again", "2")
-    ]  # fmt: skip
+        ("vespo", "1"),
+        ("again", "1"),
+        ("vespo", "2"),
+        ("again", "2"),
+    ]
     study_file.write_text(text.replace("max_num_steps=2", "max_num_steps=3"))
     third = command()
     assert third.returncode == 2 and "grpo.max_num_steps: 2 → 3" in third.stderr
@@ -176,8 +183,8 @@ def test_a_forked_run_learns_what_the_command_does_and_is_ended_with_what_it_sta
     for file in (forked, alone):
         save_recipe(named(study.recipe(cell), file.stem), file)
     variables = environment(study.recipe(cell), cores=1)
-    nursery = RunNursery(variables)
-    runs = [nursery.start(forked, forked.with_suffix(".log")), CommandRun(alone, alone.with_suffix(".log"), variables)]
+    forker = RunForker(variables)
+    runs = [forker.start(forked, forked.with_suffix(".log")), CommandRun(alone, alone.with_suffix(".log"), variables)]
     for run, file in zip(runs, (forked, alone), strict=True):
         assert run.wait(120) and run.poll() == 0, file.with_suffix(".log").read_text()
     forked_run, alone_run = (study.output / file.stem / "seed_1" for file in (forked, alone))
@@ -185,7 +192,7 @@ def test_a_forked_run_learns_what_the_command_does_and_is_ended_with_what_it_sta
     assert "$ vespo-megatron train" in forked.with_suffix(".log").read_text()
 
     save_recipe(named(study.recipe(cell, ("grpo.max_num_steps=100000",)), "long"), forked)
-    long = nursery.start(forked, forked.with_suffix(".log"))
+    long = forker.start(forked, forked.with_suffix(".log"))
     deadline = time.monotonic() + 60
     while not (study.output / "long/seed_1/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

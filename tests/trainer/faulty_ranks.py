@@ -26,8 +26,8 @@ def fail(kind: str) -> None:
 
 
 def worker(run_dir: Path, work: str) -> int:
+    from vespo_megatron.launch import worker
     from vespo_megatron.megatron.policy import MegatronPolicy
-    from vespo_megatron.trainer import worker
     from vespo_megatron.trainer.guard import Guard
 
     rank, kind = int(os.environ["RANK"]), run_dir.parent.name
@@ -57,9 +57,9 @@ def worker(run_dir: Path, work: str) -> int:
 
 def train() -> int:
     from vespo_megatron import cli
-    from vespo_megatron.trainer import launch
+    from vespo_megatron.launch import launcher
 
-    launch.WORKER_MODULE = "faulty_ranks"
+    launcher.WORKER_MODULE = "faulty_ranks"
     return cli.main(sys.argv[1:])
 
 

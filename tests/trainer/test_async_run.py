@@ -7,7 +7,7 @@ import random
 import pytest
 import resume_work
 
-from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.run.records import read_metrics
 
 STEPS, PROMPTS = 12, 2
 pytestmark = pytest.mark.timeout(600)
@@ -15,10 +15,15 @@ pytestmark = pytest.mark.timeout(600)
 
 def make_run(folder, name, *overrides):
     return resume_work.make_run(
-        folder, name, f"grpo.max_num_steps={STEPS}", f"grpo.num_prompts_per_step={PROMPTS}",
-        "grpo.num_generations_per_prompt=4", "policy.train_global_batch_size=8", "grpo.async_grpo.enabled=true",
+        folder,
+        name,
+        f"grpo.max_num_steps={STEPS}",
+        f"grpo.num_prompts_per_step={PROMPTS}",
+        "grpo.num_generations_per_prompt=4",
+        "policy.train_global_batch_size=8",
+        "grpo.async_grpo.enabled=true",
         *overrides,
-    )  # fmt: skip
+    )
 
 
 def check(run_dir, bound):
@@ -39,9 +44,12 @@ def check(run_dir, bound):
 def test_killed_and_resumed_every_group_is_trained_once(importable):
     chance = random.Random(3)
     run_dir = make_run(
-        importable, "killed", "checkpointing.save_period=1", "grpo.async_grpo.max_staleness=2",
+        importable,
+        "killed",
+        "checkpointing.save_period=1",
+        "grpo.async_grpo.max_staleness=2",
         "grpo.async_grpo.sync_every=2",
-    )  # fmt: skip
+    )
     for phase, step in (("train", 3), ("checkpoint write", 5), ("generate", 8)):
         resume_work.kill_in(run_dir, resume_work.start(run_dir), phase, step, chance)
     resume_work.finish(run_dir)
@@ -54,14 +62,19 @@ def test_killed_and_resumed_every_group_is_trained_once(importable):
 def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers):
     replay = "none" if mode == "in_place" else "R3"
     run_dir = make_run(
-        importable, mode, "policy.generation.backend=sglang",
+        importable,
+        mode,
+        "policy.generation.backend=sglang",
         f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
-        f"grpo.async_grpo.on_weight_update={mode}", "grpo.async_grpo.staleness_threshold=1.5",
-        "policy.generation.max_new_tokens=24", "policy.max_total_sequence_length=128",
-        "policy.generation.sglang_cfg.weight_bucket_bytes=65536", f"policy.router_replay.mode={replay}",
+        f"grpo.async_grpo.on_weight_update={mode}",
+        "grpo.async_grpo.staleness_threshold=1.5",
+        "policy.generation.max_new_tokens=24",
+        "policy.max_total_sequence_length=128",
+        "policy.generation.sglang_cfg.weight_bucket_bytes=65536",
+        f"policy.router_replay.mode={replay}",
         "policy.router_replay.on_stale_routes=live",
         "policy.generation.sglang_cfg.enable_return_routed_experts=true",
-    )  # fmt: skip
+    )
     resume_work.finish(run_dir)
     rows = check(run_dir, bound=2)
     assert max(row["staleness/lag_max"] for row in rows) > 0

@@ -9,7 +9,7 @@ import random
 import pytest
 import resume_work
 
-from vespo_megatron.trainer.logging import read_metrics
+from vespo_megatron.run.records import read_metrics
 
 STEPS = 6
 MOMENTS = ("generate", "old_log_probs", "train", "sync_weights", "checkpoint", "checkpoint write", "step", "set-up")
@@ -20,11 +20,20 @@ pytestmark = pytest.mark.timeout(1200)
 def make_run(folder, name):
     """The run directory of a recipe with everything that has state: schedule, epochs, reference, recompute pass."""
     return resume_work.make_run(
-        folder, name, f"grpo.max_num_steps={STEPS}", "grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=4",
-        "policy.train_global_batch_size=4", "loss_fn.behavior=recompute", "loss_fn.reference_policy_kl_penalty=0.01",
-        "policy.megatron_cfg.scheduler.lr_decay_style=cosine", "policy.megatron_cfg.scheduler.lr_warmup_iters=3",
-        "policy.megatron_cfg.optimizer.lr=3e-3", "checkpointing.save_period=1", "checkpointing.keep_top_k=2",
-    )  # fmt: skip
+        folder,
+        name,
+        f"grpo.max_num_steps={STEPS}",
+        "grpo.num_prompts_per_step=3",
+        "grpo.num_generations_per_prompt=4",
+        "policy.train_global_batch_size=4",
+        "loss_fn.behavior=recompute",
+        "loss_fn.reference_policy_kl_penalty=0.01",
+        "policy.megatron_cfg.scheduler.lr_decay_style=cosine",
+        "policy.megatron_cfg.scheduler.lr_warmup_iters=3",
+        "policy.megatron_cfg.optimizer.lr=3e-3",
+        "checkpointing.save_period=1",
+        "checkpointing.keep_top_k=2",
+    )
 
 
 def outcome(run_dir):

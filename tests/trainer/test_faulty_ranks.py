@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import of_this_run, started
 
-from vespo_megatron.trainer.process import wait_until
+from vespo_megatron.run.processes import wait_until
 
 EIGHT_RANKS = (
     "cluster.gpus_per_node=8",
@@ -65,8 +65,10 @@ def test_a_rank_with_nan_gradients_is_skipped_and_a_rank_that_hangs_in_c_is_name
     bundle = run_dir / "bundles" / "step-2-update-0"
     replay = subprocess.run(
         [sys.executable, "-m", "vespo_megatron.cli", "replay-step", str(bundle)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert replay.returncode == 0, replay.stderr
     assert "step 2, update 0: not finite in the run: gradient of rank 3" in replay.stdout
     assert "all of its 8 samples are finite on one process: look at the rank" in replay.stdout

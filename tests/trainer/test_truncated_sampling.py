@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import resume_work
-from test_staleness import sample
+from made_up_sample import sample
 
 from vespo_megatron.data.batch import Batch
+from vespo_megatron.run.records import read_metrics
 from vespo_megatron.trainer import bundle
-from vespo_megatron.trainer.logging import read_metrics
 
 TRUNCATED = ("policy.generation.top_p=0.8", "policy.generation.top_k=40", "policy.generation.temperature=0.9")
 pytestmark = pytest.mark.timeout(600)
@@ -24,9 +24,16 @@ def first_steps(run_dir):
 
 def make_run(folder, name, *overrides):
     return resume_work.make_run(
-        folder, name, "grpo.max_num_steps=2", "grpo.num_prompts_per_step=4", "grpo.num_generations_per_prompt=4",
-        "policy.train_global_batch_size=8", "policy.megatron_cfg.optimizer.lr=1e-2", *TRUNCATED, *overrides,
-    )  # fmt: skip
+        folder,
+        name,
+        "grpo.max_num_steps=2",
+        "grpo.num_prompts_per_step=4",
+        "grpo.num_generations_per_prompt=4",
+        "policy.train_global_batch_size=8",
+        "policy.megatron_cfg.optimizer.lr=1e-2",
+        *TRUNCATED,
+        *overrides,
+    )
 
 
 @pytest.mark.parametrize("behavior", ["rollout", "recompute"])
@@ -40,18 +47,21 @@ def test_at_equal_weights_the_importance_weight_is_one(behavior, importable):
 @pytest.mark.sglang
 def test_with_sglang_s_real_server(importable, sglang_servers):
     run_dir = make_run(
-        importable, "sglang", "policy.generation.backend=sglang",
-        f"policy.generation.sglang_cfg.urls={sglang_servers.urls}", "policy.max_total_sequence_length=128",
+        importable,
+        "sglang",
+        "policy.generation.backend=sglang",
+        f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
+        "policy.max_total_sequence_length=128",
         "policy.generation.sglang_cfg.weight_bucket_bytes=65536",
-    )  # fmt: skip
+    )
     for row in first_steps(run_dir):
         assert row["vespo/w_mean_first_update"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_skipped_update_is_kept_with_what_its_tokens_were_drawn_from(tmp_path, tiny_recipe):
     batch = Batch([sample(1), sample(2)], np.ones(2, dtype=np.float32))
-    batch.samples[1].supports = None
+    batch.samples[1].sampling_mask = None
     bundle.write(tmp_path, bundle.Bundle(tiny_recipe, 1, 0, "", batch))
     first, second = bundle.read(tmp_path).batch.samples
-    assert second.supports is None
-    assert first.supports.counts.tolist() == [2, 0, 1] and first.supports.ids.tolist() == [3, 9, 5]
+    assert second.sampling_mask is None
+    assert first.sampling_mask.counts.tolist() == [2, 0, 1] and first.sampling_mask.ids.tolist() == [3, 9, 5]

@@ -25,7 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from vespo_megatron.data.sample import Sample
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sampling_mask import SamplingMask
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -190,13 +190,13 @@ class SequenceLayout:
         """Per-response-token values [response_i] of each sequence → this rank's [R_local]."""
         return np.concatenate(values)[self._response_index]
 
-    def response_supports(self, supports: Sequence[TokenSupports | None]) -> TokenSupports | None:
+    def response_sampling_mask(self, sampling_mask: Sequence[SamplingMask | None]) -> SamplingMask | None:
         """What each of this rank's [R_local] response tokens was drawn from; None where nothing truncated any."""
-        if all(each is None for each in supports):
+        if all(each is None for each in sampling_mask):
             return None
-        whole = map(TokenSupports.whole, np.array(self.lengths) - np.array(self.prompt_lengths))
-        known = [each or full for each, full in zip(supports, whole, strict=True)]
-        return TokenSupports.concatenate(known).select(self._response_index)
+        whole = map(SamplingMask.whole, np.array(self.lengths) - np.array(self.prompt_lengths))
+        known = [each or full for each, full in zip(sampling_mask, whole, strict=True)]
+        return SamplingMask.concatenate(known).select(self._response_index)
 
     @cached_property
     def response_cu_seqlens(self) -> np.ndarray:

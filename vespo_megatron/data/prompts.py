@@ -59,9 +59,11 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
     for column in (key, "data_source", "reward_model"):
         if column not in rows.column_names:
             raise UserError(
-                f"has no column {column!r}", where=str(path), expected=f"veRL's schema; found {rows.column_names}",
+                f"has no column {column!r}",
+                where=str(path),
+                expected=f"veRL's schema; found {rows.column_names}",
                 fix="rename the column" + (", or set data.prompt_key" if column == key else ""),
-            )  # fmt: skip
+            )
     if dataset.max_samples is not None:
         rows = rows.select(range(min(dataset.max_samples, len(rows))))
     if len(rows) == 0:
@@ -83,9 +85,11 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
             )
         if vocab_size is not None and max(ids) >= vocab_size:
             raise UserError(
-                f"the prompt has token id {max(ids)}", where=where, expected=f"ids below the model's {vocab_size}",
+                f"the prompt has token id {max(ids)}",
+                where=where,
+                expected=f"ids below the model's {vocab_size}",
                 fix="the tokenizer is not this model's: check policy.tokenizer.name",
-            )  # fmt: skip
+            )
         extra = row.get("extra_info") or {}
         truth = _ground_truth(row, where)
         records.append(PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], truth, dict(extra)))

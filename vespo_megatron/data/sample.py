@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 
 FINISH_REASONS = ("stop", "length", "abort")
+NAMES_ON_DISK = {"behavior_log_probs": "log_probs", "sampling_mask": "supports"}
+"""Fields of a `Sample` with another name in checkpoints and bundles, so that those of earlier versions are read."""
 
 
 def smallest_int_dtype(num_values: int) -> np.dtype:
@@ -31,7 +33,7 @@ class Sample:
     """int64 [P]"""
     response_ids: np.ndarray
     """int64 [R], the stop token included when there is one."""
-    log_probs: np.ndarray
+    behavior_log_probs: np.ndarray
     """float32 [R], log μ of each response token under the weights that sampled it."""
     weight_versions: np.ndarray
     """int64 [R], the weight version that sampled each token."""
@@ -40,8 +42,8 @@ class Sample:
     """Smallest unsigned integer [P + R - 1, L, K]: the experts the engine chose; the last token has none."""
     routes_version: int | None = None
     """The weight version `routes` was computed under (one for the whole array)."""
-    supports: TokenSupports | None = None
-    """What each response token was drawn from, where sampling truncates; `log_probs` are then over these alone."""
+    sampling_mask: SamplingMask | None = None
+    """What each response token was drawn from, where sampling truncates; log μ is then over these alone."""
     loss_mask: np.ndarray | None = None
     """bool [R]; None means every response token is trained on."""
     reward: float = float("nan")
@@ -50,7 +52,7 @@ class Sample:
     def __post_init__(self) -> None:
         self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int64)
         self.response_ids = np.asarray(self.response_ids, dtype=np.int64)
-        self.log_probs = np.asarray(self.log_probs, dtype=np.float32)
+        self.behavior_log_probs = np.asarray(self.behavior_log_probs, dtype=np.float32)
         self.weight_versions = np.asarray(self.weight_versions, dtype=np.int64)
         num_response = len(self.response_ids)
         if self.loss_mask is None:
@@ -61,14 +63,16 @@ class Sample:
             f"has finish reason {self.finish_reason!r}",
             f"one of {FINISH_REASONS}",
         )
-        for name in ("log_probs", "weight_versions", "loss_mask", "supports"):
+        for name in ("behavior_log_probs", "weight_versions", "loss_mask", "sampling_mask"):
             length = num_response if getattr(self, name) is None else len(getattr(self, name))
             self._check(length == num_response, f"has {length} {name}", f"{num_response}, one per response token")
         self._check(
-            bool(np.isfinite(self.log_probs).all()), "has a log-prob that is not finite", "finite behaviour log-probs"
+            bool(np.isfinite(self.behavior_log_probs).all()),
+            "has a log-prob that is not finite",
+            "finite behaviour log-probs",
         )
-        if self.supports is not None:
-            inside = bool(self.supports.hold(self.response_ids).all())
+        if self.sampling_mask is not None:
+            inside = bool(self.sampling_mask.contains(self.response_ids).all())
             self._check(inside, "has a token outside what it was drawn from", "every token in its own support")
         if self.routes is not None:
             rows = self.num_tokens - 1

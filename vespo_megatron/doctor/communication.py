@@ -71,11 +71,14 @@ def _sum(backend: str) -> Finding:
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-c", _SUM, backend, store, str(rank)], env=environment, text=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                [sys.executable, "-c", _SUM, backend, store, str(rank)],
+                env=environment,
+                text=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
             for rank in range(2)
-        ]  # fmt: skip
+        ]
         try:
             said = [rank.communicate(timeout=_DEADLINE)[1] for rank in ranks]
         except subprocess.TimeoutExpired:

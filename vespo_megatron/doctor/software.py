@@ -54,9 +54,11 @@ def transformer_engine() -> Iterator[Finding]:
         yield Finding("Transformer Engine", OK, version_of("transformer-engine") or "imports")
     else:
         yield Finding(
-            "Transformer Engine", FAIL, f"is installed but does not import ({said}), and megatron-core falls over it",
+            "Transformer Engine",
+            FAIL,
+            f"is installed but does not import ({said}), and megatron-core falls over it",
             "pip install 'transformer-engine[pytorch,core_cu12]', or pip uninstall transformer-engine",
-        )  # fmt: skip
+        )
 
 
 def apex() -> Iterator[Finding]:
@@ -67,9 +69,11 @@ def apex() -> Iterator[Finding]:
         yield Finding("Apex", OK, "NVIDIA's")
     else:
         yield Finding(
-            "Apex", FAIL, f"{version_of('apex') or 'what is installed'} is PyPI's impostor, not NVIDIA's",
+            "Apex",
+            FAIL,
+            f"{version_of('apex') or 'what is installed'} is PyPI's impostor, not NVIDIA's",
             "pip uninstall apex",
-        )  # fmt: skip
+        )
 
 
 def sglang() -> Iterator[Finding]:
@@ -77,14 +81,18 @@ def sglang() -> Iterator[Finding]:
     found = version_of("sglang")
     if found is None:
         yield Finding(
-            "SGLang", WARN, "is not installed here",
+            "SGLang",
+            WARN,
+            "is not installed here",
             "name its environment in policy.generation.sglang_cfg.python, or running servers in sglang_cfg.urls",
-        )  # fmt: skip
+        )
     elif found.split("+")[0] != SGLANG_CONTRACT:
         yield Finding(
-            "SGLang", WARN, f"{found}; the HTTP contract spoken here is {SGLANG_CONTRACT}'s",
+            "SGLang",
+            WARN,
+            f"{found}; the HTTP contract spoken here is {SGLANG_CONTRACT}'s",
             "pytest tests/rollout_sglang checks the contract against it",
-        )  # fmt: skip
+        )
     else:
         yield Finding("SGLang", OK, f"{found}, whose HTTP contract is spoken here")
 

@@ -3,7 +3,7 @@
 A library of its own: needs torch alone, knows tensors and a process group. Start at `policy_loss`.
 """
 
-from vespo_megatron.losses import kernels as kernels  # registers the objectives
+from vespo_megatron.losses import objectives as objectives  # registers the objectives
 from vespo_megatron.losses.advantages import Advantages, compute_advantages, resolve_estimator
 from vespo_megatron.losses.aggregation import AGGREGATIONS, Normalizer
 from vespo_megatron.losses.config import PolicyLossConfig

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import kernels
+from vespo_megatron.losses import objectives
 from vespo_megatron.losses.aggregation import Normalizer, sequence_scale
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.correction import CorrectionConfig, sequence_weight, token_weight
@@ -328,7 +328,7 @@ class _Plan:
         if not self.before and self.sequence_log_weight is not None:
             self.sequence_factor = self.sequence_factor * self.sequence_log_weight.exp()
         if opsm_delta is not None:
-            self.sequence_factor = self.sequence_factor * kernels.opsm_keep(
+            self.sequence_factor = self.sequence_factor * objectives.opsm_keep(
                 self.sequence_advantage, sequence_log_ratio, lengths, opsm_delta
             )
 

@@ -18,9 +18,18 @@ TOKENS_PER_PROGRAM = 8192
 
 @triton.jit
 def _sum_kernel(
-    log_probs, anchor, mask, offsets, out, bound, num_sequences,
-    HAS_MASK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    log_probs,
+    anchor,
+    mask,
+    offsets,
+    out,
+    bound,
+    num_sequences,
+    HAS_MASK: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     row, part = tl.program_id(0), tl.program_id(1)
     begin = tl.load(offsets + row) + part * SPAN
     end = tl.minimum(tl.load(offsets + row + 1), begin + SPAN)
@@ -46,9 +55,7 @@ def _sum_kernel(
 
 
 @triton.jit
-def _expand_kernel(
-    values, mask, offsets, out, HAS_MASK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _expand_kernel(values, mask, offsets, out, HAS_MASK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     row, part = tl.program_id(0), tl.program_id(1)
     begin = tl.load(offsets + row) + part * SPAN
     end = tl.minimum(tl.load(offsets + row + 1), begin + SPAN)
@@ -80,9 +87,18 @@ def sums(log_probs: Tensor, anchor: Tensor, mask: Tensor | None, offsets: Tensor
     if count:
         given = log_probs if mask is None else mask
         _sum_kernel[(count, parts)](
-            log_probs, anchor, given, offsets, out, bound, count,
-            HAS_MASK=mask is not None, SPAN=TOKENS_PER_PROGRAM, BLOCK=BLOCK, DTYPE=dtype,
-        )  # fmt: skip
+            log_probs,
+            anchor,
+            given,
+            offsets,
+            out,
+            bound,
+            count,
+            HAS_MASK=mask is not None,
+            SPAN=TOKENS_PER_PROGRAM,
+            BLOCK=BLOCK,
+            DTYPE=dtype,
+        )
     return out.sum(0, dtype=torch.float64).to(log_probs.dtype)
 
 

@@ -110,9 +110,11 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except FAILURES as error:
         raise UserError(
-            f"cannot be loaded ({reason(error)})", where=str(folder),
-            expected="a checkpoint of this model", fix="name another one; to resume from an older one remove this one",
-        ) from error  # fmt: skip
+            f"cannot be loaded ({reason(error)})",
+            where=str(folder),
+            expected="a checkpoint of this model",
+            fix="name another one; to resume from an older one remove this one",
+        ) from error
 
 
 def reason(error: BaseException) -> str:
@@ -184,8 +186,8 @@ def _rng_state(policy: MegatronPolicy) -> ShardedObject:
         "device": torch.cuda.get_rng_state(),
         "regions": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
-    place = policy.place
-    return ShardedObject("rng", state, (place.world_size,), (place.rank,), replica_id=0)
+    rank_info = policy.rank_info
+    return ShardedObject("rng", state, (rank_info.world_size,), (rank_info.rank,), replica_id=0)
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 
 _INDEX = "model.safetensors.index.json"
 NamedTensor = tuple[str, torch.Tensor]
@@ -51,9 +51,11 @@ class SafetensorsFolder:
                 raise UserError("is named by the index but missing", where=str(path), fix="copy it again") from None
             except SafetensorError as error:
                 raise UserError(
-                    f"is damaged or truncated ({error})", where=str(path), expected="a whole safetensors file",
+                    f"is damaged or truncated ({error})",
+                    where=str(path),
+                    expected="a whole safetensors file",
                     fix="copy it again",
-                ) from None  # fmt: skip
+                ) from None
             self._file_of |= dict.fromkeys(file.keys(), name)
         self._check(shape)
 
@@ -73,13 +75,15 @@ class SafetensorsFolder:
         if missing := [name for name in expected if name not in found]:
             raise UserError(
                 f"lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-                where=str(self.folder), expected="every tensor that config.json implies",
-            )  # fmt: skip
+                where=str(self.folder),
+                expected="every tensor that config.json implies",
+            )
         if extra := sorted(found - set(expected)):
             raise UserError(
                 f"has {extra[0]}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "") + ", which has no place",
-                where=str(self.folder), expected="only the tensors that config.json implies",
-            )  # fmt: skip
+                where=str(self.folder),
+                expected="only the tensors that config.json implies",
+            )
         for name, wanted in expected.items():
             actual = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
             if actual != wanted:
@@ -118,10 +122,12 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk
 
 
-def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, place: Place) -> list[LocalParameter]:
+def local_parameters(
+    chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, rank_info: RankInfo
+) -> list[LocalParameter]:
     """Every parameter of this rank's chunks with its rule; layers are known by their own number, not their order."""
-    num_local_experts = shape.num_experts // place.expert_size
-    first_expert = place.expert_rank * num_local_experts
+    num_local_experts = shape.num_experts // rank_info.expert_size
+    first_expert = rank_info.expert_rank * num_local_experts
     result = []
     for chunk in map(unwrap, chunks):
         layer_of = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
@@ -129,9 +135,9 @@ def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, pl
             layer = layer_of[int(name.split(".")[2])] if name.startswith("decoder.layers.") else None
             rule = rule_for(name, shape, layer=layer, first_expert=first_expert, num_local_experts=num_local_experts)
             rank, size = (
-                (place.expert_tensor_rank, place.expert_tensor_size)
+                (rank_info.expert_tensor_rank, rank_info.expert_tensor_size)
                 if rule.is_expert
-                else (place.tensor_rank, place.tensor_size)
+                else (rank_info.tensor_rank, rank_info.tensor_size)
             )
             result.append(
                 LocalParameter(rule, parameter, rank if rule.is_sharded else 0, size if rule.is_sharded else 1)
@@ -140,10 +146,10 @@ def local_parameters(chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, pl
 
 
 @torch.no_grad()
-def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: Qwen3MoeShape, place: Place) -> None:
+def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: Qwen3MoeShape, rank_info: RankInfo) -> None:
     """Fill every parameter of this rank from a HF folder, one tensor at a time."""
     files = SafetensorsFolder(folder, shape)
-    for local in local_parameters(chunks, shape, place):
+    for local in local_parameters(chunks, shape, rank_info):
         tensors = [files[name] for name in local.rule.names]
         local.parameter.copy_(local.rule.shard(tensors, local.shard, local.num_shards))
 
@@ -168,17 +174,22 @@ class WeightExporter:
     """Streams the live weights as HF-named tensors to global rank 0. Build and use it on every rank alike."""
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, place: Place, *, bucket_bytes: int = 256 << 20
+        self,
+        chunks: Sequence[torch.nn.Module],
+        shape: Qwen3MoeShape,
+        rank_info: RankInfo,
+        *,
+        bucket_bytes: int = 256 << 20,
     ) -> None:
-        self.place, self.bucket_bytes = place, bucket_bytes
+        self.rank_info, self.bucket_bytes = rank_info, bucket_bytes
         self._position = {name: position for position, name in enumerate(expected_tensors(shape))}
-        self._local = {local.key: local for local in local_parameters(chunks, shape, place)}
+        self._local = {local.key: local for local in local_parameters(chunks, shape, rank_info)}
 
     @cached_property
     def _buckets(self) -> list[list[tuple[str, _Entry]]]:
         """Parameters in checkpoint order, cut where the senders change or a bucket is full; agreed on by all."""
         mine = [(key, local.shard, local.rule, local.parameter.shape) for key, local in self._local.items()]
-        everyone: list = [None] * self.place.world_size
+        everyone: list = [None] * self.rank_info.world_size
         dist.all_gather_object(everyone, mine)
         senders: dict[str, dict[int, int]] = {}
         known: dict[str, tuple[Rule, torch.Size]] = {}
@@ -209,14 +220,14 @@ class WeightExporter:
         for bucket in self._buckets:
             senders = bucket[0][1].senders
             if senders == (0,):  # nothing to gather
-                if self.place.rank == 0:
+                if self.rank_info.rank == 0:
                     for key, entry in bucket:
                         yield from self._join([(key, entry)], [read(self._local[key].parameter).reshape(-1)])
                 continue
             mine = None
-            if self.place.rank in senders:
+            if self.rank_info.rank in senders:
                 mine = torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 yield from self._join(bucket, [self._receive(bucket, rank, mine, read) for rank in senders])
             elif mine is not None:
                 dist.send(mine, dst=0)
@@ -225,7 +236,7 @@ class WeightExporter:
         if rank == 0:
             return mine
         dtype = read(next(iter(self._local.values())).parameter).dtype
-        buffer = torch.empty(sum(entry.numel for _, entry in bucket), dtype=dtype, device=self.place.device)
+        buffer = torch.empty(sum(entry.numel for _, entry in bucket), dtype=dtype, device=self.rank_info.device)
         dist.recv(buffer, src=rank)
         return buffer
 
@@ -252,7 +263,7 @@ def save(
 
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
-    if exporter.place.rank == 0:
+    if exporter.rank_info.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for file in Path(copy_from).iterdir() if copy_from else ():
@@ -276,7 +287,7 @@ def save(
         total += tensor.nbytes
         if filled >= shard_bytes:
             flush()
-    if exporter.place.rank == 0:
+    if exporter.rank_info.rank == 0:
         if pending:
             flush()
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

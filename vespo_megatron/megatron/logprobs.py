@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron import logit_tiles
-from vespo_megatron.megatron.left_out import LeftOut
+from vespo_megatron.megatron.logit_mask import LogitMask
 
 _ENOUGH_ROWS = 2048
 """Rows that a tile may have whatever its width: fewer would make the products of a small budget slow."""
@@ -35,14 +35,14 @@ class LogProbRequest:
 
     `rows` int64 [R] into the T tokens (after sequence parallel gathering), `targets` int64 [R] token ids whose
     log-probability each row gives, `temperature` divides the logits, `memory_bytes` is what logits may take at
-    one time, `left_out` is what sampling could not have drawn.
+    one time, `logit_mask` is what sampling could not have drawn.
     """
 
     rows: torch.Tensor
     targets: torch.Tensor
     temperature: float = 1.0
     memory_bytes: int = 64 << 20
-    left_out: LeftOut | None = None
+    logit_mask: LogitMask | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, left_out, keep, fuse
+        ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, logit_mask, keep, fuse
     ):
         tiles = _Tiles.of(len(hidden), vocab_size, hidden.element_size(), memory_bytes)
         local = targets - first_id
@@ -93,7 +93,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         ctx.kept, ctx.on_tile = {}, operations(hidden.device)
         for number, columns in enumerate(tiles.columns):
             for part, rows in enumerate(tiles.rows):
-                tile = _logits(hidden, weight, rows, columns, first_id, left_out)
+                tile = _logits(hidden, weight, rows, columns, first_id, logit_mask)
                 is_kept = keep and tiles.is_kept(number, part)
                 if is_kept:
                     ctx.kept[number, part] = tile
@@ -114,7 +114,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         answer = torch.stack([sums[2] - log_sum, log_total - sums[1] / sums[0]])
         ctx.save_for_backward(hidden, weight, local, log_sum, answer[1])
         ctx.tiles, ctx.temperature, ctx.fuse = tiles, temperature, fuse
-        ctx.first_id, ctx.left_out = first_id, left_out
+        ctx.first_id, ctx.logit_mask = first_id, logit_mask
         return answer
 
     @staticmethod
@@ -138,11 +138,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             for part, rows in enumerate(ctx.tiles.rows):
                 tile = ctx.kept.pop((number, part), None)
                 if tile is None:
-                    tile = _logits(hidden, weight, rows, columns, ctx.first_id, ctx.left_out)
+                    tile = _logits(hidden, weight, rows, columns, ctx.first_id, ctx.logit_mask)
                 ctx.on_tile.turn_(
-                    tile, local[rows] - columns.start, ctx.temperature, log_sum[rows], gradient[:, rows],
+                    tile,
+                    local[rows] - columns.start,
+                    ctx.temperature,
+                    log_sum[rows],
+                    gradient[:, rows],
                     entropy[rows] if wants_entropy else None,
-                )  # fmt: skip
+                )
                 if wants_hidden:
                     _add_product(hidden_gradient[rows], tile, weight[columns])
                 if not wants_weight:
@@ -167,12 +171,12 @@ def _slices(total: int, size: int) -> list[slice]:
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, rows: slice, columns: slice, first_id: int, left_out: LeftOut | None
+    hidden: torch.Tensor, weight: torch.Tensor, rows: slice, columns: slice, first_id: int, logit_mask: LogitMask | None
 ) -> torch.Tensor:
     """One tile, [rows, columns]."""
     tile = hidden[rows] @ weight[columns].t()
-    if left_out is not None:
-        left_out.apply_(tile, rows, first_id + columns.start)
+    if logit_mask is not None:
+        logit_mask.apply_(tile, rows, first_id + columns.start)
     return tile
 
 
@@ -205,10 +209,10 @@ def vocab_parallel_log_probs(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     memory_bytes: int = 64 << 20,
-    left_out: LeftOut | None = None,
+    logit_mask: LogitMask | None = None,
     fuse_gradient_accumulation: bool = False,
 ) -> torch.Tensor:
-    """Log-probs of `targets` and entropies, of the full distribution or of what `left_out` leaves of it.
+    """Log-probs of `targets` and entropies, of the full distribution or of what `logit_mask` leaves of it.
 
     Args:
         hidden: [R, hidden_size], the same on every tensor parallel rank.
@@ -218,7 +222,7 @@ def vocab_parallel_log_probs(
         group: tensor parallel group.
         vocab_size: how many of the shard's rows are real; None: all. The others take no part.
         memory_bytes: what logits may take at one time, those that are kept for the backward included.
-        left_out: token ids that take no part, row by row; every target does. None: all take part.
+        logit_mask: token ids that take no part, row by row; every target does. None: all take part.
         fuse_gradient_accumulation: add the weight's gradient to `weight.main_grad` and give autograd a tensor that is
             not initialised (megatron-core's `grad_added_to_main_grad`: layers.py:610). Not for a weight used twice.
 
@@ -228,6 +232,15 @@ def vocab_parallel_log_probs(
     real = weight.shape[0] if vocab_size is None else vocab_size
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _VocabParallelLogProbs.apply(
-        hidden, weight, targets, first_id, real, group, temperature, memory_bytes, left_out, keep,
+        hidden,
+        weight,
+        targets,
+        first_id,
+        real,
+        group,
+        temperature,
+        memory_bytes,
+        logit_mask,
+        keep,
         fuse_gradient_accumulation,
-    )  # fmt: skip
+    )

@@ -10,10 +10,10 @@ import torch
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.layout import SequenceLayout, shape_bucket
-from vespo_megatron.megatron.left_out import LeftOut
+from vespo_megatron.megatron.logit_mask import LogitMask
 from vespo_megatron.megatron.logprobs import LogProbRequest
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.routing_replay.table import RouteTable
 
 
@@ -49,7 +49,7 @@ class MicroBatch:
     """What the training engine chose at θ_old, once a pass has recorded it."""
 
 
-def layouts(batches: Sequence[Batch], place: Place, padding_id: int = 0) -> list[SequenceLayout]:
+def layouts(batches: Sequence[Batch], rank_info: RankInfo, padding_id: int = 0) -> list[SequenceLayout]:
     """The layouts of one pass's micro-batches at a rank (any rank: slicing for others is done with this too).
 
     With pipeline parallelism all are padded to the longest one: stages then exchange tensors of one known size.
@@ -60,25 +60,25 @@ def layouts(batches: Sequence[Batch], place: Place, padding_id: int = 0) -> list
     result = [
         SequenceLayout.of_samples(
             batch.samples,
-            context_parallel_size=place.context_size,
-            context_parallel_rank=place.context_rank,
-            tensor_parallel_size=place.tensor_size,
-            tensor_parallel_rank=place.tensor_rank,
+            context_parallel_size=rank_info.context_size,
+            context_parallel_rank=rank_info.context_rank,
+            tensor_parallel_size=rank_info.tensor_size,
+            tensor_parallel_rank=rank_info.tensor_rank,
             padding_id=padding_id,
         )
         for batch in batches
     ]
-    if place.pipeline_size > 1:
+    if rank_info.pipeline_size > 1:
         longest = max(layout.num_global_tokens for layout in result)
         result = [replace(layout, pad_to=longest) for layout in result]
-    if place.device.type == "cuda":
+    if rank_info.device.type == "cuda":
         result = [replace(layout, pad_to=shape_bucket(layout.num_global_tokens)) for layout in result]
     return result
 
 
 def prepare(
     batches: Sequence[Batch],
-    place: Place,
+    rank_info: RankInfo,
     *,
     temperature: float,
     log_prob_bytes: int,
@@ -87,40 +87,40 @@ def prepare(
     """Slice the micro-batches of one pass for this rank and move them to its device; `routes` are sliced already."""
     tables = routes or [None] * len(batches)
     return [
-        _slice(batch, layout, place, temperature, log_prob_bytes, table)
-        for batch, layout, table in zip(batches, layouts(batches, place), tables, strict=True)
+        _slice(batch, layout, rank_info, temperature, log_prob_bytes, table)
+        for batch, layout, table in zip(batches, layouts(batches, rank_info), tables, strict=True)
     ]
 
 
 def _slice(
     batch: Batch,
     layout: SequenceLayout,
-    place: Place,
+    rank_info: RankInfo,
     temperature: float,
     log_prob_bytes: int,
     engine_routes: RouteTable | None,
 ) -> MicroBatch:
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(place.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(rank_info.device, non_blocking=True)
 
     token_ids = [sample.token_ids for sample in batch.samples]
-    supports = layout.response_supports([sample.supports for sample in batch.samples])
+    sampling_mask = layout.response_sampling_mask([sample.sampling_mask for sample in batch.samples])
     return MicroBatch(
         batch=batch,
         layout=layout,
         input_ids=to_device(layout.token_ids(token_ids))[None],
         position_ids=to_device(layout.position_ids)[None],
-        packed_seq_params=packed_seq_params(layout, place.device),
+        packed_seq_params=packed_seq_params(layout, rank_info.device),
         request=LogProbRequest(
             rows=to_device(layout.prediction_rows),
             targets=to_device(layout.targets(token_ids)),
             temperature=temperature,
             memory_bytes=log_prob_bytes,
-            left_out=None if supports is None else LeftOut.of(supports, place.device),
+            logit_mask=None if sampling_mask is None else LogitMask.of(sampling_mask, rank_info.device),
         ),
         cu_seqlens=torch.from_numpy(layout.response_cu_seqlens),
         response_positions=to_device(layout.response_positions),
-        behavior_log_probs=to_device(layout.response_values([sample.log_probs for sample in batch.samples])),
+        behavior_log_probs=to_device(layout.response_values([sample.behavior_log_probs for sample in batch.samples])),
         mask=to_device(layout.response_values([sample.loss_mask for sample in batch.samples])),
         advantages=to_device(batch.advantages.astype(np.float32)),
         engine_routes=engine_routes,

@@ -17,7 +17,7 @@ from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.recipe.schema import MegatronConfig
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -74,7 +74,7 @@ class PolicyModel(GPTModel):
             temperature=wanted.temperature,
             vocab_size=real_rows,
             memory_bytes=wanted.memory_bytes,
-            left_out=wanted.left_out,
+            logit_mask=wanted.logit_mask,
             fuse_gradient_accumulation=hasattr(weight, "main_grad") and not self.share_embeddings_and_output_weights,
         )
 
@@ -139,7 +139,7 @@ def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype:
 def build_model(
     shape: Qwen3MoeShape,
     megatron: MegatronConfig,
-    place: Place,
+    rank_info: RankInfo,
     *,
     dtype: torch.dtype,
     with_gradients: bool = True,
@@ -150,8 +150,8 @@ def build_model(
     tensor parallel only while it initialises them: layers.py:230, so initialisation is not skipped.)
     """
     config = transformer_config(shape, megatron, dtype=dtype)
-    layer_spec = choose_layer_spec(megatron.layer_spec, place.device.type)
-    padded_vocab = -(-shape.vocab_size // place.tensor_size) * place.tensor_size
+    layer_spec = choose_layer_spec(megatron.layer_spec, rank_info.device.type)
+    padded_vocab = -(-shape.vocab_size // rank_info.tensor_size) * rank_info.tensor_size
     chunks: list[torch.nn.Module] = []
     virtual = megatron.virtual_pipeline_model_parallel_size
     for stage in range(virtual or 1):
@@ -162,15 +162,15 @@ def build_model(
             real_vocab_size=shape.vocab_size,
             native=layer_spec == "native",
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=place.pipeline_rank == 0 and stage == 0,
-            post_process=place.is_last_stage and stage == (virtual or 1) - 1,
+            pre_process=rank_info.pipeline_rank == 0 and stage == 0,
+            post_process=rank_info.is_last_stage and stage == (virtual or 1) - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
             vp_stage=stage if virtual else None,
         )
-        model.to(place.device)
+        model.to(rank_info.device)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         if megatron.freeze_moe_router:

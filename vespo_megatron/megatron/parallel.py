@@ -1,4 +1,4 @@
-"""Parallel set-up: the process group, megatron-core's parallel state, seeds; and this process's place in it all."""
+"""Parallel set-up: process group, megatron-core's parallel state, seeds; and `RankInfo`, what a process is in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after 
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process in the parallel layout: its rank and the size of every dimension, and its device."""
 
     rank: int
@@ -57,7 +57,7 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_method: str | None = None) -> Place:
+def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_method: str | None = None) -> RankInfo:
     """Join the process group (unless there is one), lay out megatron-core's parallel state and seed it.
 
     Reads RANK and WORLD_SIZE (and MASTER_ADDR, MASTER_PORT without `init_method`), as torchrun sets them.
@@ -84,13 +84,13 @@ def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_
         create_gloo_process_groups=device.type == "cuda",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return place(device)
+    return rank_info(device)
 
 
-def place(device: torch.device) -> Place:
-    """Read this process's place back from megatron-core's parallel state."""
+def rank_info(device: torch.device) -> RankInfo:
+    """What megatron-core's parallel state says of this process."""
     state = parallel_state
-    return Place(
+    return RankInfo(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=device,

@@ -16,7 +16,7 @@ from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
 from vespo_megatron.routing_replay.table import RouteTable
@@ -63,18 +63,18 @@ class MegatronPolicy:
     def __init__(
         self,
         config: PolicyConfig,
-        place: Place,
+        rank_info: RankInfo,
         *,
         total_updates: int = 1,
         model_folder: str | Path | None = None,
     ) -> None:
-        self.place = place
+        self.rank_info = rank_info
         self.config = config
         self.model_folder = Path(model_folder or config.model_name)
         self.shape: Qwen3MoeShape = read_shape(self.model_folder)
         self.dtype = DTYPES[config.precision]
-        self.chunks = build_model(self.shape, config.megatron_cfg, place, dtype=self.dtype)
-        hf_weights.load(self.chunks, self.model_folder, self.shape, place)
+        self.chunks = build_model(self.shape, config.megatron_cfg, rank_info, dtype=self.dtype)
+        hf_weights.load(self.chunks, self.model_folder, self.shape, rank_info)
         self.optimizer, self.scheduler = build_optimizer(
             config.megatron_cfg, self.chunks, dtype=self.dtype, total_updates=total_updates
         )
@@ -96,7 +96,7 @@ class MegatronPolicy:
             recomputes=model_config.recompute_granularity == "full",
         )
         self.exporter = hf_weights.WeightExporter(
-            self.chunks, self.shape, place, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
+            self.chunks, self.shape, rank_info, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
         )
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], *, routes: RouteUse = LIVE) -> list[torch.Tensor]:
@@ -158,7 +158,7 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         # megatron-core multiplies a two-tuple loss by CP and divides it by the number of micro-batches
         # (schedules.py:279); DDP averages gradients over DP·CP. What is left of that is undone here.
-        scale = len(micro_batches) * self.place.data_size
+        scale = len(micro_batches) * self.rank_info.data_size
 
         def loss_function(output: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
             value, report = loss(output[0], output[1], micro_batch)
@@ -185,7 +185,7 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
-        if self.place.device.type == "cpu":
+        if self.rank_info.device.type == "cpu":
             return_free_memory()
         return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
 
@@ -199,7 +199,7 @@ class MegatronPolicy:
 
     def empty_routes(self, micro_batch: MicroBatch) -> RouteTable:
         """A table for this rank's rows and layers, to record into."""
-        rows = micro_batch.layout.num_local_tokens // self.place.tensor_size
+        rows = micro_batch.layout.num_local_tokens // self.rank_info.tensor_size
         return RouteTable.empty(rows, len(self.replay.hooks), self.shape.num_experts_per_tok, self.shape.num_experts)
 
     def _run(
@@ -208,11 +208,11 @@ class MegatronPolicy:
         def forward_step(data_iterator, model):
             micro_batch = next(data_iterator)
             self.on_progress()
-            if self.place.device.type == "cpu":
+            if self.rank_info.device.type == "cpu":
                 return_free_memory()
             chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
             table, observed = routes.tables(micro_batch)
-            with self.replay.forward(chunk, table, observed, self.place.device):
+            with self.replay.forward(chunk, table, observed, self.rank_info.device):
                 output = model(
                     input_ids=micro_batch.input_ids,
                     position_ids=micro_batch.position_ids,

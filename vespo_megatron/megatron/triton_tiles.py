@@ -17,9 +17,16 @@ MAX_BLOCK = 4096
 
 @triton.jit
 def _fold_kernel(
-    tile, column, statistics, target, width, between_statistics,
-    TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    tile,
+    column,
+    statistics,
+    target,
+    width,
+    between_statistics,
+    TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     logits = tile + row * width
     lanes = tl.arange(0, BLOCK)
@@ -50,9 +57,18 @@ def _fold_kernel(
 
 @triton.jit
 def _turn_kernel(
-    tile, column, log_sum, slopes, entropy, width, between_slopes,
-    WITH_ENTROPY: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    tile,
+    column,
+    log_sum,
+    slopes,
+    entropy,
+    width,
+    between_slopes,
+    WITH_ENTROPY: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = lanes < width
@@ -79,9 +95,16 @@ def fold(
     rows, width = tile.shape
     if rows:
         _fold_kernel[(rows,)](
-            tile, column, statistics, target, width, statistics.stride(0),
-            TEMPERATURE=temperature, BLOCK=_block(width), DTYPE=_accurate(tile),
-        )  # fmt: skip
+            tile,
+            column,
+            statistics,
+            target,
+            width,
+            statistics.stride(0),
+            TEMPERATURE=temperature,
+            BLOCK=_block(width),
+            DTYPE=_accurate(tile),
+        )
 
 
 def turn_(
@@ -97,9 +120,18 @@ def turn_(
     if rows:
         block = _block(width)
         _turn_kernel[(rows, triton.cdiv(width, block))](
-            tile, column, log_sum, slopes, log_sum if entropy is None else entropy, width, slopes.stride(0),
-            WITH_ENTROPY=entropy is not None, TEMPERATURE=temperature, BLOCK=block, DTYPE=_accurate(tile),
-        )  # fmt: skip
+            tile,
+            column,
+            log_sum,
+            slopes,
+            log_sum if entropy is None else entropy,
+            width,
+            slopes.stride(0),
+            WITH_ENTROPY=entropy is not None,
+            TEMPERATURE=temperature,
+            BLOCK=block,
+            DTYPE=_accurate(tile),
+        )
 
 
 def _block(width: int) -> int:

@@ -44,9 +44,11 @@ def local_parameters(shape: Qwen3MoeShape, recipe: Recipe, stage: int = 0) -> Pa
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     hidden, dim = shape.hidden_size, shape.head_dim
     layers = stage_layers(shape, recipe)[stage]
-    sparse = layers if shape.num_moe_layers == shape.num_hidden_layers else round(
-        layers * shape.num_moe_layers / shape.num_hidden_layers
-    )  # fmt: skip
+    sparse = (
+        layers
+        if shape.num_moe_layers == shape.num_hidden_layers
+        else round(layers * shape.num_moe_layers / shape.num_hidden_layers)
+    )
     kv_per_rank = max(1, shape.num_key_value_heads // tp)
     attention = hidden * (shape.num_attention_heads // tp + 2 * kv_per_rank) * dim
     attention += shape.num_attention_heads // tp * dim * hidden + 2 * dim

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.plan.timing import Server
-from vespo_megatron.trainer.staleness import Group, StalenessBuffer
 
 DrawLength = Callable[[random.Random], float]
 
@@ -152,9 +152,10 @@ class _Simulation:
         self.servers = _Servers(pipeline.server, pipeline.servers)
         # A synchronous run is one whose buffer never holds more than the batch that is waited for.
         self.buffer = StalenessBuffer(
-            pipeline.max_staleness if pipeline.asynchronous else 0.0, pipeline.batch_groups,
+            pipeline.max_staleness if pipeline.asynchronous else 0.0,
+            pipeline.batch_groups,
             pipeline.sync_every if pipeline.asynchronous else 1,
-        )  # fmt: skip
+        )
         self.groups: dict[int, Group] = {}
         self.left: dict[int, int] = {}
         self.done: dict[int, list[_Response]] = {}

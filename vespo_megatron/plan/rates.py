@@ -17,8 +17,8 @@ from vespo_megatron.plan.planner import Plan
 from vespo_megatron.plan.timing import Lengths, Server
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.trainer.logging import METRICS_FILE, read_metrics
-from vespo_megatron.trainer.run_directory import RECIPE_FILE
+from vespo_megatron.run.records import METRICS_FILE, read_metrics
+from vespo_megatron.run.run_directory import RECIPE_FILE
 
 _WARM_UP = 2
 """Steps of a run that are not looked at."""
@@ -37,9 +37,13 @@ def from_plan(plan: Plan, lengths: Lengths, *, spread: float = 0.7) -> Pipeline:
     """Of estimates. `spread` is the deviation of response lengths over their mean."""
     recipe = plan.recipe
     return _pipeline(
-        recipe, plan.server, plan.servers, plan.train, plan.sync,
+        recipe,
+        plan.server,
+        plan.servers,
+        plan.train,
+        plan.sync,
         lognormal(lengths.response, spread * lengths.response, recipe.policy.generation.max_new_tokens),
-    )  # fmt: skip
+    )
 
 
 def from_runs(recipe: Recipe, run_dirs: Sequence[str | Path]) -> Pipeline:
@@ -60,10 +64,14 @@ def from_runs(recipe: Recipe, run_dirs: Sequence[str | Path]) -> Pipeline:
     deviation = statistics.fmean(one.length_deviation for one in observed)
     train = statistics.median(one.train_per_response for one in alike) * recipe.rollout_batch_size
     return _pipeline(
-        recipe, server, max(1, recipe.policy.generation.sglang_cfg.num_servers), train,
+        recipe,
+        server,
+        max(1, recipe.policy.generation.sglang_cfg.num_servers),
+        train,
         statistics.median(one.sync for one in alike),
-        lognormal(mean, deviation, recipe.policy.generation.max_new_tokens), reply,
-    )  # fmt: skip
+        lognormal(mean, deviation, recipe.policy.generation.max_new_tokens),
+        reply,
+    )
 
 
 def _pipeline(
@@ -110,9 +118,10 @@ def _observe(folder: Path) -> _Observed:
     rows = [row for row in read_metrics(folder) if row["step"] > _WARM_UP] if folder.is_dir() else []
     if len(rows) < 3:
         raise UserError(
-            f"has {len(rows)} steps after the first {_WARM_UP} in {METRICS_FILE}", where=str(folder),
+            f"has {len(rows)} steps after the first {_WARM_UP} in {METRICS_FILE}",
+            where=str(folder),
             expected="a run of five steps or more",
-        )  # fmt: skip
+        )
     recipe = load_recipe(folder / RECIPE_FILE)
     responses, schedule = recipe.rollout_batch_size, recipe.grpo.async_grpo
 

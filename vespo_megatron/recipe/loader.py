@@ -28,9 +28,15 @@ from vespo_megatron.recipe.schema import Recipe
 _DEFAULTS, _OVERRIDE = "defaults", "_override_"
 _COMMAND_LINE = "command line"
 _NOT_TAKEN = (
-    OmegaConfBaseException, TypeError, ValueError, AssertionError, LookupError, AttributeError, RecursionError,
+    OmegaConfBaseException,
+    TypeError,
+    ValueError,
+    AssertionError,
+    LookupError,
+    AttributeError,
+    RecursionError,
     OverflowError,
-)  # fmt: skip
+)
 """What OmegaConf raises for content it does not take: its own errors, and those tests/fuzz/fuzz_recipe.py met."""
 
 

@@ -95,7 +95,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "policy.generation.vllm_cfg.num_last_layers_in_bf16": ((0,), "no fp8 rollouts"),
     "policy.generation.vllm_cfg.num_first_layers_in_bf16": ((0,), "no fp8 rollouts"),
     "data.system_prompt_file": ((None,), "put the system message into the prompt column"),
-}  # fmt: skip
+}
 """Their key → (values that ask for what is done here anyway, what that is). Any other value is not supported."""
 
 MEANINGLESS: tuple[tuple[str, str], ...] = (

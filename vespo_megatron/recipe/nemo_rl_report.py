@@ -30,9 +30,10 @@ def check(path: str | Path, output: str | Path | None = None) -> str:
     if lost:
         print(text)
         raise UserError(
-            f"{len(lost)} of {len(findings)} keys do not carry over: {', '.join(lost)}", where=str(path),
+            f"{len(lost)} of {len(findings)} keys do not carry over: {', '.join(lost)}",
+            where=str(path),
             fix="set them to what is supported, or take them out",
-        )  # fmt: skip
+        )
     if output is not None:
         save_recipe(recipe, output)
     return text

@@ -32,9 +32,11 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
     folder = Path(folder)
     if not (folder / "model" / "config.json").is_file():
         raise UserError(
-            "holds no tiny model", where=str(folder), expected="model/ and data/",
+            "holds no tiny model",
+            where=str(folder),
+            expected="model/ and data/",
             fix=f"python examples/tiny_moe/prepare.py --output {folder}",
-        )  # fmt: skip
+        )
     small = copy.deepcopy(recipe)
     megatron = small.policy.megatron_cfg
     experts = (
@@ -45,9 +47,11 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
     processes = lcm(recipe.model_parallel_size, experts)
     if processes > MAX_PROCESSES:
         raise UserError(
-            f"the layout needs {processes} processes", where="policy.megatron_cfg",
-            expected=f"at most {MAX_PROCESSES} to scale down", fix="lower a parallel size for the trial",
-        )  # fmt: skip
+            f"the layout needs {processes} processes",
+            where="policy.megatron_cfg",
+            expected=f"at most {MAX_PROCESSES} to scale down",
+            fix="lower a parallel size for the trial",
+        )
     small.cluster.device, small.cluster.num_nodes, small.cluster.gpus_per_node = "cpu", 1, processes
     _shrink_model(small, folder)
     _shrink_batches(small, recipe.num_mini_batches, steps)

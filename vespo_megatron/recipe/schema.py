@@ -77,7 +77,7 @@ class GRPOConfig:
 class LossConfig:
     """`loss_fn`: one objective φ, its correction and its aggregation."""
 
-    name: str = key("vespo", "(ours) An objective of `losses.kernels`, or package.module:function.")
+    name: str = key("vespo", "(ours) An objective of `losses.objectives`, or package.module:function.")
     hyperparameters: dict[str, Any] = key({}, "(ours) Arguments of that objective; unknown ones are an error.")
     aggregation: str = key("token-mean", "(ours) token-mean, seq-mean-token-sum, seq-mean-token-mean, token-sum-norm.")
     aggregation_length: int | None = key(None, "(ours) The constant length of token-sum-norm.")
@@ -217,7 +217,7 @@ class SGLangConfig:
         return self.weight_bucket_bytes // 8
 
 
-MAX_SUPPORT = 4096
+MAX_SAMPLING_MASK_TOKENS = 4096
 """Tokens of a truncated distribution that SGLang 0.5.23 reports at most (`--sampling-mask-max-tokens`)."""
 
 

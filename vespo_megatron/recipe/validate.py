@@ -12,7 +12,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import flatten
 from vespo_megatron.recipe.model_config import read_model_config
-from vespo_megatron.recipe.schema import MAX_SUPPORT, MegatronConfig, Recipe
+from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS, MegatronConfig, Recipe
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
 
@@ -435,9 +435,14 @@ def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserEr
         (config.get("num_attention_heads"), "attention heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
         (groups, "key/value heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
         (experts, "experts", expert, f"EP {expert}", "expert_model_parallel_size"),
-        (config.get("moe_intermediate_size"), "channels of an expert", expert_tensor, f"ETP {expert_tensor}",
-         "expert_tensor_parallel_size"),
-    ]  # fmt: skip
+        (
+            config.get("moe_intermediate_size"),
+            "channels of an expert",
+            expert_tensor,
+            f"ETP {expert_tensor}",
+            "expert_tensor_parallel_size",
+        ),
+    ]
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         size = config.get("intermediate_size")
         divisions.append((size, "channels of a dense MLP", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
@@ -461,13 +466,13 @@ def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserEr
     generation = recipe.policy.generation
     top_k = vocab if generation.top_k in (None, -1) else generation.top_k
     truncates = generation.top_p < 1 or generation.top_k not in (None, -1)
-    if generation.backend == "sglang" and truncates and top_k is not None and top_k > MAX_SUPPORT:
+    if generation.backend == "sglang" and truncates and top_k is not None and top_k > MAX_SAMPLING_MASK_TOKENS:
         yield UserError(
             f"is {generation.top_k} with top_p {generation.top_p}; SGLang tells what a token was drawn from only where "
-            f"that is at most {MAX_SUPPORT} tokens, and without it π cannot be taken over the same",
+            f"that is at most {MAX_SAMPLING_MASK_TOKENS} tokens, and without it π cannot be taken over the same",
             where=f"{_GENERATION}.top_k",
-            expected=f"1 to {MAX_SUPPORT} where sampling truncates",
-            fix=f"set it to {MAX_SUPPORT} beside top_p, or top_p to 1.0 and top_k to null",
+            expected=f"1 to {MAX_SAMPLING_MASK_TOKENS} where sampling truncates",
+            fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p, or top_p to 1.0 and top_k to null",
         )
     for token in generation.stop_token_ids:
         if vocab is not None and not 0 <= token < vocab:

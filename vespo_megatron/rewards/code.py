@@ -92,9 +92,10 @@ def _tests(ground_truth: Any, data_source: str) -> list[Test]:
         if isinstance(tests.get("test"), str):
             return [_holds(tests["test"])]
     raise UserError(
-        f"{str(ground_truth)[:60]!r} are no tests", where=f"ground truth of {data_source}",
+        f"{str(ground_truth)[:60]!r} are no tests",
+        where=f"ground truth of {data_source}",
         expected='{"inputs", "outputs"}, with "fn_name" for functions, {"asserts"}, {"test"} or a list of statements',
-    )  # fmt: skip
+    )
 
 
 def _prints(given: Any, wanted: Any) -> Test:
@@ -192,8 +193,9 @@ def _sandbox() -> tuple[str, ...]:
         works = False
     if not works:
         raise UserError(
-            f"{' '.join(command)} does not work on this system", where="env.reward code",
+            f"{' '.join(command)} does not work on this system",
+            where="env.reward code",
             expected="util-linux's unshare, with user namespaces for users other than root",
             fix="allow user namespaces (sysctl kernel.unprivileged_userns_clone=1), or score through env.reward=remote",
-        )  # fmt: skip
+        )
     return command

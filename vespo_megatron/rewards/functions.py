@@ -75,9 +75,10 @@ def of_recipe(env: EnvConfig) -> RewardFunction:
     unused = sorted(set(env.reward_kwargs) - set(env.rewards))
     if unused:
         raise UserError(
-            f"has arguments for {', '.join(unused)}", where="env.reward_kwargs",
+            f"has arguments for {', '.join(unused)}",
+            where="env.reward_kwargs",
             expected=f"one entry per reward of env.rewards: {', '.join(env.rewards)}",
-        )  # fmt: skip
+        )
     terms = {
         name: (float(weight), partial(find(name), **env.reward_kwargs.get(name, {})))
         for name, weight in env.rewards.items()

@@ -68,9 +68,12 @@ def _session(url: str, retries: int, backoff: float) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"is {url!r}", where="env.reward_kwargs.remote.url", expected="an http:// or https:// URL")
     policy = Retry(
-        total=retries, backoff_factor=backoff, status_forcelist=RETRY_STATUS, allowed_methods={"POST"},
+        total=retries,
+        backoff_factor=backoff,
+        status_forcelist=RETRY_STATUS,
+        allowed_methods={"POST"},
         respect_retry_after_header=True,
-    )  # fmt: skip
+    )
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=policy))

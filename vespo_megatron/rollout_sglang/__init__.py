@@ -10,9 +10,9 @@ __all__ = ["ServerGroup", "connect", "launch_servers"]
 def __getattr__(name: str) -> Any:
     """Loaded when first used: SGLang's processes import this package for its plugins alone."""
     if name in ("ServerGroup", "launch_servers"):
-        from vespo_megatron.rollout_sglang import server
+        from vespo_megatron.rollout_sglang.server import server_group
 
-        return getattr(server, name)
+        return getattr(server_group, name)
     if name == "connect":
         from vespo_megatron.rollout_sglang.sglang_engine import connect
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
@@ -38,7 +38,7 @@ class Conversation:
         self._drawn: list[bool] = []
         self._log_probs: list[float] = []
         self._versions: list[int] = []
-        self._supports: list[TokenSupports] = []
+        self._sampling_masks: list[SamplingMask] = []
         self._last: GenerationResult | None = None
         self._turns = 0
         self._observed = False
@@ -65,9 +65,9 @@ class Conversation:
         """What the engine drew for `next_request`."""
         self._ids += result.output_ids.tolist()
         self._drawn += [True] * len(result.output_ids)
-        self._log_probs += result.log_probs.tolist()
+        self._log_probs += result.behavior_log_probs.tolist()
         self._versions += result.weight_versions.tolist()
-        self._supports.append(result.supports or TokenSupports.whole(len(result.output_ids)))
+        self._sampling_masks.append(result.sampling_mask or SamplingMask.whole(len(result.output_ids)))
         self._last, self._observed = result, False
         self._turns += 1
 
@@ -78,7 +78,7 @@ class Conversation:
         self._drawn += [False] * len(token_ids)
         self._log_probs += [0.0] * len(token_ids)
         self._versions += [version] * len(token_ids)
-        self._supports.append(TokenSupports.whole(len(token_ids)))
+        self._sampling_masks.append(SamplingMask.whole(len(token_ids)))
         self._observed = self._observed or len(token_ids) > 0
 
     def loss_mask(self) -> np.ndarray:
@@ -100,11 +100,11 @@ class Conversation:
         return GenerationResult(
             request_id=self.request.request_id,
             output_ids=np.array(self._ids, dtype=np.int64),
-            log_probs=np.array(self._log_probs, dtype=np.float32),
+            behavior_log_probs=np.array(self._log_probs, dtype=np.float32),
             weight_versions=np.array(self._versions, dtype=np.int64),
             finish_reason=self._last.finish_reason,
             routes=self._last.routes,
             routes_version=self._last.routes_version,
-            supports=TokenSupports.concatenate(self._supports) if self.request.wants_supports else None,
+            sampling_mask=SamplingMask.concatenate(self._sampling_masks) if self.request.wants_sampling_mask else None,
             extra={"turns": float(self._turns)},
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sampling_mask import SamplingMask
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class GenerationRequest:
     """Nothing trains on it: where sampling truncates, any engine may report the full distribution's log-probs."""
 
     @property
-    def wants_supports(self) -> bool:
+    def wants_sampling_mask(self) -> bool:
         """Whether its log-probs are to be those of the truncated distribution, and what that consists of told."""
         return self.sampling.truncates and not self.evaluation
 
@@ -65,7 +65,7 @@ class GenerationResult:
     request_id: str
     output_ids: np.ndarray
     """int64 [R], stop token included."""
-    log_probs: np.ndarray
+    behavior_log_probs: np.ndarray
     """float32 [R], log μ of the distribution each token was drawn from: temperature-scaled, and renormalised over what
     top-k, top-p and min-p leave (see `GenerationRequest.evaluation`). At temperature 0, of that of temperature 1."""
     weight_versions: np.ndarray
@@ -75,7 +75,7 @@ class GenerationResult:
     routes: np.ndarray | None = None
     """smallest unsigned int [P + R - 1, layers, topk], or None."""
     routes_version: int | None = None
-    supports: TokenSupports | None = None
+    sampling_mask: SamplingMask | None = None
     """What each token was drawn from, where sampling truncates and something trains on it; else None."""
     extra: dict[str, float] = field(default_factory=dict)
 

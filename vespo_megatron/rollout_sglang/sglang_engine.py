@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.rollout_sglang.client import SGLangClient
-from vespo_megatron.rollout_sglang.contract import check_contract, check_settings, foreign
+from vespo_megatron.rollout_sglang.api_key import api_key
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
+from vespo_megatron.rollout_sglang.client.reply import check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerGone, WeightsNeeded, as_fault
-from vespo_megatron.rollout_sglang.gate import Gate
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
-from vespo_megatron.rollout_sglang.pool import ServerPool
-from vespo_megatron.rollout_sglang.reply import check_request
-from vespo_megatron.rollout_sglang.secrets import api_key
-from vespo_megatron.rollout_sglang.server_flags import context_length
+from vespo_megatron.rollout_sglang.pool.pool import ServerPool
+from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
+from vespo_megatron.rollout_sglang.server.flags import context_length
 from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SGLangEngine:
         self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
         self.weight_version = self._newest_version = self._first_version()
         self.sync = make_sync(self.clients, served)
-        self._gate = Gate()
+        self._generation_lock = ReadersWriterLock()
         self._closed = False
         self._broken = ""
         self._paused = False
@@ -104,14 +104,14 @@ class SGLangEngine:
         """
         for request in requests:
             check_request(request, self.shape, self.context_length)
-        await self._gate.enter()
+        await self._generation_lock.acquire_read()
         try:
             self._check_usable()
             return await self.pool.generate(
                 requests, version=self.weight_version, newest=lambda: self._newest_version, on_result=on_result
             )
         finally:
-            self._gate.leave()
+            self._generation_lock.release_read()
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
@@ -124,7 +124,7 @@ class SGLangEngine:
         Every server that is ready takes part, those that had failed as well, and serves again afterwards. After a
         failure the engine refuses to generate until an update succeeds.
         """
-        with self._gate.exclusive(self.clients[0].request_timeout_s + 30, wait=not in_place):
+        with self._generation_lock.write(self.clients[0].request_timeout_s + 30, wait=not in_place):
             if self._closed:
                 raise UserError("is closed", where=self.description)
             members = self.pool.candidates() or self.pool.wait_for_candidates()
@@ -151,7 +151,7 @@ class SGLangEngine:
 
     def release_memory(self) -> None:
         """See `RolloutEngine.release_memory`. Waits for running requests."""
-        with self._gate.exclusive(self.clients[0].request_timeout_s + 30):
+        with self._generation_lock.write(self.clients[0].request_timeout_s + 30):
             self._broken = "the servers' memory is released"
             self.sync.release_memory()
 
@@ -162,8 +162,8 @@ class SGLangEngine:
     async def pause(self) -> None:
         """End running requests as 'abort' and hold new ones back; returns when all have ended."""
         self._paused = True
-        self._gate.close()
-        self.pool.hold()
+        self._generation_lock.block_readers()
+        self.pool.stop_dispatch()
         await asyncio.to_thread(self._control, SGLangClient.pause)
         await self.pool.ended()
 
@@ -172,8 +172,8 @@ class SGLangEngine:
         if not self._broken:
             await asyncio.to_thread(self._control, SGLangClient.resume)
         self._paused = False
-        self.pool.go_on()
-        self._gate.open()
+        self.pool.resume_dispatch()
+        self._generation_lock.admit_readers()
 
     def _control(self, method: Callable[[SGLangClient], None]) -> None:
         """`method` for every server that serves; one that fails it is out of service."""
@@ -219,8 +219,12 @@ class SGLangEngine:
                 version = "0"
             versions.add(int(version))
         if len(versions) > 1:
-            raise UserError(f"the servers hold weight versions {sorted(versions)}", where=self.description,
-                            expected="one", fix="restart them")  # fmt: skip
+            raise UserError(
+                f"the servers hold weight versions {sorted(versions)}",
+                where=self.description,
+                expected="one",
+                fix="restart them",
+            )
         return versions.pop()
 
     def _probe(self, versions: Sequence[str]) -> None:

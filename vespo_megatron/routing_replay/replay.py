@@ -83,9 +83,10 @@ class RouteReplay:
                     continue  # a dense layer
                 if getattr(router.config, "moe_router_fusion", False):
                     raise UserError(
-                        f"layer {layer.layer_number} fuses its router", where="moe_router_fusion",
+                        f"layer {layer.layer_number} fuses its router",
+                        where="moe_router_fusion",
                         expected="false with policy.router_replay: the fused kernel does not ask for replayed routes",
-                    )  # fmt: skip
+                    )
                 hook = LayerReplay(self, index, len(self.hooks), layer.layer_number)
                 router.router_replay = hook
                 self.hooks.append(hook)
@@ -148,24 +149,27 @@ class RouteReplay:
             if hook.chunk != self._chunk:
                 raise UserError(
                     f"the router of layer {hook.layer_number} ran in model chunk {self._chunk}",
-                    where="routing replay", expected=f"chunk {hook.chunk}, where it was found",
-                )  # fmt: skip
+                    where="routing replay",
+                    expected=f"chunk {hook.chunk}, where it was found",
+                )
             if self.recomputes:
                 hook.pending.append(batch)
         else:
             if not hook.pending:
                 raise UserError(
-                    f"layer {hook.layer_number} asks for routes more often than it ran forward", where="routing replay",
+                    f"layer {hook.layer_number} asks for routes more often than it ran forward",
+                    where="routing replay",
                     expected="one recomputation per micro-batch",
-                )  # fmt: skip
+                )
             batch = hook.pending.popleft()
             hook.recomputes += 1
         rows = len(batch.table.experts)
         if scores.shape[0] != rows:
             raise UserError(
-                f"layer {hook.layer_number} routes {scores.shape[0]} tokens", where="routing replay",
+                f"layer {hook.layer_number} routes {scores.shape[0]} tokens",
+                where="routing replay",
                 expected=f"{rows}, the rows of its route table",
-            )  # fmt: skip
+            )
         if self._mode == "record":
             values, indices = choose()
             if batch is self._current:
@@ -190,7 +194,7 @@ class RouteReplay:
                     "in the backward",
                     where="routing replay",
                     expected=f"{forwards} and {recomputes}: each exactly once",
-                )  # fmt: skip
+                )
 
     def _reset(self) -> None:
         self._mode, self._current, self._chunk = "off", None, -1

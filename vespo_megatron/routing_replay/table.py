@@ -56,16 +56,19 @@ class RouteTable:
             row, layer = np.argwhere(used.max(axis=-1) >= num_experts)[0]
             raise UserError(
                 f"replayed row {row} of layer index {layer} names expert {used[row, layer].max()}",
-                where=where, expected=f"experts below {num_experts}", fix="the routes are of another model",
-            )  # fmt: skip
+                where=where,
+                expected=f"experts below {num_experts}",
+                fix="the routes are of another model",
+            )
         ordered = np.sort(used, axis=-1)
         twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
         if twice.any():
             row, layer = np.argwhere(twice)[0]
             raise UserError(
                 f"replayed row {row} of layer index {layer} names an expert twice: {used[row, layer].tolist()}",
-                where=where, expected=f"{used.shape[-1]} different experts per token",
-            )  # fmt: skip
+                where=where,
+                expected=f"{used.shape[-1]} different experts per token",
+            )
 
 
 def stale_rows(sample: Sample) -> np.ndarray:
@@ -131,15 +134,18 @@ def slice_routes(
     for sample in samples:
         if sample.routes is None:
             raise UserError(
-                "has no routes", where=f"sample {sample.sample_id}", expected="the engine's routes, which R3 replays",
+                "has no routes",
+                where=f"sample {sample.sample_id}",
+                expected="the engine's routes, which R3 replays",
                 fix="set policy.generation.sglang_cfg.enable_return_routed_experts=true",
-            )  # fmt: skip
+            )
         if sample.routes.shape[2] != topk or sample.routes.shape[1] <= max(layers, default=0):
             raise UserError(
-                f"has routes of shape {list(sample.routes.shape)}", where=f"sample {sample.sample_id}",
+                f"has routes of shape {list(sample.routes.shape)}",
+                where=f"sample {sample.sample_id}",
                 expected=f"[tokens − 1, at least {max(layers, default=0) + 1} layers, {topk}]",
                 fix="the engine serves another model than the trainer's",
-            )  # fmt: skip
+            )
         rows.append(sample.routes[:, list(layers)].astype(dtype))
         live.append(stale_rows(sample))
     experts, is_live = layout.routes(rows, live, topk)

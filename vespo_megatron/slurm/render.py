@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.trainer.process import EXIT_RESUMABLE
-from vespo_megatron.trainer.stopping import STOP_FILE, STOPPED_FILE
+from vespo_megatron.run.processes import EXIT_RESUMABLE
+from vespo_megatron.run.stopping import STOP_FILE, STOPPED_FILE
 
 FIRST_PORT, PORT_STEP = 31000, 100
 """Servers of the i-th rollout node listen from 31000 + 100·i on (virtual nodes share one machine's ports)."""
@@ -101,14 +101,18 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"is {config.layout!r}", where="slurm.layout", expected=f"one of {', '.join(LAYOUTS)}")
     if config.layout != "colocated" and config.rollout_nodes < 1:
         raise UserError(
-            f"is {config.rollout_nodes}", where="slurm.rollout_nodes", expected=f"at least 1 in layout {config.layout}",
+            f"is {config.rollout_nodes}",
+            where="slurm.rollout_nodes",
+            expected=f"at least 1 in layout {config.layout}",
             fix="say how many nodes the SGLang servers get, or set slurm.layout=colocated",
-        )  # fmt: skip
+        )
     if recipe.policy.generation.backend != "sglang":
         raise UserError(
-            f"is {recipe.policy.generation.backend}", where="policy.generation.backend", expected="sglang",
+            f"is {recipe.policy.generation.backend}",
+            where="policy.generation.backend",
+            expected="sglang",
             fix="a run without servers needs no script of ours: torchrun under srun is enough",
-        )  # fmt: skip
+        )
 
 
 def _options(recipe: Recipe) -> list[str]:

@@ -15,17 +15,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.host_threads import core_shares
+from vespo_megatron.launch.launcher import ALONE, agent_environment
+from vespo_megatron.launch.preflight import check_tables
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.validate import validate
-from vespo_megatron.study.run_process import CommandRun, RunNursery, RunProcess, end, stop
+from vespo_megatron.run.host_threads import core_shares
+from vespo_megatron.run.processes import stop_on_signals
+from vespo_megatron.run.records import SUMMARY_FILE
+from vespo_megatron.run.run_directory import changed_keys
+from vespo_megatron.study.run_process import CommandRun, RunForker, RunProcess, end, stop
 from vespo_megatron.study.spec import Cell, Study
-from vespo_megatron.trainer.launch import ALONE, agent_environment
-from vespo_megatron.trainer.logging import SUMMARY_FILE
-from vespo_megatron.trainer.preflight import check_tables
-from vespo_megatron.trainer.process import stop_on_signals
-from vespo_megatron.trainer.run_directory import changed_keys
 
 _POLL_S = 0.2
 _GRACE_S = 60.0
@@ -63,9 +63,10 @@ def unfinished(study: Study, extra: Sequence[str] = ()) -> list[Cell]:
         if (folder / SUMMARY_FILE).exists():
             if changes := changed_keys(folder, recipe):
                 raise UserError(
-                    "is finished with another recipe: " + "; ".join(changes[:3]), where=str(folder),
+                    "is finished with another recipe: " + "; ".join(changes[:3]),
+                    where=str(folder),
                     fix="choose another `output:`, or remove the folder",
-                )  # fmt: skip
+                )
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, recipe_file(study, cell))
@@ -116,16 +117,16 @@ class _Starter:
 
     def __init__(self, study: Study, cores: int) -> None:
         self.study, self.cores = study, cores
-        self.nursery: RunNursery | None = None
+        self.forker: RunForker | None = None
 
     def start(self, cell: Cell) -> RunProcess:
         file, log = recipe_file(self.study, cell), self.study.folder(cell).with_suffix(".log")
         recipe = load_recipe(file)
         variables = environment(recipe, self.cores)
         if recipe.world_size == 1:
-            self.nursery = self.nursery or RunNursery(variables)
-            if self.nursery.environment == variables:
-                return self.nursery.start(file, log)
+            self.forker = self.forker or RunForker(variables)
+            if self.forker.environment == variables:
+                return self.forker.start(file, log)
         return CommandRun(file, log, variables)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vespo_megatron.run.records import SUMMARY_FILE, read_metrics
 from vespo_megatron.study.measures import LATE, late_mean
 from vespo_megatron.study.spec import Cell, Study
-from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics
 
 COLLAPSE = "the last held-out accuracy is below half of the best the run had"
 

@@ -37,18 +37,22 @@ PANELS: tuple[Panel, ...] = (
     Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
     Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
     Panel(
-        "Mismatch of the engines", "The same over the first update of a rollout batch, which is not stale.",
-        ("mismatch/k3_first_update",), log=True,
+        "Mismatch of the engines",
+        "The same over the first update of a rollout batch, which is not stale.",
+        ("mismatch/k3_first_update",),
+        log=True,
     ),
     Panel("Time per phase", "Seconds of each step.", ("time/*",), stacked=True),
     Panel("Throughput", "Tokens per second.", ("throughput/*tokens_per_second*",)),
     Panel("Staleness", "Weight versions between sampling and training.", ("staleness/lag_mean", "staleness/lag_max")),
     Panel("Route agreement", "Experts that trainer and engine agree on.", ("routes/agreement",), share=True),
     Panel(
-        "Route agreement by layer", "The same, late in the run, layer by layer.", ("routes/agreement_layer_*",),
+        "Route agreement by layer",
+        "The same, late in the run, layer by layer.",
+        ("routes/agreement_layer_*",),
         over="layer",
     ),
-)  # fmt: skip
+)
 
 
 def canvas() -> tuple[Any, Any]:

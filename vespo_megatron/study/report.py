@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.run.records import SUMMARY_FILE, read_metrics, summarise
 from vespo_megatron.study.measures import by_layer
 from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
-from vespo_megatron.trainer.logging import SUMMARY_FILE, read_metrics, summarise
 
 RECIPE_FILE = "recipe.yaml"
 

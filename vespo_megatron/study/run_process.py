@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
-from vespo_megatron.trainer.process import die_with_parent
+from vespo_megatron.run.processes import die_with_parent
 
 _COMMAND = "vespo_megatron.cli"
 
@@ -59,9 +59,13 @@ class CommandRun:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
             self._process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 env=environment,
-            )  # fmt: skip
+            )
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -75,13 +79,13 @@ class CommandRun:
         return True
 
 
-class RunNursery:
+class RunForker:
     """Forks runs. All have the environment it was made with, which libraries read as they are loaded."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["vespo_megatron.trainer.preload"])
+        self._context.set_forkserver_preload(["vespo_megatron.launch.preload"])
         with _environment(self.environment):
             forkserver.ensure_running()
 
@@ -93,7 +97,7 @@ class RunNursery:
 
 
 class ForkedRun:
-    """A run that a `RunNursery` started."""
+    """A run that a `RunForker` started."""
 
     def __init__(self, process: BaseProcess) -> None:
         self._process = process

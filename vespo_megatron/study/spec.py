@@ -130,9 +130,11 @@ class Study:
     def recipe(self, cell: Cell, extra: tuple[str, ...] = ()) -> Recipe:
         """Its recipe; a run that was stopped is gone on with."""
         place = [
-            f"exp_manager.exp_dir={self.output}", f"exp_manager.name={'/'.join(cell.levels)}",
-            f"exp_manager.version=seed_{cell.seed}", "exp_manager.resume_if_exists=true",
-        ]  # fmt: skip
+            f"exp_manager.exp_dir={self.output}",
+            f"exp_manager.name={'/'.join(cell.levels)}",
+            f"exp_manager.version=seed_{cell.seed}",
+            "exp_manager.resume_if_exists=true",
+        ]
         return load_recipe(self.base, [*cell.overrides, *extra, *place])
 
 
@@ -222,6 +224,7 @@ class _Reader:
 
     def fail(self, key: str, expected: str) -> Any:
         raise UserError(
-            "is missing or not usable" if key else "is not usable", where=f"{self.path}: {key}".rstrip(": "),
+            "is missing or not usable" if key else "is not usable",
+            where=f"{self.path}: {key}".rstrip(": "),
             expected=expected,
-        )  # fmt: skip
+        )

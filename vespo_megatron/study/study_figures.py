@@ -69,16 +69,27 @@ def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
         shift = 0.04 * (number - (len(study.variants) - 1) / 2)
         halves = [0.0 if math.isnan(row.accuracy.half) else row.accuracy.half for row in chosen]
         drawn = axes.errorbar(
-            [place + shift for place in places], [row.accuracy.value for row in chosen], yerr=halves,
-            marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2, capsize=2, label=variant,
-        )  # fmt: skip
+            [place + shift for place in places],
+            [row.accuracy.value for row in chosen],
+            yerr=halves,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            label=variant,
+        )
         published = [study.published.value((variant, *setting)) for setting in study.settings]
         known = [(place + shift, value / 100) for place, value in zip(places, published, strict=True) if value]
         if known:
             axes.plot(
-                *zip(*known, strict=True), linestyle="", marker=MARKERS[number % len(MARKERS)], markersize=4,
-                markerfacecolor="none", color=drawn[0].get_color(), alpha=0.6,
-            )  # fmt: skip
+                *zip(*known, strict=True),
+                linestyle="",
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+                markerfacecolor="none",
+                color=drawn[0].get_color(),
+                alpha=0.6,
+            )
     axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings])
     axes.set_ylim(-0.02, 1.02)
     return png(figure, axes, legend=True, x=", ".join(list(study.axes)[1:]))

@@ -34,12 +34,21 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
     output = folder / "report.html"
     output.write_text(
         page(
-            "study.html.j2", title=f"Study: {study.name}", study=study, rows=rows, sentences=sentences(rows),
-            galleries=shown, late=[name for name in LATE if _present(rows, name)], collapse=COLLAPSE, level=LEVEL,
-            facts=facts(outcomes), done=sum(outcome.state == "finished" for outcome in outcomes), outcomes=outcomes,
+            "study.html.j2",
+            title=f"Study: {study.name}",
+            study=study,
+            rows=rows,
+            sentences=sentences(rows),
+            galleries=shown,
+            late=[name for name in LATE if _present(rows, name)],
+            collapse=COLLAPSE,
+            level=LEVEL,
+            facts=facts(outcomes),
+            done=sum(outcome.state == "finished" for outcome in outcomes),
+            outcomes=outcomes,
         ),
         encoding="utf-8",
-    )  # fmt: skip
+    )
     return output
 
 

@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 
 from vespo_megatron.data.batch import Batch
-from vespo_megatron.data.sample import Sample
-from vespo_megatron.data.supports import TokenSupports
+from vespo_megatron.data.sample import NAMES_ON_DISK, Sample
+from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.trainer.run_directory import RECIPE_FILE
+from vespo_megatron.run.run_directory import RECIPE_FILE
 
 WEIGHTS = "weights"
 _FACTS, _ARRAYS = "bundle.json", "arrays.npz"
-_PER_TOKEN = ("prompt_ids", "response_ids", "log_probs", "weight_versions", "loss_mask", "routes")
+_PER_TOKEN = ("prompt_ids", "response_ids", "behavior_log_probs", "weight_versions", "loss_mask", "routes")
+_MASK = NAMES_ON_DISK["sampling_mask"]
 _PLAIN = ("sample_id", "prompt_id", "finish_reason", "routes_version", "reward", "reward_parts")
 
 
@@ -51,9 +52,9 @@ def write(folder: Path, bundle: Bundle) -> None:
     arrays: dict[str, np.ndarray] = {"advantages": bundle.batch.advantages}
     samples = []
     for index, sample in enumerate(bundle.batch.samples):
-        values = {name: getattr(sample, name) for name in _PER_TOKEN}
-        if sample.supports is not None:
-            values |= {f"supports.{name}": array for name, array in vars(sample.supports).items()}
+        values = {_on_disk(name): getattr(sample, name) for name in _PER_TOKEN}
+        if sample.sampling_mask is not None:
+            values |= {f"{_MASK}.{name}": array for name, array in vars(sample.sampling_mask).items()}
         arrays |= {f"{index}.{name}": array for name, array in values.items() if array is not None}
         samples.append({name: getattr(sample, name) for name in _PLAIN})
     np.savez_compressed(folder / _ARRAYS, **arrays)
@@ -74,8 +75,8 @@ def read(folder: Path) -> Bundle:
             samples = [
                 Sample(
                     **plain,
-                    **{name: arrays.get(f"{index}.{name}") for name in _PER_TOKEN},
-                    supports=_supports(arrays, index),
+                    **{name: arrays.get(f"{index}.{_on_disk(name)}") for name in _PER_TOKEN},
+                    sampling_mask=_sampling_mask(arrays, index),
                 )
                 for index, plain in enumerate(facts["samples"])
             ]
@@ -89,7 +90,11 @@ def read(folder: Path) -> Bundle:
         ) from None
 
 
-def _supports(arrays: Mapping[str, np.ndarray], index: int) -> TokenSupports | None:
-    if f"{index}.supports.counts" not in arrays:
+def _on_disk(name: str) -> str:
+    return NAMES_ON_DISK.get(name, name)
+
+
+def _sampling_mask(arrays: Mapping[str, np.ndarray], index: int) -> SamplingMask | None:
+    if f"{index}.{_MASK}.counts" not in arrays:
         return None
-    return TokenSupports(*(arrays[f"{index}.supports.{name}"] for name in ("counts", "ids")))
+    return SamplingMask(*(arrays[f"{index}.{_MASK}.{name}"] for name in ("counts", "ids")))

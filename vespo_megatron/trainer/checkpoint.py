@@ -21,16 +21,23 @@ import torch.distributed as dist
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import checkpoint as policy_checkpoint
 from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.schema import CheckpointingConfig
-from vespo_megatron.trainer.checkpoint_store import POLICY, CheckpointStore, Entry, Kept, damage, read_manifest
+from vespo_megatron.run.checkpoint_store import (
+    POLICY,
+    CheckpointStore,
+    FileEntry,
+    RetentionPolicy,
+    damage,
+    read_manifest,
+)
 
 TRAINER, CONTROLLER, HF = "trainer.json", "controller.pt", "hf"
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A checkpoint that was verified and can be resumed."""
 
     step: int
@@ -43,7 +50,7 @@ class Checkpointer:
     """One rank's; every public method is a collective."""
 
     def __init__(self, config: CheckpointingConfig, policy: MegatronPolicy, run_dir: Path) -> None:
-        self.config, self.policy, self.place = config, policy, policy.place
+        self.config, self.policy, self.rank_info = config, policy, policy.rank_info
         self.store = CheckpointStore(run_dir / "checkpoints")
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout))
         self._thread: threading.Thread | None = None
@@ -77,13 +84,13 @@ class Checkpointer:
         started = time.perf_counter()
         partial = self.store.root / f"step_{step:06d}.partial"
         write: Callable[[], None] = _nothing
-        if not self._agreed(lambda: self.store.begin(step) if self.place.rank == 0 else None, step):
+        if not self._agreed(lambda: self.store.begin(step) if self.rank_info.rank == 0 else None, step):
             return ""
 
         def copy() -> None:
             nonlocal write
-            if self.place.rank == 0:
-                about = {"step": step, "layout": _layout(self.place), **facts}
+            if self.rank_info.rank == 0:
+                about = {"step": step, "layout": _layout(self.rank_info), **facts}
                 (partial / TRAINER).write_text(json.dumps(about, indent=1))
                 torch.save(controller() if controller is not None else {}, partial / CONTROLLER)
             write = policy_checkpoint.save(self.policy, partial / POLICY, group=self._group)
@@ -118,25 +125,25 @@ class Checkpointer:
         self, write: Callable[[], None], partial: Path, step: int, metrics: Mapping[str, float], started: float
     ) -> None:
         """Write, take checksums, publish, remove old ones. Runs in the thread."""
-        files: dict[str, Entry] = {}
+        files: dict[str, FileEntry] = {}
 
         def write_and_read() -> None:
             write()
             # The page cache still has them. What no rank wrote alone is rank 0's.
-            mine = f"{POLICY}/__{self.place.rank}_"
+            mine = f"{POLICY}/__{self.rank_info.rank}_"
             for path in sorted(path for path in partial.rglob("*") if path.is_file()):
                 name = str(path.relative_to(partial))
-                if name.startswith(mine) or (self.place.rank == 0 and not name.startswith(f"{POLICY}/__")):
-                    files[name] = Entry.of(path)
+                if name.startswith(mine) or (self.rank_info.rank == 0 and not name.startswith(f"{POLICY}/__")):
+                    files[name] = FileEntry.of(path)
 
         if not self._agreed(write_and_read, step):
             return
-        gathered: list[dict[str, Entry]] = [{}] * self.place.world_size
+        gathered: list[dict[str, FileEntry]] = [{}] * self.rank_info.world_size
         dist.all_gather_object(gathered, files, group=self._group)
         everything = {name: entry for part in gathered for name, entry in part.items()}
 
         def publish() -> None:
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 self.store.publish(partial, everything, metrics)
                 self.store.prune(self._kept())
 
@@ -146,9 +153,9 @@ class Checkpointer:
         self._metrics["checkpoint/seconds"] = time.perf_counter() - started
         self._metrics["checkpoint/bytes"] = float(sum(entry.size for entry in everything.values()))
 
-    def _kept(self) -> Kept:
+    def _kept(self) -> RetentionPolicy:
         config = self.config
-        return Kept(config.keep_last, config.keep_top_k, config.metric_name, config.higher_is_better)
+        return RetentionPolicy(config.keep_last, config.keep_top_k, config.metric_name, config.higher_is_better)
 
     def _agreed(self, action: Callable[[], Any], step: int) -> bool:
         """Do it on every rank; False on all of them, and said once, when it failed on one."""
@@ -157,13 +164,13 @@ class Checkpointer:
             action()
         except policy_checkpoint.FAILURES as error:
             failure = policy_checkpoint.reason(error)
-        failures = [""] * self.place.world_size
+        failures = [""] * self.rank_info.world_size
         dist.all_gather_object(failures, failure, group=self._group)
         if not any(failures):
             return True
         self._failures += 1
         self._metrics["checkpoint/failures"] = float(self._failures)
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             rank = next(index for index, text in enumerate(failures) if text)
             last = next(iter(self.store.checkpoints()), None)
             kept = f"the last good one is that of step {last}" if last is not None else "there is none yet"
@@ -175,7 +182,7 @@ class Checkpointer:
 
     # ---- resuming ----------------------------------------------------------------------------------------------
 
-    def find(self) -> Found | None:
+    def find(self) -> ResumePoint | None:
         """The newest checkpoint whose files are those that were written; None when the run has none at all.
 
         Damaged ones are named and passed over.
@@ -183,15 +190,15 @@ class Checkpointer:
         Raises:
             UserError: there are checkpoints, and all of them are damaged.
         """
-        shared = [list(self.store.checkpoints().items()) if self.place.rank == 0 else None]
+        shared = [list(self.store.checkpoints().items()) if self.rank_info.rank == 0 else None]
         dist.broadcast_object_list(shared, src=0, group=self._group)
         problems: list[str] = []
         for step, folder in shared[0]:
             found = self._damage(folder)
             if not found:
-                return Found(step, folder, json.loads((folder / TRAINER).read_text()))
+                return ResumePoint(step, folder, json.loads((folder / TRAINER).read_text()))
             problems.append(f"{folder}: {'; '.join(found)}")
-            if self.place.rank == 0:
+            if self.rank_info.rank == 0:
                 print(f"vespo-megatron: passing over a damaged checkpoint: {problems[-1]}", flush=True)
         if problems:
             raise UserError(
@@ -205,25 +212,25 @@ class Checkpointer:
         """Each rank reads a part of the files."""
         try:
             names = sorted(read_manifest(folder)["files"])
-            found = damage(folder, names[self.place.rank :: self.place.world_size])
+            found = damage(folder, names[self.rank_info.rank :: self.rank_info.world_size])
         except UserError as error:
             found = [str(error)]
-        gathered: list[list[str]] = [[]] * self.place.world_size
+        gathered: list[list[str]] = [[]] * self.rank_info.world_size
         dist.all_gather_object(gathered, found, group=self._group)
         return sorted({text for part in gathered for text in part})
 
-    def load(self, found: Found) -> Any:
+    def load(self, found: ResumePoint) -> Any:
         """Bring the policy to what it was; returns the controller's state on rank 0."""
-        same_layout = found.facts["layout"] == _layout(self.place)
+        same_layout = found.facts["layout"] == _layout(self.rank_info)
         policy_checkpoint.load(self.policy, found.folder / POLICY, same_layout=same_layout)
-        if self.place.rank != 0:
+        if self.rank_info.rank != 0:
             return None
         return torch.load(found.folder / CONTROLLER, weights_only=True)
 
 
-def _layout(place: Place) -> dict[str, int]:
+def _layout(rank_info: RankInfo) -> dict[str, int]:
     """Sizes under which each rank finds its own random state."""
-    return {name: value for name, value in vars(place).items() if name.endswith("_size")}
+    return {name: value for name, value in vars(rank_info).items() if name.endswith("_size")}
 
 
 def _nothing() -> None:

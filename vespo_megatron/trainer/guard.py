@@ -12,15 +12,15 @@ import torch.distributed as dist
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.run.heartbeat import Heartbeat
+from vespo_megatron.run.stopping import StopRequest
 from vespo_megatron.trainer import bundle
-from vespo_megatron.trainer.detectors import Detectors
-from vespo_megatron.trainer.nonfinite import Verdict, judge
-from vespo_megatron.trainer.pulse import Pulse
-from vespo_megatron.trainer.scatter import plan_shares
-from vespo_megatron.trainer.stopping import StopRequest
+from vespo_megatron.trainer.collapse_detectors import Detectors
+from vespo_megatron.trainer.finiteness import Verdict, judge
+from vespo_megatron.trainer.scatter import plan_shards
 
 
 class Guard:
@@ -29,30 +29,36 @@ class Guard:
     def __init__(
         self,
         recipe: Recipe,
-        place: Place,
+        rank_info: RankInfo,
         policy: MegatronPolicy,
         run_dir: Path | None = None,
-        pulse: Pulse | None = None,
+        heartbeat: Heartbeat | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        self.recipe, self.place, self.policy, self.run_dir, self.pulse = recipe, place, policy, run_dir, pulse
+        self.recipe, self.rank_info, self.policy, self.run_dir, self.heartbeat = (
+            recipe,
+            rank_info,
+            policy,
+            run_dir,
+            heartbeat,
+        )
         self.stop = stop or StopRequest(run_dir)
         self.detectors = Detectors(recipe.guard)
         self.verdict: Verdict | None = None
         self._skipped_in_a_row = 0
         self._bundles = 0
-        if pulse is not None:
-            policy.on_progress = pulse.beat
+        if heartbeat is not None:
+            policy.on_progress = heartbeat.beat
 
     def begin(self, step: int) -> None:
         """A step begins."""
-        if self.pulse is not None:
-            self.pulse.step = step
-            self.pulse.enter("step")
+        if self.heartbeat is not None:
+            self.heartbeat.step = step
+            self.heartbeat.enter("step")
 
     def fit(self, reports: Sequence[Any]) -> bool:
         """Whether this update's loss and gradients are finite on every rank; a collective."""
-        self.verdict = judge(self.policy, reports, self.place)
+        self.verdict = judge(self.policy, reports, self.rank_info)
         if self.verdict.finite:
             self._skipped_in_a_row = 0
         return self.verdict.finite
@@ -70,7 +76,7 @@ class Guard:
             self._bundles += 1
             kept = self._keep(step, update, batch, str(verdict))
         text = f"step {step}, update {update}: not finite: {verdict}; skipped" + (f", kept in {kept}" if kept else "")
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             print(f"vespo-megatron: {text}", flush=True)
         if self._skipped_in_a_row >= config.max_skipped_updates:
             raise UserError(
@@ -83,7 +89,7 @@ class Guard:
     def _keep(self, step: int, update: int, batch: Batch | None, blame: str) -> str:
         folder = bundle.bundle_folder(self.run_dir, step, update)
         if batch is not None:
-            shares = plan_shares(batch, self.recipe, self.place.data_size, self.policy.shape)
+            shares = plan_shards(batch, self.recipe, self.rank_info.data_size, self.policy.shape)
             parts = [part for share in shares for part in share.mini_batches[update]]
             wanted = {sample.sample_id for part in parts for sample in part.samples}
             indices = [index for index, sample in enumerate(batch.samples) if sample.sample_id in wanted]
@@ -105,10 +111,10 @@ class Guard:
     def should_stop(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether to leave the loop after this step, agreed on by all ranks; a collective. Rank 0 has the metrics."""
         wanted = self.stop.asked()
-        for finding in self.detectors.observe(metrics) if self.place.rank == 0 else ():
+        for finding in self.detectors.observe(metrics) if self.rank_info.rank == 0 else ():
             print(f"vespo-megatron: step {step}: {finding.text}", flush=True)
             if self.recipe.guard.on_collapse == "stop":
                 wanted, self.stop.reason = True, f"{finding.rule} collapsed: {finding.text}"
-        flag = torch.tensor([int(wanted)], device=self.place.device)
+        flag = torch.tensor([int(wanted)], device=self.rank_info.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

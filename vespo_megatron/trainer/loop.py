@@ -13,20 +13,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.controller.controller import Controller
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import MetricSums, learning_rate_scale
 from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
-from vespo_megatron.megatron.parallel import Place, data_context_parallel_group
+from vespo_megatron.megatron.parallel import RankInfo, data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
-from vespo_megatron.trainer.checkpoint import Checkpointer, Found
-from vespo_megatron.trainer.controller import Controller
+from vespo_megatron.trainer.checkpoint import Checkpointer, ResumePoint
 from vespo_megatron.trainer.guard import Guard
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.profile import profiled
-from vespo_megatron.trainer.routes import StepRoutes, held_bytes, route_metrics
-from vespo_megatron.trainer.scatter import Scatter, Share
+from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
+from vespo_megatron.trainer.scatter import BatchShard, Scatter
 from vespo_megatron.trainer.timers import Timers
 from vespo_megatron.trainer.utilization import utilization
 
@@ -37,24 +37,24 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        place: Place,
+        rank_info: RankInfo,
         policy: MegatronPolicy,
         controller: Controller | None,
         guard: Guard | None = None,
         checkpointer: Checkpointer | None = None,
     ) -> None:
-        if (controller is None) != (place.rank != 0):
+        if (controller is None) != (rank_info.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
-        self.recipe, self.place, self.policy, self.controller = recipe, place, policy, controller
+        self.recipe, self.rank_info, self.policy, self.controller = recipe, rank_info, policy, controller
         self.objective = Objective(recipe.loss_fn)
         self.scatter = Scatter(recipe, policy)
         self.weight_version = 0
-        self.guard = guard or Guard(recipe, place, policy)
-        self.timers = Timers(self.guard.pulse, place.device)
+        self.guard = guard or Guard(recipe, rank_info, policy)
+        self.timers = Timers(self.guard.heartbeat, rank_info.device)
         self.checkpointer = checkpointer
         self.profiles = recipe.logger.profile_step if self.guard.run_dir else 0
 
-    def train(self, resumed: Found | None = None) -> bool:
+    def train(self, resumed: ResumePoint | None = None) -> bool:
         """All steps after the checkpoint `resumed`, with evaluation and logging; rank 0 writes.
 
         False when the run was stopped before the last.
@@ -75,7 +75,7 @@ class Trainer:
             self.with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
         for step in range(done + 1, schedule.max_num_steps + 1):
             self.guard.begin(step)
-            with profiled(self.guard.run_dir, self.place.rank, step) if step == self.profiles else nullcontext():
+            with profiled(self.guard.run_dir, self.rank_info.rank, step) if step == self.profiles else nullcontext():
                 metrics = self.step(step)
             last = step == schedule.max_num_steps
             due = schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end))
@@ -108,7 +108,7 @@ class Trainer:
         """What every rank needs to go on, besides its policy; as JSON."""
         return {"weight_version": self.weight_version, "guard": self.guard.state_dict()}
 
-    def resume(self, found: Found) -> int:
+    def resume(self, found: ResumePoint) -> int:
         """Be what the checkpoint holds; the step it was taken after."""
         controller_state = self.checkpointer.load(found)
         self.weight_version = found.facts["weight_version"]
@@ -140,7 +140,7 @@ class Trainer:
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
                 first = index == 0 and not ran_log_prob_pass
-                config = self.objective.settle(self.policy, micro_batches, routes.extra_pass())
+                config = self.objective.mini_batch_config(self.policy, micro_batches, routes.extra_pass())
                 results.append(
                     self.policy.update(
                         micro_batches,
@@ -159,24 +159,27 @@ class Trainer:
             return {}
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
         metrics |= utilization(
-            rollout.batch.samples, self.policy.shape, seconds=self.timers.seconds("train"), device=self.place.device,
-            devices=self.place.world_size,
-        )  # fmt: skip
+            rollout.batch.samples,
+            self.policy.shape,
+            seconds=self.timers.seconds("train"),
+            device=self.rank_info.device,
+            devices=self.rank_info.world_size,
+        )
         return rollout.metrics | metrics | {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
 
     def after_updates(self, step: int) -> None:
         """New weights for the rollouts of the next step."""
         self.push_weights(version=step)
 
-    def prepare(self, share: Share) -> list[list[MicroBatch]]:
+    def prepare(self, share: BatchShard) -> list[list[MicroBatch]]:
         """Slice every micro-batch for this rank."""
         for tables in share.routes:
             for table in filter(None, tables):
-                table.check(self.policy.shape.num_experts, where=f"rank {self.place.rank}")
+                table.check(self.policy.shape.num_experts, where=f"rank {self.rank_info.rank}")
         return [
             prepare(
                 micro_batches,
-                self.place,
+                self.rank_info,
                 temperature=self.recipe.policy.generation.temperature,
                 log_prob_bytes=self.recipe.policy.megatron_cfg.logprob_memory_mb << 20,
                 routes=tables,
@@ -208,13 +211,13 @@ class Trainer:
         rule = self.recipe.loss_fn.ess_learning_rate
         if rule == "none":
             return True
-        ess = torch.zeros(1, device=self.place.device)
-        if self.place.is_last_stage:
+        ess = torch.zeros(1, device=self.rank_info.device)
+        if self.rank_info.is_last_stage:
             metrics = self.objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
-            ess += metrics["vespo/ess"] / self.place.tensor_size
+            ess += metrics["vespo/ess"] / self.rank_info.tensor_size
         # Ranks of other stages hold 0, replicas along DP, CP and TP the same value: the mean over the last stage's.
         dist.all_reduce(ess)
-        share = ess.item() / (self.place.data_size * self.place.context_size)
+        share = ess.item() / (self.rank_info.data_size * self.rank_info.context_size)
         self.policy.scale_learning_rate(learning_rate_scale(share, rule, self.recipe.loss_fn.ess_base))
         return True
 
@@ -264,7 +267,7 @@ class Trainer:
 
     def reduce_routes(self, routes: StepRoutes, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Route agreement and storage over all ranks; complete on rank 0, empty elsewhere."""
-        report = (routes.engine, routes.drift, *held_bytes(micro_batches, self.place))
+        report = (routes.engine, routes.drift, *route_bytes(micro_batches, self.rank_info))
         return route_metrics(self.scatter.to_rank_zero(report))
 
     def reduce(self, results: list[UpdateResult]) -> dict[str, Any]:
@@ -274,7 +277,7 @@ class Trainer:
         results = [result for result in results if result.succeeded] or results[-1:]
         finished: list[dict[str, float]] = []
         histograms: dict[str, Any] = {}
-        if self.place.is_last_stage:
+        if self.rank_info.is_last_stage:
             group = data_context_parallel_group()
             per_update = [self.objective.metrics(result.reports).all_reduce(group) for result in results]
             finished = [sums.finalize() for sums in per_update]
@@ -283,7 +286,7 @@ class Trainer:
             histograms = {name: (edges, counts.cpu()) for name, (edges, counts) in whole.histograms.items()}
         else:
             merged = {}
-        report = (merged, histograms) if self.place.reports and merged else None
+        report = (merged, histograms) if self.rank_info.reports and merged else None
         reports = [report for report in self.scatter.to_rank_zero(report) if report]
         if not reports:
             return {}

@@ -39,7 +39,7 @@ def _score(trainer: Trainer, micro_batches: list[MicroBatch], normalizer: Any, m
     outputs = trainer.policy.log_probs(micro_batches, routes=routes.log_prob_pass())
     routes.after_log_probs(micro_batches)
     metrics: dict[str, float] = {}
-    if trainer.place.is_last_stage:
+    if trainer.rank_info.is_last_stage:
         loss = trainer.objective.loss_function(normalizer)
         reports = []
         for (log_probs, entropies), micro_batch in zip(outputs, micro_batches, strict=True):
@@ -47,7 +47,7 @@ def _score(trainer: Trainer, micro_batches: list[MicroBatch], normalizer: Any, m
             reports.append(loss(log_probs, entropies, micro_batch)[1])
         metrics = trainer.objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
     gathered = trainer.scatter.to_rank_zero(
-        (metrics if trainer.place.reports else {}, routes.engine, routes.drift, 0, 0)
+        (metrics if trainer.rank_info.reports else {}, routes.engine, routes.drift, 0, 0)
     )
     if not gathered:
         return {}

@@ -18,7 +18,7 @@ from vespo_megatron.losses import (
     PolicyLossConfig,
     compute_policy_loss,
     compute_ratios,
-    kernels,
+    objectives,
 )
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import context_parallel_group, data_context_parallel_group
@@ -63,7 +63,9 @@ class Objective:
         """Whether log-probs of the initial policy are part of the objective."""
         return self.config.kl_coefficient != 0
 
-    def settle(self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> PolicyLossConfig:
+    def mini_batch_config(
+        self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse
+    ) -> PolicyLossConfig:
         """The configuration for one mini-batch: for BAPO, with the bounds that hold for all of it.
 
         They depend on π_θ over the whole mini-batch, which costs a forward pass; a collective.
@@ -72,17 +74,17 @@ class Objective:
         if self.config.name != "bapo" or "ratio_low" in given:
             return self.config
         outputs = policy.log_probs(micro_batches, routes=routes)
-        if not policy.place.is_last_stage:
+        if not policy.rank_info.is_last_stage:
             return self.config
-        settings = {name: given.get(name, kernels.BAPO_SEARCH[name]) for name in kernels.BAPO_SEARCH}
-        lows = kernels.bound_candidates(settings["low_start"], settings["low_max"], settings["low_step"])
-        highs = kernels.bound_candidates(settings["high_start"], settings["high_max"], settings["high_step"])
-        total = torch.zeros(len(lows) + len(highs), device=policy.place.device)
+        settings = {name: given.get(name, objectives.BAPO_SEARCH[name]) for name in objectives.BAPO_SEARCH}
+        lows = objectives.bound_candidates(settings["low_start"], settings["low_max"], settings["low_step"])
+        highs = objectives.bound_candidates(settings["high_start"], settings["high_max"], settings["high_step"])
+        total = torch.zeros(len(lows) + len(highs), device=policy.rank_info.device)
         for output, micro_batch in zip(outputs, micro_batches, strict=True):
             ratios = compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
-            total += kernels.bapo_contributions(ratios, lows, highs)
+            total += objectives.bapo_contributions(ratios, lows, highs)
         dist.all_reduce(total, group=data_context_parallel_group())
-        low, high = kernels.bapo_bounds(total, lows, highs, settings["target_share"])
+        low, high = objectives.bapo_bounds(total, lows, highs, settings["target_share"])
         return replace(self.config, hyperparameters=given | {"ratio_low": low.item(), "ratio_high": high.item()})
 
     def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
@@ -101,7 +103,7 @@ class Objective:
         )
 
     def loss_function(self, normalizer: Normalizer, config: PolicyLossConfig | None = None) -> LossFunction:
-        """The loss of one mini-batch; `normalizer` holds its global counts, `config` comes from `settle`."""
+        """The loss of one mini-batch; `normalizer` holds its global counts, `config` comes from `mini_batch_config`."""
         config = config or self.config
 
         def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:

@@ -111,7 +111,7 @@ def _run(recipe: Recipe, batch: Any, init_method: str) -> list[tuple[str, str]]:
     for micro_batch in micro_batches:
         trace = _Trace()
         sample = micro_batch.batch.samples[0]
-        for name, values in (("μ", sample.log_probs), ("advantage", micro_batch.batch.advantages)):
+        for name, values in (("μ", sample.behavior_log_probs), ("advantage", micro_batch.batch.advantages)):
             trace.look(f"data: {name}", torch.from_numpy(np.asarray(values)))
         with _watched(policy, trace):
             policy.compute_gradients(

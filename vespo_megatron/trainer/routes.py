@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vespo_megatron.megatron.micro_batch import MicroBatch
-from vespo_megatron.megatron.parallel import Place, pipeline_group
+from vespo_megatron.megatron.parallel import RankInfo, pipeline_group
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.routing_replay.agreement import Agreement
 from vespo_megatron.routing_replay.table import RouteTable
@@ -24,7 +24,7 @@ class StepRoutes:
     """
 
     def __init__(self, mode: str, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], measure: bool) -> None:
-        self.mode, self.policy, self.place = mode, policy, policy.place
+        self.mode, self.policy, self.rank_info = mode, policy, policy.rank_info
         self.has_engine_routes = all(each.engine_routes is not None for each in micro_batches)
         self.measure = measure and (self.has_engine_routes or mode == "R2")
         self.engine, self.drift = Agreement(), Agreement()
@@ -104,11 +104,11 @@ class StepRoutes:
             rows = rows if recorded is None else rows & recorded
             differs.append(agreement.add(layers, a.experts[rows], b.experts[rows]))
         differs = np.concatenate(differs) if differs else np.zeros(0, dtype=bool)
-        if self.place.pipeline_size > 1:  # a token differs when it does in any stage's layers
-            anywhere = torch.from_numpy(differs.astype(np.uint8)).to(self.place.device)
+        if self.rank_info.pipeline_size > 1:  # a token differs when it does in any stage's layers
+            anywhere = torch.from_numpy(differs.astype(np.uint8)).to(self.rank_info.device)
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=pipeline_group())
             differs = anywhere.cpu().numpy().astype(bool)
-        if self.place.pipeline_rank == 0:
+        if self.rank_info.pipeline_rank == 0:
             agreement.add_tokens(differs)
 
 
@@ -122,8 +122,8 @@ def route_metrics(reports: Sequence[tuple[Agreement, Agreement, int, int]]) -> d
     return metrics
 
 
-def held_bytes(micro_batches: Sequence[MicroBatch], place: Place) -> tuple[int, int]:
+def route_bytes(micro_batches: Sequence[MicroBatch], rank_info: RankInfo) -> tuple[int, int]:
     """(bytes of routes this rank holds, tokens it accounts for: each token once over all ranks)."""
     held = sum(table.nbytes for each in micro_batches for table in (each.engine_routes, each.trainer_routes) if table)
-    tokens = sum(each.layout.num_local_tokens // place.tensor_size for each in micro_batches)
-    return held, tokens if place.pipeline_rank == 0 else 0
+    tokens = sum(each.layout.num_local_tokens // rank_info.tensor_size for each in micro_batches)
+    return held, tokens if rank_info.pipeline_rank == 0 else 0

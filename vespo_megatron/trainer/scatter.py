@@ -17,14 +17,14 @@ from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.micro_batch import layouts
-from vespo_megatron.megatron.parallel import Place
+from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 
 
 @dataclass
-class Share:
+class BatchShard:
     """One data parallel rank's part of a rollout batch."""
 
     mini_batches: list[list[Batch]]
@@ -42,27 +42,29 @@ class Scatter:
     """
 
     def __init__(self, recipe: Recipe, policy: MegatronPolicy) -> None:
-        self.recipe, self.place, self.shape = recipe, policy.place, policy.shape
+        self.recipe, self.rank_info, self.shape = recipe, policy.rank_info, policy.shape
         timeout = 600.0 + 4 * recipe.policy.generation.sglang_cfg.request_timeout
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-        self._ranks: list[tuple[Place, list[int]]] = [(self.place, [])] * self.place.world_size
-        dist.all_gather_object(self._ranks, (self.place, policy.moe_layers), group=self.group)
+        self._ranks: list[tuple[RankInfo, list[int]]] = [(self.rank_info, [])] * self.rank_info.world_size
+        dist.all_gather_object(self._ranks, (self.rank_info, policy.moe_layers), group=self.group)
 
-    def batch(self, batch: Batch | UserError | None) -> Share:
+    def batch(self, batch: Batch | UserError | None) -> BatchShard:
         """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its share."""
-        objects: list[Any] = [None] * self.place.world_size
+        objects: list[Any] = [None] * self.rank_info.world_size
         if isinstance(batch, Batch):
-            shares = plan_shares(batch, self.recipe, self.place.data_size, self.shape)
-            objects = [self._for_rank(shares[place.data_rank], place, layers) for place, layers in self._ranks]
+            shares = plan_shards(batch, self.recipe, self.rank_info.data_size, self.shape)
+            objects = [
+                self._for_rank(shares[rank_info.data_rank], rank_info, layers) for rank_info, layers in self._ranks
+            ]
         elif batch is not None:
-            objects = [batch] * self.place.world_size
+            objects = [batch] * self.rank_info.world_size
         received: list[Any] = [None]
-        dist.scatter_object_list(received, objects if self.place.rank == 0 else None, src=0, group=self.group)
+        dist.scatter_object_list(received, objects if self.rank_info.rank == 0 else None, src=0, group=self.group)
         if isinstance(received[0], UserError):
             raise received[0]
         return received[0]
 
-    def _for_rank(self, share: Share, place: Place, moe_layers: list[int]) -> Share:
+    def _for_rank(self, share: BatchShard, rank_info: RankInfo, moe_layers: list[int]) -> BatchShard:
         """Cut the routes to what a rank uses, and send the samples without them."""
         with_routes = all(
             sample.routes is not None for batches in share.mini_batches for b in batches for sample in b.samples
@@ -80,16 +82,16 @@ class Scatter:
                         topk=self.shape.num_experts_per_tok,
                         num_experts=self.shape.num_experts,
                     )
-                    for batch, layout in zip(micro_batches, layouts(micro_batches, place), strict=True)
+                    for batch, layout in zip(micro_batches, layouts(micro_batches, rank_info), strict=True)
                 ]
                 for micro_batches in share.mini_batches
             ]
         stripped = [[_without_routes(batch) for batch in micro_batches] for micro_batches in share.mini_batches]
-        return Share(stripped, share.normalizers, tables)
+        return BatchShard(stripped, share.normalizers, tables)
 
     def to_rank_zero(self, report: Any) -> list[Any]:
         """Every rank's report, in rank order, on rank 0; an empty list elsewhere."""
-        gathered: list[Any] | None = [None] * self.place.world_size if self.place.rank == 0 else None
+        gathered: list[Any] | None = [None] * self.rank_info.world_size if self.rank_info.rank == 0 else None
         dist.gather_object(report, gathered, dst=0, group=self.group)
         return gathered or []
 
@@ -102,7 +104,7 @@ def _without_routes(batch: Batch) -> Batch:
     return Batch(samples, batch.advantages, batch.lags)
 
 
-def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Qwen3MoeShape) -> list[Share]:
+def plan_shards(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Qwen3MoeShape) -> list[BatchShard]:
     """Cut a rollout batch into mini-batches and micro-batches of equal work for each data parallel rank. Pure."""
     policy, megatron = recipe.policy, recipe.policy.megatron_cfg
     packing = policy.sequence_packing
@@ -123,7 +125,7 @@ def plan_shares(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Qw
         lengths = [int(batch.samples[index].loss_mask.sum()) for index in members]
         normalizers.append(Normalizer.from_lengths(lengths, recipe.loss_fn.aggregation_length))
     return [
-        Share(
+        BatchShard(
             [[batch.select(micro_batch) for micro_batch in mini_batch[rank]] for mini_batch in plan.mini_batches],
             normalizers,
             [[None] * len(mini_batch[rank]) for mini_batch in plan.mini_batches],

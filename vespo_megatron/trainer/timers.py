@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
-from vespo_megatron.trainer.pulse import Pulse
+from vespo_megatron.run.heartbeat import Heartbeat
 
 
 class Timers:
@@ -19,8 +19,8 @@ class Timers:
     its end.
     """
 
-    def __init__(self, pulse: Pulse | None = None, device: torch.device | None = None) -> None:
-        self._pulse = pulse
+    def __init__(self, heartbeat: Heartbeat | None = None, device: torch.device | None = None) -> None:
+        self._heartbeat = heartbeat
         self._device = device if device is not None and device.type == "cuda" else None
         self._process = psutil.Process()
         self._measured: dict[str, float] = {}
@@ -28,14 +28,14 @@ class Timers:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
-        around = self._pulse.enter(phase) if self._pulse else ""
+        around = self._heartbeat.enter(phase) if self._heartbeat else ""
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
         finally:
-            if self._pulse:
-                self._pulse.enter(around)
+            if self._heartbeat:
+                self._heartbeat.enter(around)
             seconds, memory = f"time/{phase}", f"memory/{phase}"
             self._measured[seconds] = self._measured.get(seconds, 0.0) + time.perf_counter() - started
             self._measured[memory] = max(self._measured.get(memory, 0.0), self._memory() / 2**30)

@@ -92,9 +92,10 @@ def _read(public: PublicSet, local: str | Path | None, revision: str | None) -> 
     missing = [column for column in public.columns if column not in rows.column_names]
     if missing:
         raise UserError(
-            f"has no column {', '.join(missing)}", where=str(local or public.source),
+            f"has no column {', '.join(missing)}",
+            where=str(local or public.source),
             expected=f"the columns of {public.source}; found {', '.join(rows.column_names)}",
-        )  # fmt: skip
+        )
     return rows, found
 
 

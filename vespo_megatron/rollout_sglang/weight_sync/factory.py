@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import SGLangConfig
-from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.weight_sync.session import WeightSync
 from vespo_megatron.rollout_sglang.weight_sync.transport import Transport
 

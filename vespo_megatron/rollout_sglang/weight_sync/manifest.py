@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
 
 
 @dataclass(frozen=True)

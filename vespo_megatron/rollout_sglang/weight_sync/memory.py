@@ -8,7 +8,7 @@ needs the package torch_memory_saver and CUDA): both endpoints answer, and free 
 
 from __future__ import annotations
 
-from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 
 _REST = ["kv_cache", "cuda_graph"]

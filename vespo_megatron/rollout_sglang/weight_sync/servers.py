@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
 
 
 class Servers:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
-from vespo_megatron.rollout_sglang.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 from vespo_megatron.rollout_sglang.weight_sync.buckets import BucketSender
 from vespo_megatron.rollout_sglang.weight_sync.manifest import ServedTensor, ask_weights, merge_manifests
@@ -74,7 +74,7 @@ class WeightSync:
         self._connected = False
         self._manifests: list[list[dict[str, str]]] = []
         self._served: dict[str, ServedTensor] = {}
-        self._held: Checksums = {}
+        self._known_checksums: Checksums = {}
         self._differed = False
 
     @property
@@ -100,7 +100,7 @@ class WeightSync:
         """
         start, servers = time.monotonic(), self._servers
         try:
-            servers.on_all(SGLangClient.hold if in_place else SGLangClient.pause)
+            servers.on_all(SGLangClient.pause_in_place if in_place else SGLangClient.pause)
             self._memory.resume_weights(servers)
             self._connect()
             if self.transport.opens_session:
@@ -121,7 +121,7 @@ class WeightSync:
         except BaseException:
             self._disconnect()
             raise
-        self._held, self._differed = expected, False
+        self._known_checksums, self._differed = expected, False
         end = time.monotonic()
         self.seconds = {"stream": streamed - start, "check": end - streamed, "total": end - start}
         return digest
@@ -138,7 +138,7 @@ class WeightSync:
     def release_memory(self) -> None:
         """Pause the servers and take weights and cache off their devices; the next `update` brings both back."""
         self._servers.on_all(SGLangClient.pause)
-        self._held = {}  # what is released is lost
+        self._known_checksums = {}  # what is released is lost
         self._memory.release(self._servers)
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class WeightSync:
         self.transport.connect(servers, [len(ranks) for ranks in self._manifests])
 
     def _disconnect(self) -> None:
-        self._held = {}
+        self._known_checksums = {}
         if self._connected:
             self._connected = False
             self.transport.disconnect()
@@ -188,7 +188,9 @@ class WeightSync:
             whole, slices = hash_slices(name, tensor, served)
             digest.add_checksum(whole)
             expected |= slices
-            if self.only_changed and all(self._held.get(each) == checksum for each, checksum in slices.items()):
+            if self.only_changed and all(
+                self._known_checksums.get(each) == checksum for each, checksum in slices.items()
+            ):
                 continue
             sender.add(name, tensor)
             self.sent["tensors"] += 1

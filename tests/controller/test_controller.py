@@ -1,0 +1,153 @@
+"""What the controller makes of a rollout batch: groups, bad samples, resampling, the probe for routes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vespo_megatron.controller.controller import MAX_SAMPLING_ROUNDS, Controller
+from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.rewards import RewardResult
+from vespo_megatron.rollout_sglang.engine import GenerationResult
+
+
+class Engine:
+    """Answers every request with three tokens; `spoil` may change an answer."""
+
+    description = "an engine"
+
+    def __init__(self, spoil=lambda number, result: None):
+        self.requests, self.spoil = [], spoil
+
+    async def generate(self, requests, *, on_result=None):
+        results = []
+        for request in requests:
+            result = GenerationResult(request.request_id, np.arange(3), np.full(3, -1.0), np.zeros(3), "stop")
+            self.spoil(len(self.requests), result)
+            self.requests.append(request)
+            results.append(result)
+        return results
+
+    def metrics(self):
+        return {"rollout/servers": 1.0}
+
+    def close(self):
+        pass
+
+
+class Rewards:
+    """Scores by position: `scores(n)` is the n-th score asked for."""
+
+    def __init__(self, scores):
+        self.scores, self.count = scores, 0
+
+    async def score(self, requests):
+        results = [RewardResult(self.scores(self.count + i), {"format": 1.0}) for i in range(len(requests))]
+        self.count += len(requests)
+        return results
+
+    def close(self):
+        pass
+
+
+class Tokenizer:
+    eos_token_id = 1
+
+    def decode(self, ids, **kwargs):
+        return "text"
+
+
+class Logger:
+    def log_samples(self, *args, **kwargs):
+        pass
+
+    def log_problems(self, step, problems):
+        self.problems = problems
+
+
+@pytest.fixture
+def build():
+    built = []
+
+    def build(scores=lambda n: float(n % 2), spoil=lambda number, result: None, **settings):
+        recipe = Recipe()
+        recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt = 4, 2
+        for name, value in settings.items():
+            section, key = name.split("__")
+            setattr(getattr(recipe, section), key, value)
+        records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
+        controller = Controller(
+            recipe, Engine(spoil), Tokenizer(), PromptStream(records, seed=1), records[:6], Rewards(scores), Logger()
+        )
+        built.append(controller)
+        return controller
+
+    yield build
+    for controller in built:
+        controller.close()
+
+
+def not_a_number(number, result):
+    if number == 3:
+        result.behavior_log_probs[1] = np.nan
+
+
+def test_a_batch_holds_whole_groups_with_group_relative_advantages(build):
+    rollout = build().collect(1)
+    assert [sample.prompt_id for sample in rollout.batch.samples[::2]] == [
+        s.prompt_id for s in rollout.batch.samples[1::2]
+    ]
+    assert np.allclose(rollout.batch.advantages, np.tile([-1, 1], 4) * rollout.batch.advantages[1])
+    assert rollout.metrics["reward/mean"] == 0.5 and rollout.metrics["reward/format"] == 1.0
+
+
+def test_seeds_differ_by_response_and_repeat_by_run(build):
+    one, two = build(), build()
+    one.collect(1), two.collect(1)
+    seeds = [request.seed for request in one.engine.requests]
+    assert len(set(seeds)) == 8 and seeds == [request.seed for request in two.engine.requests]
+
+
+def test_a_log_prob_that_is_not_finite_is_an_error_naming_the_sample(build):
+    with pytest.raises(UserError, match=r"sample 1/p\d+/1: has a log-prob that is not finite"):
+        build(spoil=not_a_number).collect(1)
+
+
+def test_under_drop_the_sample_is_left_out_counted_and_the_run_goes_on(build):
+    rollout = build(spoil=not_a_number, loss_fn__on_bad_sample="drop").collect(1)
+    assert len(rollout.batch) == 7 and rollout.metrics["rollout/bad_samples"] == 1
+
+
+def test_dynamic_sampling_draws_until_every_group_carries_signal(build):
+    """The first two rollouts of four prompts have two groups without signal each."""
+    flat = {0, 1, 2, 3, 8, 9}
+    rollout = build(scores=lambda n: 1.0 if n in flat else float(n % 2), grpo__use_dynamic_sampling=True).collect(1)
+    assert len(rollout.batch) == 8 and rollout.metrics["rollout/sampling_rounds"] == 3
+    assert (rollout.batch.advantages != 0).all()
+
+
+def test_prompts_that_never_differ_stop_the_run_with_the_reason(build):
+    controller = build(scores=lambda n: 1.0, grpo__use_dynamic_sampling=True)
+    with pytest.raises(UserError, match=f"{MAX_SAMPLING_ROUNDS} rollouts gave 0 samples"):
+        controller.collect(1)
+
+
+def test_r3_without_routes_fails_at_the_probe_with_the_flag(build):
+    with pytest.raises(UserError, match="--enable-return-routed-experts"):
+        build().probe_routes(3, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 2), (4, 3, 4)], ids=["layers", "topk"])
+def test_r3_with_another_models_routes_fails_at_the_probe(shape, build):
+    def spoil(number, result):
+        result.routes = np.zeros(shape, np.uint8)
+
+    with pytest.raises(UserError, match="expected: 3 MoE layers and 2"):
+        build(spoil=spoil).probe_routes(3, 2)
+
+
+def test_evaluation_reports_each_set_by_name(build):
+    metrics = build(scores=lambda n: 1.0, grpo__val_num_generations=2).evaluate(0)
+    assert metrics["eval/sums/avg@2"] == 1.0

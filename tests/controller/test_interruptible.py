@@ -1,0 +1,168 @@
+"""Work that waits for weights in its middle, and a trainer that pushes them and comes back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vespo_megatron.controller.controller import Controller
+from vespo_megatron.controller.interruptible import Interruptible
+from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.rewards import RewardResult
+from vespo_megatron.rollout_sglang.engine import GenerationResult
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.trainer.loop import Trainer
+
+
+def test_work_is_left_for_weights_and_goes_on_where_it_was():
+    interruptible, did = Interruptible(), []
+
+    def work():
+        did.append("before")
+        interruptible.await_weights(WeightsNeeded("back", where="server a"))
+        did.append("after")
+        return 7
+
+    with pytest.raises(WeightsNeeded, match="server a"):
+        interruptible.run(work)
+    assert did == ["before"]
+    assert interruptible.run(lambda: pytest.fail("the work that waits goes on instead")) == 7
+    assert did == ["before", "after"]
+    assert interruptible.run(lambda: 8) == 8
+
+
+def test_an_error_of_the_work_is_the_callers_and_the_next_work_runs():
+    interruptible = Interruptible()
+    with pytest.raises(ZeroDivisionError):
+        interruptible.run(lambda: 1 // 0)
+    assert interruptible.run(lambda: 8) == 8
+
+
+def test_work_that_waits_does_not_outlive_the_end():
+    others = set(threading.enumerate())
+    interruptible = Interruptible()
+    with pytest.raises(WeightsNeeded):
+        interruptible.run(lambda: interruptible.await_weights(WeightsNeeded("back")))
+    interruptible.close()
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - others:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class FailingEngine:
+    """Loses its last server after the third and the fifth response; notes every response it draws."""
+
+    description = "an engine"
+
+    def __init__(self):
+        self.drawn, self.updates, self.fails_at = [], [], [3, 5]
+
+    async def generate(self, requests, *, on_result=None):
+        results = []
+        for request in requests:
+            if self.fails_at and len(self.drawn) == self.fails_at[0]:
+                del self.fails_at[0]
+                raise WeightsNeeded("back", where="server a")
+            results.append(GenerationResult(request.request_id, np.arange(3), np.full(3, -1.0), np.zeros(3), "stop"))
+            self.drawn.append(request.request_id)
+            if on_result is not None:
+                on_result(results[-1])
+        return results
+
+    def update_weights(self, stream, version):
+        self.updates.append((list(stream), version))
+
+    def metrics(self):
+        return {"rollout/servers": 1.0}
+
+    def close(self):
+        pass
+
+
+class Rewards:
+    async def score(self, requests):
+        return [RewardResult(float(i % 2), {}) for i in range(len(requests))]
+
+    def close(self):
+        pass
+
+
+def build(engine):
+    """A trainer's half on rank 0 with a real controller; one process in place of the ranks."""
+    recipe = Recipe()
+    recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt = 4, 2
+    records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
+    tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: "text")
+    logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
+    controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)
+    trainer = Trainer.__new__(Trainer)
+    trainer.controller, trainer.weight_version = controller, 5
+    trainer.policy = SimpleNamespace(exporter=SimpleNamespace(stream=lambda: iter(["tensor"] * 4)))
+    trainer.on_controller = lambda action: action(controller)
+    return trainer, controller
+
+
+def test_a_rollout_goes_on_after_its_last_server_was_given_its_weights():
+    engine = FailingEngine()
+    trainer, controller = build(engine)
+    rollout = trainer.with_servers(lambda controller: controller.collect(1))
+    assert engine.updates == [(["tensor"] * 4, 5)] * 2
+    names = [sample.sample_id for sample in rollout.batch.samples]
+    assert sorted(engine.drawn) == sorted(names) and len(set(names)) == 8, "each prompt drawn once, none lost"
+    taken = {sample.prompt_id for sample in rollout.batch.samples}
+    following = trainer.with_servers(lambda controller: controller.collect(2))
+    assert not taken & {sample.prompt_id for sample in following.batch.samples}
+    controller.close()
+
+
+def test_an_evaluation_goes_on_too():
+    engine = FailingEngine()
+    trainer, controller = build(engine)
+    metrics = trainer.with_servers(lambda controller: controller.evaluate(0))
+    assert "eval/sums/avg@1" in metrics and len(engine.drawn) == 6 and len(engine.updates) == 2
+    controller.close()
+
+
+class RefusingEngine(FailingEngine):
+    """Fails its first updates after some tensors, as an engine of several servers does when one refuses."""
+
+    def __init__(self, failures, error=WeightsNeeded):
+        super().__init__()
+        self.failures, self.error = failures, error
+
+    def update_weights(self, stream, version):
+        next(iter(stream))
+        if len(self.updates) < self.failures:
+            self.updates.append("failed")
+            raise self.error("failed there", where="server a")
+        self.updates.append(len(list(stream)) + 1)
+
+
+def test_an_update_that_one_server_failed_is_made_again_from_the_start():
+    streams = []
+    trainer, controller = build(RefusingEngine(2))
+
+    def stream():
+        streams.append(iter(["tensor"] * 4))
+        return streams[-1]
+
+    trainer.policy.exporter.stream = stream
+    trainer.push_weights(6)
+    assert controller.engine.updates == ["failed", "failed", 4] and trainer.weight_version == 6
+    assert all(next(each, "empty") == "empty" for each in streams), "the other ranks wait for all of a stream"
+    controller.close()
+
+
+def test_an_update_that_cannot_be_made_is_the_error_and_no_rank_waits():
+    trainer, controller = build(RefusingEngine(1, UserError))
+    with pytest.raises(UserError, match="server a"):
+        trainer.push_weights(6)
+    assert trainer.weight_version == 5
+    controller.close()

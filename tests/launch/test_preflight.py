@@ -1,0 +1,166 @@
+"""What is wrong with model, data or names is said before a server or a trainer process starts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.launch import preflight
+from vespo_megatron.recipe.schema import Recipe
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+}
+ROW = {"prompt": "1 1", "data_source": "sums", "reward_model": {"ground_truth": "2"}}
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    """A recipe whose files are there and right: a tokenizer of digits, weights and eight prompts."""
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tmp_path / "model"
+    tokens = {str(digit): digit for digit in range(10)} | {"<end>": 10, "<unk>": 11, "high": 99}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(model)
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"weight": np.zeros((16, 16), np.float32)}, model / "model.safetensors")
+    recipe = Recipe()
+    recipe.policy.model_name = str(model)
+    recipe.policy.max_total_sequence_length = 64
+    recipe.policy.generation.max_new_tokens = 16
+    recipe.data.max_input_seq_length = 8
+    recipe.grpo.num_prompts_per_step, recipe.policy.train_global_batch_size = 8, 64
+    recipe.data.train.path = str(tmp_path / "train.jsonl")
+    write_rows(recipe, [ROW] * 8)
+    return recipe
+
+
+def write_rows(recipe: Recipe, rows: list[dict]) -> None:
+    Path(recipe.data.train.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def weights(recipe: Recipe) -> Path:
+    return Path(recipe.policy.model_name) / "model.safetensors"
+
+
+def test_what_is_right_passes(recipe):
+    preflight.check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1 1", "data_source": "sums"}] * 8, r"train\.jsonl: has no column 'reward_model'"),
+        ([], r"train\.jsonl"),
+        ([ROW] * 7 + [ROW | {"prompt": "1 " * 9}], "row 7: the prompt has 9 tokens"),
+        ([ROW] * 7 + [ROW | {"prompt": "1 high"}], "row 7: the prompt has token id 99"),
+        ([ROW] * 7, "has 7 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_trained_on_are_named(recipe, rows, message):
+    write_rows(recipe, rows)
+    with pytest.raises(UserError, match=message):
+        preflight.check(recipe)
+
+
+def test_a_data_file_that_is_not_there_names_its_key(recipe):
+    recipe.data.validation.path = "absent.parquet"
+    with pytest.raises(UserError, match=r"data\.validation\.path: absent\.parquet does not exist"):
+        preflight.check(recipe)
+
+
+@pytest.mark.parametrize("size", [0, 4, 20, -1])
+def test_a_truncated_checkpoint_names_the_file_and_the_size_it_should_have(recipe, size):
+    path = weights(recipe)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"model\.safetensors: is (truncated|damaged)"):
+        preflight.check(recipe)
+
+
+def test_a_checkpoint_with_bytes_to_spare_is_damaged(recipe):
+    path = weights(recipe)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"model\.safetensors: is damaged"):
+        preflight.check(recipe)
+
+
+def test_a_shard_the_index_names_must_be_there(recipe):
+    index = weights(recipe).with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}))
+    with pytest.raises(UserError, match=r"model-00002\.safetensors: is named by the index but missing"):
+        preflight.check(recipe)
+    index.write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json: is damaged"):
+        preflight.check(recipe)
+
+
+def test_a_model_folder_without_weights_or_of_another_kind_is_refused(recipe):
+    weights(recipe).unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        preflight.check(recipe)
+    config = weights(recipe).with_name("config.json")
+    config.write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    with pytest.raises(UserError, match="llama"):
+        preflight.check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe: setattr(recipe.loss_fn, "name", "vesppo"), "the nearest is 'vespo'"),
+        (lambda recipe: setattr(recipe.loss_fn, "hyperparameters", {"c9": 1}), "c9"),
+        (lambda recipe: setattr(recipe.loss_fn, "aggregation", "token_mean"), "token-mean"),
+        (lambda recipe: setattr(recipe.grpo, "advantage_estimator", "group"), "advantage_estimator"),
+        (lambda recipe: setattr(recipe.env, "reward", "maths"), "env.reward"),
+        (lambda recipe: setattr(recipe.policy.tokenizer, "name", "/nowhere"), "no tokenizer"),
+    ],
+)
+def test_names_that_no_table_has_are_refused(recipe, change, message):
+    change(recipe)
+    with pytest.raises(UserError, match=message):
+        preflight.check(recipe)
+
+
+# ---- through the command line ------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, folder: Path, *overrides: str) -> int:
+    from vespo_megatron.cli import main
+    from vespo_megatron.recipe.loader import save_recipe
+
+    save_recipe(recipe, folder / "recipe.yaml")
+    return main(["train", str(folder / "recipe.yaml"), f"exp_manager.exp_dir={folder / 'runs'}", *overrides])
+
+
+def test_a_refused_recipe_leaves_no_run_directory(recipe, tmp_path, capsys):
+    weights(recipe).write_bytes(b"short")
+    assert train(recipe, tmp_path) == 2
+    assert capsys.readouterr().err.startswith("vespo-megatron: ") and not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_named_at_once(recipe, tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert train(recipe, tmp_path, f"policy.generation.sglang_cfg.port={port}", "cluster.device=cpu") == 2
+    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err

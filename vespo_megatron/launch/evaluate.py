@@ -1,0 +1,141 @@
+"""`vespo-megatron eval RECIPE`: score a checkpoint or a served model on problem sets, without training."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from vespo_megatron.controller.evaluation import draw_problems
+from vespo_megatron.controller.sampler import Sampler
+from vespo_megatron.data.prompts import PromptRecord, load_prompts, load_tokenizer
+from vespo_megatron.errors import UserError
+from vespo_megatron.evaluation.record import table, write_problems
+from vespo_megatron.evaluation.scores import Problem, by_set, summary
+from vespo_megatron.launch import preflight
+from vespo_megatron.launch.worker import build_engine
+from vespo_megatron.recipe.loader import save_recipe
+from vespo_megatron.recipe.schema import DatasetConfig, Recipe
+from vespo_megatron.recipe.validate import validate
+from vespo_megatron.rewards import RewardPool
+from vespo_megatron.rollout_sglang import launch_servers
+from vespo_megatron.rollout_sglang.engine import RolloutEngine
+from vespo_megatron.run.processes import stop_on_signals
+from vespo_megatron.run.run_directory import RECIPE_FILE, make_run_directory
+
+PROBLEMS, TABLE, SCORES = "problems.jsonl", "table.md", "scores.json"
+
+
+def evaluate(
+    recipe: Recipe, *, checkpoint: str | None = None, data: Sequence[str] = (), repeats: Mapping[str, int] | None = None
+) -> tuple[Path, str]:
+    """Answer every problem and write `problems.jsonl`, `table.md`, `scores.json`; returns their folder and the table.
+
+    Args:
+        recipe: model, engine, sampling (`val_temperature`, `val_top_p`), reward and validation set.
+        checkpoint: a Hugging Face folder, a run, or a checkpoint of one; default the recipe's model. Where the recipe
+            names servers by URL they are asked as they are, and this must not be given.
+        data: files in veRL's schema instead of the recipe's validation set.
+        repeats: responses per problem, by data source; "" for every other, default `grpo.val_num_generations`.
+
+    Raises:
+        UserError: whatever is wrong with one of them; Stopped: a signal. No process is left.
+    """
+    urls = recipe.policy.generation.backend == "sglang" and recipe.policy.generation.sglang_cfg.urls
+    if checkpoint and urls:
+        raise UserError(
+            "and policy.generation.sglang_cfg.urls are two models",
+            where="--checkpoint",
+            fix="leave one out: servers named by URL answer with what they serve",
+        )
+    recipe.exp_manager.name += "_eval"
+    recipe.exp_manager.resume_if_exists = False
+    with stop_on_signals(), ExitStack() as stack:
+        folder = make_run_directory(recipe.exp_manager)
+        if checkpoint:
+            recipe.policy.model_name = str(_model_folder(Path(checkpoint), folder))
+        validate(recipe)
+        preflight.check_model(recipe.policy.model_name)
+        records, tokenizer = _problems(recipe, data)
+        save_recipe(recipe, folder / RECIPE_FILE)
+        rewards = RewardPool(recipe.env)
+        stack.callback(rewards.close)
+        engine = _engine(recipe, folder, stack)
+        sampler = Sampler(recipe, tokenizer, rewards, engine.generate)
+        problems = asyncio.run(_draw(sampler, records, repeats or {}, recipe.grpo.val_num_generations))
+    return folder, _write(problems, folder)
+
+
+def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
+    """["4", "aime24=32"] → {"": 4, "aime24": 32}. Raises UserError."""
+    repeats = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not number.isdigit() or int(number) < 1:
+            raise UserError(f"is {text!r}", where="--samples", expected="N or SET=N, as in 4 or aime24=32")
+        repeats[name] = int(number)
+    return repeats
+
+
+def _model_folder(checkpoint: Path, folder: Path) -> Path:
+    if (checkpoint / "config.json").exists():
+        return checkpoint
+    from vespo_megatron.launch.convert import convert
+
+    convert(checkpoint, folder / "model")
+    return folder / "model"
+
+
+def _problems(recipe: Recipe, data: Sequence[str]):
+    tokenizer = load_tokenizer(recipe)
+    sets = [DatasetConfig(path=path) for path in data] or [recipe.data.validation]
+    if not sets[0].path:
+        raise UserError("has no value", where="data.validation.path", fix="name problem sets: --data FILE …")
+    records = []
+    for number, dataset in enumerate(sets):
+        loaded = load_prompts(dataset, recipe, tokenizer)[: recipe.grpo.max_val_samples if not data else None]
+        # Two files may have the same name.
+        records += [replace(record, prompt_id=f"{number}/{record.prompt_id}") for record in loaded]
+    return records, tokenizer
+
+
+def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
+    generation = recipe.policy.generation
+    if generation.backend == "sglang":
+        generation.sglang_cfg.urls = stack.enter_context(launch_servers(recipe, folder)).urls
+    engine = build_engine(recipe)
+    stack.callback(engine.close)
+    return engine
+
+
+async def _draw(
+    sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapping[str, int], default: int
+) -> list[Problem]:
+    """All sets at a time; `repeats` is theirs."""
+    sets: dict[str, list[PromptRecord]] = {}
+    for record in records:
+        sets.setdefault(record.data_source, []).append(record)
+    if unknown := set(repeats) - {"", *sets}:
+        raise UserError(f"{sorted(unknown)[0]!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
+    number = {name: repeats.get(name, repeats.get("", default)) for name in sets}
+    answers = await asyncio.gather(
+        *(draw_problems(sampler, members, number[name], "eval") for name, members in sets.items())
+    )
+    return [problem for problems, _ in answers for problem in problems]
+
+
+def _write(problems: Sequence[Problem], folder: Path) -> str:
+    if not problems:
+        raise UserError("no response was usable", where=str(folder))
+    write_problems(problems, folder / PROBLEMS)
+    text = table(problems)
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    scores = {
+        name: {measure: asdict(score) for measure, score in summary(members).items()}
+        for name, members in by_set(problems).items()
+    }
+    (folder / SCORES).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return text

@@ -1,0 +1,187 @@
+"""One trainer process, as torchrun starts it: `python -m vespo_megatron.launch.worker <run_dir> <work>`.
+
+Why a rank failed is written to `<run_dir>/errors/` for the launcher to print once. Workers end with torchrun, however
+it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.run.heartbeat import Heartbeat
+from vespo_megatron.run.processes import die_with_parent, note_failure
+from vespo_megatron.run.run_directory import RECIPE_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vespo_megatron.controller.controller import Controller
+    from vespo_megatron.data.prompts import PromptRecord
+    from vespo_megatron.megatron.parallel import RankInfo
+    from vespo_megatron.rollout_sglang.engine import RolloutEngine
+
+
+def main(run_dir: Path, work: str = "train") -> int:
+    """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
+    die_with_parent(signal.SIGKILL)
+    try:
+        run(load_recipe(run_dir / RECIPE_FILE), run_dir, work)
+        return 0
+    except Exception as error:
+        code = note_failure(run_dir, int(os.environ.get("RANK", "0")), error)
+        # No clean-up at interpreter exit: peers wait in collectives that this rank will not join.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
+    """Build everything, train, write what remains, and leave nothing behind."""
+    # Deprecations among the parts this stands on are for its developers (the tests show them), not for who trains.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    from vespo_megatron.megatron import parallel
+
+    heartbeat = Heartbeat(run_dir, int(os.environ["RANK"]))
+    device = parallel.pick_device(recipe.cluster.device)
+    rank_info = parallel.initialize(recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device)
+    _run(recipe, run_dir, rank_info, work, heartbeat)
+    parallel.finalize()  # not after a failure: peers may not be there to meet
+    heartbeat.close()
+
+
+def _run(recipe: Recipe, run_dir: Path, rank_info, work: str, heartbeat: Heartbeat) -> None:
+    from vespo_megatron.data.prompts import load_prompts, load_tokenizer
+    from vespo_megatron.megatron import hf_weights
+    from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.trainer.async_loop import AsyncTrainer
+    from vespo_megatron.trainer.checkpoint import Checkpointer
+    from vespo_megatron.trainer.guard import Guard
+    from vespo_megatron.trainer.loop import Trainer
+    from vespo_megatron.trainer.mismatch import measure
+
+    tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
+    prompts = load_prompts(recipe.data.train, recipe, tokenizer) if rank_info.rank == 0 else []
+    limit_steps(recipe, len(prompts), rank_info)
+    policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
+    checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
+    resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
+    controller = (
+        build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0)
+        if rank_info.rank == 0
+        else None
+    )
+    try:
+        kind = AsyncTrainer if recipe.grpo.async_grpo.enabled else Trainer
+        trainer = kind(
+            recipe, rank_info, policy, controller, Guard(recipe, rank_info, policy, run_dir, heartbeat), checkpointer
+        )
+        if work == "mismatch":
+            measure(trainer, run_dir)
+            return
+        gc.collect()
+        gc.freeze()  # what is loaded: a rank that looks through it again and again keeps the others waiting
+        atexit.register(gc.unfreeze)  # or Triton's library reports a page of leaks
+        finished = trainer.train(resumed)
+        if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
+            hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
+        if controller is not None:
+            facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
+            controller.logger.print(controller.logger.summary(facts))
+    finally:
+        if controller is not None:
+            controller.logger.close()
+            controller.close()
+
+
+def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> None:
+    """Lower `grpo.max_num_steps` to what `max_num_epochs` passes over the prompts give; a collective.
+
+    Rank 0 says how many prompts there are. Dynamic sampling draws more than a step trains on, and passes on sooner.
+    """
+    import torch
+    import torch.distributed as dist
+
+    schedule = recipe.grpo
+    steps = min(schedule.max_num_steps, schedule.max_num_epochs * num_prompts // schedule.num_prompts_per_step)
+    agreed = torch.tensor([max(1, steps)], device=rank_info.device)
+    dist.broadcast(agreed, src=0)
+    schedule.max_num_steps = int(agreed.item())
+
+
+def build_controller(
+    recipe: Recipe,
+    run_dir: Path,
+    rank_info: RankInfo,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptRecord],
+    start_step: int = 0,
+) -> Controller:
+    """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
+    from vespo_megatron.controller.async_controller import AsyncController
+    from vespo_megatron.controller.controller import Controller
+    from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.rewards import RewardPool
+    from vespo_megatron.run.records import RunLogger
+
+    validation = load_prompts(recipe.data.validation, recipe, tokenizer) if recipe.data.validation.path else []
+    logger = RunLogger(
+        run_dir,
+        total_steps=recipe.grpo.max_num_steps,
+        tensorboard=recipe.logger.tensorboard_enabled,
+        progress=recipe.logger.progress,
+        start_step=start_step,
+    )
+    if start_step:
+        logger.print(f"resuming after step {start_step}")
+    engine = build_engine(recipe)
+    logger.print(f"rollouts: {engine.description}")
+    logger.print(f"training: {describe_trainer(recipe, rank_info)}")
+    stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
+    kind = AsyncController if recipe.grpo.async_grpo.enabled else Controller
+    return kind(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+
+
+def build_engine(recipe: Recipe) -> RolloutEngine:
+    """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one."""
+    if recipe.policy.generation.backend == "in_process":
+        from vespo_megatron.megatron.parallel import pick_device
+        from vespo_megatron.megatron.policy import DTYPES
+        from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
+
+        return InProcessEngine(
+            recipe.policy.model_name,
+            dtype=DTYPES[recipe.policy.precision],
+            device=pick_device(recipe.cluster.device),
+            context_length=recipe.policy.max_total_sequence_length,
+        )
+    from vespo_megatron.rollout_sglang import connect
+
+    return connect(recipe, recipe.policy.generation.sglang_cfg.urls)
+
+
+def describe_trainer(recipe: Recipe, rank_info) -> str:
+    """For instance 'megatron-core 0.16.1, native layers, 2 processes on cpu: TP2 PP1 CP1 EP2 DP1'."""
+    import megatron.core
+
+    from vespo_megatron.megatron.native.spec import choose_layer_spec
+
+    layers = choose_layer_spec(recipe.policy.megatron_cfg.layer_spec, rank_info.device.type)
+    return (
+        f"megatron-core {megatron.core.__version__}, {layers} layers, {rank_info.world_size} processes on "
+        f"{rank_info.device.type}: TP{rank_info.tensor_size} PP{rank_info.pipeline_size} CP{rank_info.context_size} "
+        f"EP{rank_info.expert_size} DP{rank_info.data_size}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

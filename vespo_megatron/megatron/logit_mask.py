@@ -1,0 +1,50 @@
+"""`LogitMask`: logits that truncated sampling could not have drawn, put out of the softmax tile by tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vespo_megatron.data.sampling_mask import SamplingMask
+
+_NOTHING = -1e30
+"""A logit that weighs nothing. Finite, so that nothing it is multiplied by becomes NaN; every dtype holds it."""
+
+
+@dataclass(frozen=True)
+class LogitMask:
+    """Of R rows of logits: E tokens that stay in the softmax of their row, sorted by token id; the others leave it.
+
+    `rows` and `token_ids` int64 [E], `limited` bool [R]: rows that anything leaves. `sorted_ids` are the ids on the
+    host, so that a tile finds its own without waiting for the device.
+    """
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor
+    limited: torch.Tensor
+    sorted_ids: np.ndarray
+
+    @classmethod
+    def of(cls, sampling_mask: SamplingMask, device: torch.device) -> LogitMask:
+        """Everything but `sampling_mask`, one row each."""
+        order = np.argsort(sampling_mask.ids, kind="stable")
+        ids = sampling_mask.ids[order].astype(np.int64)
+        return cls(
+            rows=torch.from_numpy(sampling_mask.owners[order]).to(device),
+            token_ids=torch.from_numpy(ids).to(device),
+            limited=torch.from_numpy(sampling_mask.counts > 0).to(device),
+            sorted_ids=ids,
+        )
+
+    def apply_(self, tile: torch.Tensor, rows: slice, first_id: int) -> None:
+        """In the logits [rows, tokens from `first_id`], in place."""
+        height, width = tile.shape
+        start, stop = np.searchsorted(self.sorted_ids, (first_id, first_id + width))
+        leaves = tile.new_empty(height + 1, width, dtype=torch.bool)  # the last row takes what is another tile's
+        leaves[:height] = self.limited[rows, None]
+        row = self.rows[start:stop] - rows.start
+        row = torch.where((row >= 0) & (row < height), row, height)
+        leaves[row, self.token_ids[start:stop] - first_id] = False
+        tile.masked_fill_(leaves[:height], _NOTHING)

@@ -1,0 +1,284 @@
+"""SGLang's `/generate`: the request body and the checked reply, both pure functions (contract of 0.5.23)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import reprlib
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
+from vespo_megatron.data.sampling_mask import SamplingMask
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.rollout_sglang.model_shape import ModelShape
+
+_LOG_PROB_SLACK = 1e-3
+"""A log-prob above zero by rounding alone stays below this."""
+_MAX_DIGITS = 18
+"""Whole numbers of so many digits fit int64."""
+_HUGE = 10**300
+"""JSON's integers know no bound, but float64 does."""
+
+
+def check_request(request: GenerationRequest, shape: ModelShape, context_length: int) -> None:
+    """Raise `UserError` for what would fail on the server, or kill it (a token id outside the vocabulary does)."""
+    where, sampling = f"request {request.request_id}", request.sampling
+    length = len(request.prompt_ids)
+    if not 0 < length < context_length:
+        raise UserError(
+            f"{length} prompt tokens",
+            where=where,
+            expected=f"1 to {context_length - 1} of them",
+            fix="shorten the prompt or raise policy.max_total_sequence_length",
+        )
+    for token in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token < shape.vocab_size:
+            raise UserError(
+                f"token id {token}",
+                where=where,
+                expected=f"0 to {shape.vocab_size - 1}",
+                fix="use the tokenizer that belongs to the model",
+            )
+    checks = [
+        (sampling.max_new_tokens >= 1, f"max_new_tokens {sampling.max_new_tokens}", "at least 1"),
+        (sampling.temperature >= 0, f"temperature {sampling.temperature}", "at least 0"),
+        (0 < sampling.top_p <= 1, f"top_p {sampling.top_p}", "above 0, at most 1"),
+        (sampling.top_k == -1 or sampling.top_k >= 1, f"top_k {sampling.top_k}", "-1 for all, or at least 1"),
+        (0 <= sampling.min_p < 1, f"min_p {sampling.min_p}", "at least 0, below 1"),
+        (request.deadline_s is None or request.deadline_s > 0, f"deadline_s {request.deadline_s}", "more than 0"),
+    ]
+    for good, what, expected in checks:
+        if not good:
+            raise UserError(what, where=where, expected=expected)
+    if request.wants_sampling_mask and not 1 <= _effective_top_k(request, shape) <= MAX_SAMPLING_MASK_TOKENS:
+        raise UserError(
+            f"top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}: SGLang 0.5.23 then returns the "
+            "log-probs of the full distribution, not of the truncated one it samples from, and μ would be wrong",
+            where=where,
+            expected=f"top_k from 1 to {MAX_SAMPLING_MASK_TOKENS} with any top_p and min_p, for which it reports both",
+            fix="add a top_k, sample from the full distribution, or mark the request as evaluation",
+        )
+
+
+def _effective_top_k(request: GenerationRequest, shape: ModelShape) -> int:
+    """A small vocabulary is a top-k of its own, which SGLang wants a number for."""
+    top_k = request.sampling.top_k
+    return shape.vocab_size if top_k == -1 and shape.vocab_size <= MAX_SAMPLING_MASK_TOKENS else top_k
+
+
+def build_body(
+    requests: Sequence[GenerationRequest], shape: ModelShape, context_length: int, return_routes: bool
+) -> dict[str, Any]:
+    """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try."""
+    truncated = [request.wants_sampling_mask for request in requests]
+    return {
+        "input_ids": [list(request.prompt_ids) for request in requests],
+        "sampling_params": [_sampling_params(request, shape, context_length) for request in requests],
+        "rid": [f"{request.request_id}#{uuid.uuid4().hex[:8]}" for request in requests],
+        "return_logprob": True,
+        "return_routed_experts": return_routes,
+        "stream": False,
+    } | ({"return_sampling_mask": truncated} if any(truncated) else {})
+
+
+def _sampling_params(request: GenerationRequest, shape: ModelShape, context_length: int) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "max_new_tokens": min(sampling.max_new_tokens, context_length - len(request.prompt_ids)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": _effective_top_k(request, shape) if request.wants_sampling_mask else sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop_token_ids": list(sampling.stop_token_ids) or None,
+        # With stop ids SGLang also stops at the model's own end-of-sequence token; without any, at nothing.
+        "ignore_eos": not sampling.stop_token_ids,
+    }
+
+
+def parse_reply(
+    reply: Any,
+    request: GenerationRequest,
+    shape: ModelShape,
+    *,
+    server: str,
+    return_routes: bool,
+    context_length: int,
+    keep_bad_numbers: bool = False,
+) -> GenerationResult:
+    """One element of a `/generate` reply as a `GenerationResult`.
+
+    Every length, id, shape and range is checked; raises `UserError` naming request and server for whatever differs.
+    Routes computed under more than one weight version are dropped (`extra["routes_dropped"]`): no single version
+    could be named for them. `keep_bad_numbers` lets log-probs that are not finite through, for a caller that drops
+    such samples and counts them.
+    """
+    check = _Check(f"reply of server {server} to request {request.request_id}")
+    meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
+    prompt_length = len(request.prompt_ids)
+    output_ids = check.token_ids(reply.get("output_ids"), shape.vocab_size)
+    length = len(output_ids)
+    check.equal(meta.get("completion_tokens", length), length, "completion_tokens")
+    check.equal(meta.get("prompt_tokens", prompt_length), prompt_length, "prompt_tokens")
+    limit = min(request.sampling.max_new_tokens, context_length - prompt_length)
+    check.that(length <= limit, f"{length} tokens", f"at most {limit}")
+    finish_reason = _finish_reason(meta.get("finish_reason"), check)
+    check.that(length > 0 or finish_reason == "abort", "no token", "at least one, unless aborted")
+    log_probs = _log_probs(meta.get("output_token_logprobs"), output_ids, check, keep_bad_numbers)
+    sampling_mask = None
+    if request.wants_sampling_mask:
+        sampling_mask = _sampling_mask(meta.get("output_token_sampling_mask"), output_ids, shape, check)
+        log_probs = _truncated_log_probs(meta.get("output_token_sampling_logprobs"), log_probs, check, keep_bad_numbers)
+    versions = _weight_versions(meta, length, check)
+    extra = {"cached_tokens": float(check.whole_number(meta.get("cached_tokens") or 0, "cached_tokens"))}
+    routes, routes_version = None, None
+    if return_routes and length > 0:
+        routes = _routes(meta.get("routed_experts"), prompt_length + length - 1, shape, check)
+        routes_version = int(versions[0])
+        if not (versions == versions[0]).all():
+            routes, routes_version, extra["routes_dropped"] = None, None, 1.0
+    return GenerationResult(
+        request_id=request.request_id,
+        output_ids=output_ids,
+        behavior_log_probs=log_probs,
+        weight_versions=versions,
+        finish_reason=finish_reason,
+        routes=routes,
+        routes_version=routes_version,
+        sampling_mask=sampling_mask,
+        extra=extra,
+    )
+
+
+class _Check:
+    """Raises `UserError` with one `where`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def that(self, good: bool, what: str, expected: str) -> None:
+        if not good:
+            raise UserError(what, where=self.where, expected=expected, fix="see the server's log")
+
+    def equal(self, value: Any, expected: Any, name: str) -> None:
+        self.that(value == expected, f"{name} is {_short(value)}", repr(expected))
+
+    def whole_number(self, value: Any, name: str) -> int:
+        """Versions travel as text (`"7"`), the rest as numbers."""
+        text = value if isinstance(value, str) else str(value) if type(value) is int else ""
+        good = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+        self.that(good, f"{name} is {_short(value)}", "a whole number that is not negative")
+        return int(text)
+
+    def dictionary(self, value: Any, name: str) -> dict[str, Any]:
+        self.that(isinstance(value, dict), f"{name} is a {type(value).__name__}", "an object")
+        return value
+
+    def token_ids(self, value: Any, vocab_size: int) -> np.ndarray:
+        good = isinstance(value, list) and all(type(token) is int for token in value)
+        self.that(good, "output_ids is not a list of integers", "a list of token ids")
+        inside = not value or (min(value) >= 0 and max(value) < vocab_size)
+        self.that(inside, "a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+        return np.array(value, dtype=np.int64)
+
+
+def _short(value: Any) -> str:
+    """A server can send megabytes where a number belongs; a message shows the beginning."""
+    return reprlib.repr(value)
+
+
+def _finish_reason(value: Any, check: _Check) -> str:
+    reason = value.get("type") if isinstance(value, dict) else value
+    check.that(reason in FINISH_REASONS, f"finish_reason {_short(value)}", f"one of {FINISH_REASONS}")
+    return reason
+
+
+def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
+    """float32 [R] out of `[[log_prob, token id, text], …]`."""
+    rows = value if isinstance(value, list) else []
+    check.that(len(rows) == len(output_ids), f"{len(rows)} log-probs", f"{len(output_ids)}, one per output token")
+    good = all(
+        isinstance(row, (list, tuple)) and len(row) >= 2 and type(row[0]) in (int, float) and row[1] == token
+        for row, token in zip(rows, output_ids.tolist(), strict=True)
+    )
+    check.that(good, "log-probs that do not belong to the output tokens", "[log_prob, token id] per output token")
+    log_probs = _float32([row[0] for row in rows])
+    sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK)
+    check.that(keep_bad_numbers or bool(sane.all()), f"log-prob {log_probs[~sane][:1]}", "finite and at most 0")
+    return log_probs
+
+
+def _float32(numbers: Sequence[int | float]) -> np.ndarray:
+    """Numbers of any size; beyond float32 they are infinite."""
+    with np.errstate(over="ignore"):
+        return np.array([max(min(each, _HUGE), -_HUGE) for each in numbers], dtype=np.float64).astype(np.float32)
+
+
+def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
+    """float32 [R] of the truncated distribution, in which no token is less likely than in the full one."""
+    rows = value if isinstance(value, list) else []
+    good = len(rows) == len(full) and all(type(row) in (int, float) for row in rows)
+    check.that(good, f"{len(rows)} truncated log-probs", f"{len(full)}, one per output token")
+    log_probs = _float32(rows)
+    sane = np.isfinite(log_probs) & (log_probs <= _LOG_PROB_SLACK) & (log_probs >= full - _LOG_PROB_SLACK)
+    check.that(
+        keep_bad_numbers or bool(sane.all()), f"truncated log-prob {log_probs[~sane][:1]}", "from the full one to 0"
+    )
+    return log_probs
+
+
+def _sampling_mask(value: Any, output_ids: np.ndarray, shape: ModelShape, check: _Check) -> SamplingMask:
+    """Out of a list of token ids per output token, which holds the token itself."""
+    rows = value if isinstance(value, list) else []
+    expected = f"{len(output_ids)}, one per output token"
+    check.that(len(rows) == len(output_ids), f"sampling masks of {len(rows)} tokens", expected)
+    good = all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
+    good = good and all(0 <= min(row, default=-1) and max(row) < shape.vocab_size for row in rows)
+    check.that(good, "a sampling mask that is no list of token ids", f"ids from 0 to {shape.vocab_size - 1}")
+    sampling_mask = SamplingMask.of(rows)
+    inside = bool(sampling_mask.contains(output_ids).all())
+    check.that(inside, "a token outside its sampling mask", "every token in its own")
+    return sampling_mask
+
+
+def _weight_versions(meta: dict[str, Any], length: int, check: _Check) -> np.ndarray:
+    """int64 [R] out of spans that must cover the response exactly."""
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
+    check.that(isinstance(spans, list), f"weight_versions {_short(spans)}", "a list of spans")
+    expected = f"spans that cover {length} tokens"
+    versions = np.empty(length, dtype=np.int64)
+    position = 0
+    for span in spans:
+        fields = check.dictionary(span, "weight version span")
+        start, end, version = (check.whole_number(fields.get(name), name) for name in ("start", "end", "version"))
+        check.that(start == position <= end <= length, f"weight version spans {_short(spans)}", expected)
+        versions[start:end] = version
+        position = end
+    check.that(position == length, f"weight version spans {_short(spans)}", expected)
+    return versions
+
+
+def _routes(value: Any, rows: int, shape: ModelShape, check: _Check) -> np.ndarray:
+    """Smallest unsigned integer [rows, sparse layers, topk] out of base64 int32 [rows, all layers, topk]."""
+    check.that(isinstance(value, str), "no routed_experts", "routes: start it with --enable-return-routed-experts")
+    try:
+        flat = np.frombuffer(base64.b64decode(value, validate=True), dtype="<i4")
+    except (binascii.Error, ValueError):
+        check.that(False, "routed_experts that are not base64 of int32", "base64 of int32")
+        raise
+    expected = (rows, shape.num_layers, shape.topk)
+    check.that(flat.size == np.prod(expected), f"routes of {flat.size} numbers", f"{expected}")
+    routes = flat.reshape(expected)[:, list(shape.sparse_layers)]
+    check.that(
+        routes.size == 0 or (routes.min() >= 0 and routes.max() < shape.num_experts),
+        "an expert that is not there",
+        f"0 to {shape.num_experts - 1}",
+    )
+    ordered = np.sort(routes, axis=-1)
+    check.that(not bool((ordered[..., 1:] == ordered[..., :-1]).any()), "one expert twice for a token", "distinct ones")
+    return routes.astype(smallest_int_dtype(shape.num_experts))

@@ -1,0 +1,40 @@
+"""SGLang's server, its API key from the environment: `python -m vespo_megatron.rollout_sglang.plugin.launch_sglang`.
+
+SGLang 0.5.23 takes a key as a flag or in a file. A flag would show in the process list, and both show in the server's
+log, where it writes its arguments. Here the key joins the arguments inside the process, and the log gets stars.
+
+Runs in the servers' Python environment: standard library and SGLang alone.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+from vespo_megatron.rollout_sglang.api_key import take_from_environment
+
+
+def main() -> None:
+    """Become SGLang's launcher."""
+    key = take_from_environment()
+    if key:
+        sys.argv += ["--api-key", key]
+        _mask_in_log()
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def _mask_in_log() -> None:
+    from sglang.srt.entrypoints import engine
+
+    original = engine._server_args_for_logging
+
+    def masked(server_args: Any) -> Any:
+        shown = original(server_args)
+        return {name: "***" if name == "api_key" and value else value for name, value in shown.items()}
+
+    engine._server_args_for_logging = masked
+
+
+if __name__ == "__main__":
+    main()

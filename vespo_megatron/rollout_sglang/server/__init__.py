@@ -1,0 +1,1 @@
+"""SGLang servers as processes: their flags and environment, start, restart and end."""
