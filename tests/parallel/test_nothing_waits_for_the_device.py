@@ -39,7 +39,7 @@ def report(store: str) -> dict[str, str]:
     rank_info = replace(rank_info, device=torch.device("meta"))
     micro_batch = prepare([batch()], rank_info, temperature=0.9, log_prob_bytes=1000)[0]
     tokens = len(micro_batch.request.rows)
-    micro_batch.old_log_probs = micro_batch.reference_log_probs = torch.empty(tokens, device="meta")
+    micro_batch.old_log_probs = micro_batch.ref_log_probs = torch.empty(tokens, device="meta")
     failures: dict[str, str] = {}
 
     def attempt(name: str, work: Callable[[], object]) -> None:

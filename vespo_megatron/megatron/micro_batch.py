@@ -41,7 +41,7 @@ class MicroBatch:
     """float32 [B]"""
     old_log_probs: torch.Tensor | None = None
     """float32 [R], log π_old by the training engine, once a log-prob pass has run."""
-    reference_log_probs: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
     """float32 [R], log π_ref."""
     engine_routes: RouteTable | None = None
     """What the rollout engine chose, for this rank's rows and layers."""

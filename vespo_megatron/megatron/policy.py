@@ -111,11 +111,11 @@ class MegatronPolicy:
                 chunk.train()
 
     def keep_reference(self) -> None:
-        """Remember the weights as they are now, in host memory, for `reference_log_probs`."""
+        """Remember the weights as they are now, in host memory, for `ref_log_probs`."""
         self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
 
     @torch.no_grad()
-    def reference_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def ref_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """`log_probs` under the weights `keep_reference` remembered; the policy's own come back, whatever happens."""
         own = [parameter.detach().clone() for parameter in self._parameters()]
         try:

@@ -135,7 +135,7 @@ class Trainer:
                 self.fill_old_log_probs(mini_batches, routes)
         if self.objective.needs_reference:
             with self.timers("reference_log_probs"):
-                self.fill_reference_log_probs(mini_batches)
+                self.fill_ref_log_probs(mini_batches)
         results: list[UpdateResult] = []
         with self.timers("train"):
             for index, (micro_batches, normalizer) in enumerate(zip(mini_batches, share.normalizers, strict=True)):
@@ -196,12 +196,12 @@ class Trainer:
                 for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
                     micro_batch.old_log_probs = output[0]
 
-    def fill_reference_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
+    def fill_ref_log_probs(self, mini_batches: list[list[MicroBatch]]) -> None:
         """π_ref: log-probs under the weights the run started with."""
         for micro_batches in mini_batches:
-            outputs = self.policy.reference_log_probs(micro_batches)
+            outputs = self.policy.ref_log_probs(micro_batches)
             for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
-                micro_batch.reference_log_probs = output[0]
+                micro_batch.ref_log_probs = output[0]
 
     def before_step(self, reports: list[Any]) -> bool:
         """Between gradients and step: refuse numbers that are not finite, scale the learning rate by the ESS (VCPO)."""

@@ -95,7 +95,7 @@ class Objective:
             cu_seqlens=micro_batch.cu_seqlens,
             mask=micro_batch.mask,
             old_log_probs=micro_batch.old_log_probs,
-            ref_log_probs=micro_batch.reference_log_probs,
+            ref_log_probs=micro_batch.ref_log_probs,
             entropy=entropies,
             positions=micro_batch.response_positions,
             group=self.group,

@@ -105,7 +105,7 @@ def _run(recipe: Recipe, batch: Any, init_method: str) -> list[tuple[str, str]]:
     if trainer.objective.needs_old_log_probs or routes.needs_log_prob_pass:
         trainer.fill_old_log_probs([micro_batches], routes)
     if trainer.objective.needs_reference:
-        trainer.fill_reference_log_probs([micro_batches])
+        trainer.fill_ref_log_probs([micro_batches])
     loss = trainer.objective.loss_function(share.normalizers[0])
     answers = []
     for micro_batch in micro_batches:
