@@ -8,15 +8,12 @@ from vespo_megatron.losses.advantages import Advantages, compute_advantages, res
 from vespo_megatron.losses.aggregation import AGGREGATIONS, Normalizer
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.loss_inputs import LossInputs
+from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.metrics import MetricSums
-from vespo_megatron.losses.policy_loss import (
-    LossInputs,
-    LossOutput,
-    compute_policy_loss,
-    compute_ratios,
-    policy_loss,
-)
-from vespo_megatron.losses.registry import Objective, Ratios, get_objective, objective, objective_names
+from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratios, policy_loss
+from vespo_megatron.losses.ratios import Ratios
+from vespo_megatron.losses.registry import Objective, get_objective, objective, objective_names
 from vespo_megatron.losses.vcpo import learning_rate_scale
 
 __all__ = [

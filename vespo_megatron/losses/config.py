@@ -64,9 +64,9 @@ class PolicyLossConfig:
                 fix="set loss_fn.behavior=recompute, or loss_fn.name=grpo",
             )
         if self.correction is not None:
-            self._check_correction(objective)
+            self._check_correction(self.correction, objective)
 
-    def _check_correction(self, objective: Objective) -> None:
+    def _check_correction(self, correction: CorrectionConfig, objective: Objective) -> None:
         where = "loss_fn.correction"
         if self.behavior == "rollout":
             raise UserError(
@@ -77,7 +77,7 @@ class PolicyLossConfig:
             )
         if objective.corrections:
             raise UserError(f"{objective.name}: {objective.corrections}", where=where, expected="no correction")
-        if objective.correction_apply == "before_clip" and self.correction.apply == "after_clip":
+        if objective.correction_apply == "before_clip" and correction.apply == "after_clip":
             raise UserError(
                 f"in {objective.name} a correction enters W once, before φ; after φ it would act a second time",
                 where=f"{where}.apply",
@@ -88,6 +88,13 @@ class PolicyLossConfig:
     def objective(self) -> Objective:
         """The objective's row of the registry."""
         return get_objective(self.name)
+
+    @property
+    def correction_before_clip(self) -> bool:
+        """Whether the correction's weights multiply the ratio, so that φ sees both; else they multiply φ."""
+        if self.correction is None:
+            return False
+        return (self.correction.apply or self.objective.correction_apply) == "before_clip"
 
     @classmethod
     def from_recipe(cls, loss_fn: Any) -> PolicyLossConfig:

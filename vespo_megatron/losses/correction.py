@@ -83,44 +83,46 @@ class CorrectionConfig:
         low, high = DEFAULT_BOUNDS.get(self.name, (0.0, float("inf")))
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
-    @property
-    def needs_sequence_sum(self) -> bool:
-        """Whether it looks at Σ_t (log π_old − log μ)."""
-        return self.name in ("mis", "geometric") or (self.name == "tis" and self.level == "sequence")
+
+@dataclass(frozen=True)
+class Weights:
+    """What a correction does to tokens, or to sequences."""
+
+    log_weight: Tensor | None = None
+    """float: log of the weight, 0 where dropped; None: no weight."""
+    keep: Tensor | None = None
+    """bool: what is not dropped; None: everything."""
 
 
-def token_weight(config: CorrectionConfig, log_weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The per-token part.
+NO_WEIGHTS = Weights()
+
+
+def token_weights(config: CorrectionConfig, log_weight: Tensor) -> Weights:
+    """The per-token part: [tokens].
 
     Args:
         log_weight: [tokens], log π_old − log μ, 0 where masked.
-
-    Returns:
-        log of the weight [tokens] (0 where dropped) and the tokens kept, bool [tokens]; None for "all 0" and "all".
     """
     if config.name == "tis" and config.level == "token":
-        return log_weight.clamp(max=math.log(config.cap)), None
+        return Weights(log_weight.clamp(max=math.log(config.cap)))
     if config.name == "icepop":
         low, high = config.bounds
         weight = log_weight.exp()
         keep = (weight >= low) & (weight <= high)
         # A dropped token leaves S; the reference turns its weight 0 into log 1e-8, which empties the whole sequence.
-        return torch.where(keep, log_weight, 0.0), keep
-    return None, None
+        return Weights(torch.where(keep, log_weight, 0.0), keep)
+    return NO_WEIGHTS
 
 
-def sequence_weight(
-    config: CorrectionConfig, log_weight_sum: Tensor | None, lengths: Tensor, vetoed_tokens: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The per-sequence part.
+def sequence_weights(
+    config: CorrectionConfig, log_weight_sum: Tensor, lengths: Tensor, vetoed_tokens: Tensor | None
+) -> Weights:
+    """The per-sequence part: [num_sequences].
 
     Args:
-        log_weight_sum: [num_sequences], Σ_t of `log_weight`, or None where `needs_sequence_sum` is False.
+        log_weight_sum: [num_sequences], Σ_t (log π_old − log μ).
         lengths: [num_sequences], T.
         vetoed_tokens: [num_sequences], tokens with w < veto_threshold; None without one.
-
-    Returns:
-        log of the weight and the sequences kept (bool), both [num_sequences]; None for "all 0" and "all".
     """
     log_weight = keep = None
     if config.name == "tis" and config.level == "sequence":
@@ -132,4 +134,4 @@ def sequence_weight(
         keep = (weight >= low) & (weight <= high)
     if vetoed_tokens is not None:
         keep = vetoed_tokens == 0 if keep is None else keep & (vetoed_tokens == 0)
-    return log_weight, keep
+    return Weights(log_weight, keep)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses.registry import Ratios, objective, unknown
+from vespo_megatron.losses.ratios import Ratios
+from vespo_megatron.losses.registry import objective, unknown
 
 MIN_LOG_W = math.log(1e-8)
 """The reference keeps W ≥ 1e-8."""

@@ -1,4 +1,4 @@
-"""The table of objectives: name → φ, with what each one needs; a new objective is one function and one line here.
+"""Registry of objectives: name → φ and what each one needs. A new objective is one function in `objectives.py`.
 
 A φ takes one `Ratios` (everything it may look at, detached) and keyword-only hyperparameters, and returns the
 coefficient of A·∇log π: `[num_sequences]` for a sequence objective, `[tokens]` for a token objective.
@@ -10,120 +10,14 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses.sequence import PackedSequences
 
 LEVELS = ("sequence", "token")
-LOG_RATIO_CLAMP = 20.0
-"""Bound of one token's log-ratio, and of log W where a metric exponentiates it."""
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """What an objective may look at; every tensor is detached, in float32 or float64.
-
-    "Anchor" is the policy the ratio is taken against: μ (behaviour `rollout`) or π_old (behaviour `recompute`), unless
-    the objective asks for one of them by name. Log-ratios are clamped to ±20 per token, and 0 where masked.
-    """
-
-    sequences: PackedSequences
-    mask: Tensor | None
-    """bool [tokens]; None: every token counts."""
-    sequence_log_ratio: Tensor
-    """[num_sequences]: S, its sum over the whole response (every context parallel rank)."""
-    lengths: Tensor
-    """[num_sequences]: T, tokens in that sum, over every context parallel rank."""
-    advantage: Tensor
-    """[num_sequences] or [tokens], as given."""
-    sequence_advantage: Tensor
-    """[num_sequences]: the mean over unmasked tokens where advantages came per token."""
-    per_token_advantage: bool
-    log_probs: Tensor
-    """[tokens]: log π_θ."""
-    behavior_log_probs: Tensor
-    """[tokens]: log μ."""
-    old_log_probs: Tensor | None = None
-    """[tokens]: log π_old; None in behaviour mode `rollout`."""
-    positions: Tensor | None = None
-    """int64 [tokens]: index of each token in its whole response; None: as packed here."""
-    corrected_log_ratio: Tensor | None = None
-    """[tokens]: the log-ratio with a correction's log-weight applied before the clip; None: without one."""
-
-    @cached_property
-    def log_ratio(self) -> Tensor:
-        """[tokens]: log π_θ − log π_anchor, made only for objectives that look at tokens."""
-        if self.corrected_log_ratio is not None:
-            return self.corrected_log_ratio
-        difference = self.masked(self.log_probs - self.anchor_log_probs)
-        return difference.clamp_(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-
-    @cached_property
-    def token_advantage(self) -> Tensor:
-        """[tokens]"""
-        return self.advantage if self.per_token_advantage else self.sequences.expand(self.advantage)
-
-    @property
-    def anchor_log_probs(self) -> Tensor:
-        """[tokens]: π_old where it is known, else μ."""
-        return self.behavior_log_probs if self.old_log_probs is None else self.old_log_probs
-
-    @cached_property
-    def safe_lengths(self) -> Tensor:
-        """[num_sequences]: T, at least 1, to divide by."""
-        return self.lengths.clamp(min=1)
-
-    def masked(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """`values [tokens]` with masked tokens replaced."""
-        return values if self.mask is None else torch.where(self.mask, values, fill)
-
-    def prefix_min_log_ratio(self) -> Tensor:
-        """[tokens]: min over the *preceding* unmasked tokens of the response of log ρ; 0 for the first.
-
-        Puts the responses in a [num_sequences, longest] matrix by position and, under context parallelism, adds the
-        ranks' matrices: a token-sized collective and one wait of the host, paid only by objectives that call this.
-        """
-        packed = self.sequences
-        if self.positions is None:
-            if packed.group is not None:
-                raise UserError(
-                    "this objective looks at preceding tokens, which other context parallel ranks hold",
-                    where="positions",
-                    expected="the index of each token in its whole response",
-                    fix="pass positions [tokens]",
-                )
-            positions = torch.arange(packed.num_tokens, device=packed.device) - packed.offsets[packed.segment_ids]
-        else:
-            positions = self.positions
-        longest = torch.zeros(1, dtype=torch.int64, device=packed.device)
-        if packed.num_tokens:
-            longest = (positions.max() + 1).reshape(1)
-        if packed.group is not None:
-            torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=packed.group)
-        width = int(longest)
-        if width == 0:
-            return self.log_ratio
-        absent = torch.finfo(self.log_ratio.dtype).max
-        matrix = self.log_ratio.new_zeros(packed.num_sequences, width)
-        present = torch.zeros_like(matrix)
-        rows = packed.segment_ids
-        matrix[rows, positions] = self.log_ratio
-        present[rows, positions] = 1.0 if self.mask is None else self.mask.to(matrix.dtype)
-        if packed.group is not None:
-            packed.all_reduce(matrix)
-            packed.all_reduce(present)
-        matrix = torch.where(present > 0, matrix, absent)
-        preceding = torch.full_like(matrix, absent)
-        preceding[:, 1:] = matrix.cummin(dim=1).values[:, :-1]
-        preceding = torch.where(preceding == absent, 0.0, preceding)
-        return preceding[rows, positions]
-
-
 Phi = Callable[..., Tensor]
 
 
@@ -206,8 +100,7 @@ def get_objective(name: str) -> Objective:
             where="loss_fn.name",
             expected=f"a function φ(ratios, *, …) whose attribute level is one of {LEVELS}",
         )
-    found = Objective(name, phi, level, getattr(phi, "aggregation", "token-mean"), "the user's own")
-    return replace(found)
+    return Objective(name, phi, level, getattr(phi, "aggregation", "token-mean"), "the user's own")
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, where: str) -> UserError:

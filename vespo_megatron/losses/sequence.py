@@ -7,7 +7,7 @@ Nothing here is differentiable: coefficients are detached, so no collective need
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -171,38 +171,29 @@ class PackedSequences:
         return self.group is None or dist.get_rank(self.group) == 0
 
 
+@dataclass(frozen=True)
 class SequenceSums:
-    """Named per-sequence sums, completed over context parallelism by one all-reduce of one matrix.
+    """Sums over each sequence's unmasked tokens, every tensor [num_sequences] of one type; None: not asked for."""
 
-    `add` every sum a step needs, then `reduce()` once; afterwards index by name: [num_sequences].
-    """
+    length: Tensor
+    """The number of unmasked tokens."""
+    log_w: Tensor
+    """Σ (log π_θ − log μ), unclamped."""
+    log_ratio: Tensor
+    """Σ of the log-ratio against the anchor, clamped per token, with a correction before the clip in it."""
+    mismatch: Tensor | None = None
+    """Σ (log π_old − log μ)."""
+    vetoed: Tensor | None = None
+    """The number of tokens that a correction's veto finds."""
+    kept: Tensor | None = None
+    """The number of tokens that a correction keeps."""
+    advantage: Tensor | None = None
+    """Σ of an advantage per token."""
 
-    def __init__(self, sequences: PackedSequences, dtype: torch.dtype) -> None:
-        self.sequences = sequences
-        self.dtype = dtype
-        self._rows: dict[str, Tensor] = {}
-        self._reduced = False
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Sum `values [tokens]` (masked tokens already zero) per sequence under `name`."""
-        self._rows[name] = self.sequences.local_sum(values).to(self.dtype)
-
-    def add_local(self, name: str, values: Tensor) -> None:
-        """A sum `[num_sequences]` over this rank's tokens that is already known."""
-        self._rows[name] = values.to(self.dtype)
-
-    def reduce(self) -> None:
-        """Complete all sums: the one collective of the loss."""
-        if self.sequences.group is not None and self._rows:
-            stacked = self.sequences.all_reduce(torch.stack(list(self._rows.values())))
-            self._rows = dict(zip(self._rows, stacked, strict=True))
-        self._reduced = True
-
-    def __getitem__(self, name: str) -> Tensor:
-        if not self._reduced:
-            raise RuntimeError(f"sum {name!r} read before reduce()")
-        return self._rows[name]
-
-    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
-        """The sum called `name` where it was added, else `default`."""
-        return self[name] if name in self._rows else default
+    def over_context_parallel(self, sequences: PackedSequences) -> SequenceSums:
+        """The sums over whole responses, from those over this rank's tokens: the one collective of the loss."""
+        if sequences.group is None:
+            return self
+        rows = {f.name: row for f in fields(self) if (row := getattr(self, f.name)) is not None}
+        summed = sequences.all_reduce(torch.stack(list(rows.values())))
+        return SequenceSums(**dict(zip(rows, summed, strict=True)))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses.registry import Ratios, get_objective
+from vespo_megatron.losses.ratios import Ratios
+from vespo_megatron.losses.registry import get_objective
 from vespo_megatron.losses.sequence import PackedSequences
 
 VESPO_CONSTANTS = {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}
