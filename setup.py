@@ -57,7 +57,18 @@ EXTRAS = {
     # The bare transformer-engine imports with a RuntimeError that megatron-core does not catch.
     "te": ["transformer-engine[pytorch,core_cu12]>=2.9,<2.12"],
     "nemo": ["nemo-toolkit[core]==3.0.0", "einops", "sentencepiece", "pandas"],
-    "dev": ["accelerate", "atheris", "hypothesis", "import-linter", "pytest>=8", "pytest-timeout", "ruff"],
+    "dev": [
+        "accelerate",
+        "atheris",
+        "hypothesis",
+        "import-linter",
+        "jsonschema",
+        "mypy",
+        "pytest>=8",
+        "pytest-timeout",
+        "ruff",
+        "vulture",
+    ],
     "bench": ["trl==1.16.0"],
 }
 
@@ -82,6 +93,7 @@ setup(
         "numpy",
         "omegaconf>=2.3",
         "psutil",
+        "pydantic>=2",
         "pyinstrument",
         "pyyaml",
         "requests",

@@ -115,12 +115,15 @@ def step_seconds(case: Case, model: Path, rank_info, layout) -> float:
     from vespo_megatron.recipe.schema import Recipe
     from vespo_megatron.trainer.objective import Objective
 
-    recipe = Recipe()
-    recipe.policy.model_name, recipe.policy.precision = str(model), "float32"
-    recipe.policy.train_global_batch_size = case.sequences
-    recipe.policy.sequence_packing.train_mb_tokens = max(2048, case.length)
-    recipe.policy.megatron_cfg = layout
-    recipe.loss_fn.name = "vespo"
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": str(model),
+            "policy.precision": "float32",
+            "policy.train_global_batch_size": case.sequences,
+            "policy.sequence_packing.train_mb_tokens": max(2048, case.length),
+            "policy.megatron_cfg": layout,
+        }
+    )
     policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn)
     chance, half = np.random.default_rng(0), case.length // 2
     samples = [

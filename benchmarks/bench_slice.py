@@ -88,13 +88,16 @@ def measure(layers: int, steps: int, device: str, folder: Path) -> str:
 
     share, tokens = (1, PACK_TOKENS) if device == "cuda" else (16, PACK_TOKENS // 16)
     make_model(layers, share, folder / "model")
-    recipe = Recipe()
-    recipe.policy.model_name, recipe.loss_fn.name = str(folder / "model"), "vespo"
-    recipe.policy.precision = "bfloat16" if device == "cuda" else "float32"
-    recipe.policy.megatron_cfg.logprob_memory_mb = 512 if device == "cuda" else 64
-    recipe.policy.sequence_packing.train_mb_tokens = tokens
     batch = make_batch(packs=4, tokens=tokens, vocabulary=151936 // share)
-    recipe.policy.train_global_batch_size = len(batch.samples)
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": str(folder / "model"),
+            "policy.precision": "bfloat16" if device == "cuda" else "float32",
+            "policy.megatron_cfg.logprob_memory_mb": 512 if device == "cuda" else 64,
+            "policy.sequence_packing.train_mb_tokens": tokens,
+            "policy.train_global_batch_size": len(batch.samples),
+        }
+    )
     rank_info = parallel.initialize(
         recipe.policy.megatron_cfg, seed=1, device=torch.device(device), init_method=f"file://{folder}/store"
     )

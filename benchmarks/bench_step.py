@@ -219,12 +219,15 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     from vespo_megatron.trainer.objective import Objective
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    recipe = Recipe()
-    recipe.policy.model_name, recipe.policy.precision = str(folder), "float32"
-    recipe.policy.train_global_batch_size = size.responses
-    recipe.policy.sequence_packing.train_mb_tokens = size.micro_batch_tokens
-    recipe.policy.megatron_cfg.optimizer.lr = 1e-5
-    recipe.loss_fn.name = "vespo"
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": str(folder),
+            "policy.precision": "float32",
+            "policy.train_global_batch_size": size.responses,
+            "policy.sequence_packing.train_mb_tokens": size.micro_batch_tokens,
+            "policy.megatron_cfg.optimizer.lr": 1e-5,
+        }
+    )
     store = f"file://{tempfile.mkdtemp()}/store"
     rank_info = parallel.initialize(recipe.policy.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=1000)

@@ -16,7 +16,6 @@ stream is this process's own tensors: what a gather from other ranks adds is in 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shutil
 import statistics
@@ -84,17 +83,22 @@ def measure(folder: Path, arguments: argparse.Namespace) -> str:
 
     tensors = make_model(folder / "model")
     total = sum(tensor.nbytes for tensor in tensors.values())
-    recipe = Recipe()
-    recipe.policy.model_name, recipe.policy.precision = str(folder / "model"), "float32"
-    recipe.policy.max_total_sequence_length, recipe.cluster.device = 256, "cpu"
-    config = recipe.policy.generation.sglang_cfg
-    config.weight_folder, config.weight_bucket_bytes = str(folder / "weights"), arguments.bucket_mib * MIB
-    config.max_total_tokens = 1024
+    server = "policy.generation.sglang_cfg"
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": str(folder / "model"),
+            "policy.precision": "float32",
+            "policy.max_total_sequence_length": 256,
+            "cluster.device": "cpu",
+            f"{server}.weight_folder": str(folder / "weights"),
+            f"{server}.weight_bucket_bytes": arguments.bucket_mib * MIB,
+            f"{server}.max_total_tokens": 1024,
+        }
+    )
     rows = []
     with launch_servers(recipe, folder) as servers:
         for transport in arguments.transports:
-            each = copy.deepcopy(recipe)
-            each.policy.generation.sglang_cfg.weight_transport = transport
+            each = recipe.with_values({f"{server}.weight_transport": transport})
             engine = connect(each, servers.urls)
             rival = RIVALS[transport]
             engine.update_weights(change(tensors), engine.weight_version + 1)  # connects

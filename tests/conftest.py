@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 
@@ -44,21 +43,21 @@ def tiny_qwen3_moe_folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tiny_qwen3_moe_folder):
-    """A recipe for that model on CPU in float32, routes returned; copy it (`copy.deepcopy`) to change it."""
+    """A recipe for that model on CPU in float32, routes returned; `with_values` makes another."""
     from vespo_megatron.recipe.schema import Recipe
 
-    recipe = Recipe()
-    recipe.policy.model_name = str(tiny_qwen3_moe_folder)
-    recipe.policy.precision = "float32"
-    recipe.policy.max_total_sequence_length = 128
-    recipe.policy.generation.sglang_cfg.enable_return_routed_experts = True
-    recipe.policy.generation.sglang_cfg.weight_bucket_bytes = 65536
-    recipe.policy.generation.sglang_cfg.request_timeout = 120.0
-    recipe.policy.generation.sglang_cfg.recovery_timeout = 5.0
-    recipe.cluster.device = "cpu"
-    original = copy.deepcopy(recipe)
-    yield recipe
-    assert recipe == original, "a test changed the recipe that all tests share"
+    return Recipe().with_values(
+        {
+            "policy.model_name": str(tiny_qwen3_moe_folder),
+            "policy.precision": "float32",
+            "policy.max_total_sequence_length": 128,
+            "policy.generation.sglang_cfg.enable_return_routed_experts": True,
+            "policy.generation.sglang_cfg.weight_bucket_bytes": 65536,
+            "policy.generation.sglang_cfg.request_timeout": 120.0,
+            "policy.generation.sglang_cfg.recovery_timeout": 5.0,
+            "cluster.device": "cpu",
+        }
+    )
 
 
 @pytest.fixture(scope="session")

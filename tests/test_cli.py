@@ -37,7 +37,9 @@ def test_what_show_prints_is_a_recipe(recipe, capsys, tmp_path):
 
 def test_keys_lists_keys_with_their_meaning(capsys):
     assert cli.main(["recipe", "keys", "tensor_model_parallel"]) == 0
-    assert capsys.readouterr().out == "policy.megatron_cfg.tensor_model_parallel_size: TP.\n"
+    assert (
+        capsys.readouterr().out == "policy.megatron_cfg.tensor_model_parallel_size: TP. [int, at least 1; default 1]\n"
+    )
 
 
 def test_a_mistake_is_one_message_on_standard_error_and_status_2(recipe, capsys):

@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy():
 def test_reading_a_recipe_needs_neither_torch_nor_transformers():
     code = (
         "import sys\n"
-        "import vespo_megatron.recipe.loader, vespo_megatron.recipe.validate, vespo_megatron.launch.launcher\n"
+        "import vespo_megatron.recipe.loader, vespo_megatron.recipe.rules, vespo_megatron.launch.launcher\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'megatron') if name in sys.modules])"
     )
     assert run_python("-c", code).stdout.strip() == "[]"

@@ -79,9 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     diff.add_argument("left", metavar="RECIPE")
     diff.add_argument("right", metavar="RECIPE")
     diff.set_defaults(run=_recipe_diff)
-    keys = recipe.add_parser("keys", help="every key and its meaning")
+    keys = recipe.add_parser("keys", help="every key: what it takes, its default and its meaning")
     keys.add_argument("filter", nargs="?", default="", help="only keys that contain this")
     keys.set_defaults(run=_recipe_keys)
+    schema = recipe.add_parser("schema", help="a JSON Schema of recipe files, for editors")
+    schema.set_defaults(run=_recipe_schema)
 
     replay = commands.add_parser(
         "replay-step", help="run a skipped update again on one process: where is it not finite?"
@@ -231,9 +233,7 @@ def _recipe_show(parsed: argparse.Namespace, rest: list[str]) -> None:
     from vespo_megatron.recipe.loader import load_recipe, to_yaml
     from vespo_megatron.rollout_sglang.api_key import hide_api_key
 
-    recipe = load_recipe(parsed.recipe, parsed.overrides)
-    hide_api_key(recipe)
-    print(to_yaml(recipe), end="")
+    print(to_yaml(hide_api_key(load_recipe(parsed.recipe, parsed.overrides))), end="")
 
 
 def _recipe_check(parsed: argparse.Namespace, rest: list[str]) -> None:
@@ -257,11 +257,19 @@ def _recipe_diff(parsed: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _recipe_keys(parsed: argparse.Namespace, rest: list[str]) -> None:
-    from vespo_megatron.recipe.loader import documentation
+    from vespo_megatron.recipe.documentation import documentation
 
     for name, meaning in documentation().items():
         if parsed.filter in name:
             print(f"{name}: {meaning}" if meaning else name)
+
+
+def _recipe_schema(parsed: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from vespo_megatron.recipe.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
 def _replay_step(parsed: argparse.Namespace, rest: list[str]) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.loader import load_recipe, recipe_of, save_recipe
+from vespo_megatron.recipe.loader import load_recipe, plain, recipe_of, save_recipe
 from vespo_megatron.recipe.schema import Recipe
 
 
@@ -31,7 +31,7 @@ def check_exp_manager(recipe: Recipe) -> None:
             f"NeMo cannot be imported ({error})", where="nemo_entry", fix="pip install 'vespo_megatron[nemo]'"
         ) from None
     try:
-        OmegaConf.merge(OmegaConf.structured(ExpManagerConfig), OmegaConf.create(vars(recipe.exp_manager)))
+        OmegaConf.merge(OmegaConf.structured(ExpManagerConfig), OmegaConf.create(recipe.exp_manager.model_dump()))
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0], where="exp_manager", expected="NeMo's ExpManagerConfig") from None
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             rest = _with_resolved_recipe(given, Path(folder))
             composed = _compose(rest)
-            recipe = recipe_of(OmegaConf.to_container(composed, resolve=True), "Hydra's configuration")
+            recipe = recipe_of(plain(composed, resolve=True), "Hydra's configuration")
             check_exp_manager(recipe)
         except UserError as error:
             print(f"vespo-megatron: {error}", file=sys.stderr)

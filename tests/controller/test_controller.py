@@ -72,11 +72,8 @@ def build():
     built = []
 
     def build(scores=lambda n: float(n % 2), spoil=lambda number, result: None, **settings):
-        recipe = Recipe()
-        recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt = 4, 2
-        for name, value in settings.items():
-            section, key = name.split("__")
-            setattr(getattr(recipe, section), key, value)
+        values = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2}
+        recipe = Recipe().with_values(values | {name.replace("__", "."): value for name, value in settings.items()})
         records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
         controller = Controller(
             recipe, Engine(spoil), Tokenizer(), PromptStream(records, seed=1), records[:6], Rewards(scores), Logger()

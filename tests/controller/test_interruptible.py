@@ -96,8 +96,7 @@ class Rewards:
 
 def build(engine):
     """A trainer's half on rank 0 with a real controller; one process in place of the ranks."""
-    recipe = Recipe()
-    recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt = 4, 2
+    recipe = Recipe().with_values({"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2})
     records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: "text")
     logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)

@@ -32,11 +32,9 @@ def load(tmp_path):
     def load(rows, **settings):
         path = tmp_path / "train.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-        recipe = Recipe()
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": settings.pop("vocab_size", 128)}))
-        recipe.policy.model_name = str(tmp_path)
-        for name, value in settings.items():
-            setattr(recipe.data, name, value)
+        values = {f"data.{name}": value for name, value in settings.items()}
+        recipe = Recipe().with_values({"policy.model_name": str(tmp_path)} | values)
         return load_prompts(DatasetConfig(path=str(path)), recipe, LetterTokenizer())
 
     return load

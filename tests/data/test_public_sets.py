@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 
 import pyarrow.parquet
@@ -104,10 +103,13 @@ def test_prepared_prompts_load_as_a_dataset(copy, tmp_path, tiny_recipe):
     from vespo_megatron.data.prompts import load_prompts
 
     tiny = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "build" / "model"
-    recipe = deepcopy(tiny_recipe)
-    recipe.data.train.path = str(prepare("math500", tmp_path, local=copy("math500")))
-    recipe.data.max_input_seq_length = 120
-    recipe.policy.model_name = str(tiny)
+    recipe = tiny_recipe.with_values(
+        {
+            "data.train.path": str(prepare("math500", tmp_path, local=copy("math500"))),
+            "data.max_input_seq_length": 120,
+            "policy.model_name": str(tiny),
+        }
+    )
     (record,) = load_prompts(recipe.data.train, recipe, AutoTokenizer.from_pretrained(tiny))
     assert record.ground_truth == "34"
 

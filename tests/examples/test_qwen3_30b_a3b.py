@@ -12,8 +12,8 @@ import pytest
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import PolicyLossConfig
 from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
-from vespo_megatron.recipe.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "qwen3_30b_a3b"

@@ -140,18 +140,12 @@ def test_a_prepared_folder_is_a_checkpoint_with_experts_named_one_by_one(prepare
 
 
 def test_every_recipe_uses_known_keys_and_a_layout_its_processes_can_hold():
-    from omegaconf import OmegaConf
-
-    from vespo_megatron.recipe.schema import Recipe
+    from vespo_megatron.recipe.loader import load_recipe
 
     recipes = sorted(EXAMPLE.glob("*.yaml"))
     assert {path.name for path in recipes} == {"vespo.yaml", "pp2.yaml", "cp2.yaml", "dp2.yaml", "in_process.yaml"}
     for path in recipes:
-        own = OmegaConf.load(path)
-        parts = [OmegaConf.structured(Recipe)]
-        if parent := own.pop("defaults", None):
-            parts.append(OmegaConf.load(EXAMPLE / parent))
-        recipe = OmegaConf.to_object(OmegaConf.merge(*parts, own))
+        recipe = load_recipe(path)
         assert recipe.world_size % recipe.model_parallel_size == 0, path.name
         assert recipe.num_mini_batches == 4, path.name
         assert recipe.rollout_batch_size % recipe.policy.train_global_batch_size == 0
@@ -162,7 +156,7 @@ def test_every_recipe_asks_for_a_layout_its_model_can_have(recipe, monkeypatch):
     """Needs the example's model, which `make test` builds first."""
     monkeypatch.chdir(EXAMPLE.parents[1])
     from vespo_megatron.recipe.loader import load_recipe
-    from vespo_megatron.recipe.validate import validate
+    from vespo_megatron.recipe.rules import validate
 
     validate(load_recipe(EXAMPLE / recipe))
 

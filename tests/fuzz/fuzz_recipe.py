@@ -15,8 +15,9 @@ import atheris
 
 with atheris.instrument_imports(include=["vespo_megatron"]):
     from vespo_megatron.errors import UserError
-    from vespo_megatron.recipe.loader import documentation, flatten, load_recipe, save_recipe
-    from vespo_megatron.recipe.validate import problems
+    from vespo_megatron.recipe.documentation import documentation
+    from vespo_megatron.recipe.loader import flatten, load_recipe, save_recipe
+    from vespo_megatron.recipe.rules import problems
 
 KEYS = list(documentation())
 VALUES = (

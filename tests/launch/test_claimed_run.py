@@ -35,10 +35,8 @@ def test_a_second_run_is_refused_by_name_until_the_first_is_gone_however_it_went
 
 
 def test_changed_keys_are_told(tmp_path):
-    recipe = Recipe()
-    recipe.policy.model_name = "m"
+    recipe = Recipe().with_values({"policy.model_name": "m"})
     assert changed_keys(tmp_path, recipe) == []
     save_recipe(recipe, tmp_path / RECIPE_FILE)
-    recipe.policy.generation.sglang_cfg.urls = ["http://127.0.0.1:1"]
-    recipe.grpo.max_num_steps = 7
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.urls": ["http://127.0.0.1:1"], "grpo.max_num_steps": 7})
     assert changed_keys(tmp_path, recipe) == ["grpo.max_num_steps: 100 → 7"]

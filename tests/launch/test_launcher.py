@@ -258,9 +258,7 @@ def test_a_killed_torchrun_takes_its_workers_with_it(start):
 
 
 def recipe_on(processes: int, urls: list[str] | None = None) -> Recipe:
-    recipe = Recipe()
-    recipe.cluster.gpus_per_node = processes
-    recipe.policy.generation.sglang_cfg.urls = urls or []
+    recipe = Recipe().with_values({"cluster.gpus_per_node": processes, "policy.generation.sglang_cfg.urls": urls or []})
     return recipe
 
 

@@ -43,13 +43,17 @@ def recipe(tmp_path) -> Recipe:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(model)
     (model / "config.json").write_text(json.dumps(CONFIG))
     save_file({"weight": np.zeros((16, 16), np.float32)}, model / "model.safetensors")
-    recipe = Recipe()
-    recipe.policy.model_name = str(model)
-    recipe.policy.max_total_sequence_length = 64
-    recipe.policy.generation.max_new_tokens = 16
-    recipe.data.max_input_seq_length = 8
-    recipe.grpo.num_prompts_per_step, recipe.policy.train_global_batch_size = 8, 64
-    recipe.data.train.path = str(tmp_path / "train.jsonl")
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": str(model),
+            "policy.max_total_sequence_length": 64,
+            "policy.generation.max_new_tokens": 16,
+            "data.max_input_seq_length": 8,
+            "grpo.num_prompts_per_step": 8,
+            "policy.train_global_batch_size": 64,
+            "data.train.path": str(tmp_path / "train.jsonl"),
+        }
+    )
     write_rows(recipe, [ROW] * 8)
     return recipe
 
@@ -83,7 +87,7 @@ def test_prompts_that_cannot_be_trained_on_are_named(recipe, rows, message):
 
 
 def test_a_data_file_that_is_not_there_names_its_key(recipe):
-    recipe.data.validation.path = "absent.parquet"
+    recipe = recipe.with_values({"data.validation.path": "absent.parquet"})
     with pytest.raises(UserError, match=r"data\.validation\.path: absent\.parquet does not exist"):
         preflight.check(recipe)
 
@@ -126,18 +130,17 @@ def test_a_model_folder_without_weights_or_of_another_kind_is_refused(recipe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda recipe: setattr(recipe.loss_fn, "name", "vesppo"), "the nearest is 'vespo'"),
-        (lambda recipe: setattr(recipe.loss_fn, "hyperparameters", {"c9": 1}), "c9"),
-        (lambda recipe: setattr(recipe.loss_fn, "aggregation", "token_mean"), "token-mean"),
-        (lambda recipe: setattr(recipe.grpo, "advantage_estimator", "group"), "advantage_estimator"),
-        (lambda recipe: setattr(recipe.env, "reward", "maths"), "env.reward"),
-        (lambda recipe: setattr(recipe.policy.tokenizer, "name", "/nowhere"), "no tokenizer"),
+        ({"loss_fn.name": "vesppo"}, "the nearest is 'vespo'"),
+        ({"loss_fn.hyperparameters": {"c9": 1}}, "c9"),
+        ({"loss_fn.aggregation": "token_mean"}, "token-mean"),
+        ({"grpo.advantage_estimator": "group"}, "advantage_estimator"),
+        ({"env.reward": "maths"}, "env.reward"),
+        ({"policy.tokenizer.name": "/nowhere"}, "no tokenizer"),
     ],
 )
 def test_names_that_no_table_has_are_refused(recipe, change, message):
-    change(recipe)
     with pytest.raises(UserError, match=message):
-        preflight.check(recipe)
+        preflight.check(recipe.with_values(change))
 
 
 # ---- through the command line ------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,10 +160,9 @@ def test_the_recipe_becomes_a_config():
     schema = pytest.importorskip("vespo_megatron.recipe.schema")
     config = PolicyLossConfig.from_recipe(schema.LossConfig())
     assert config == PolicyLossConfig()
-    loss_fn = SimpleNamespace(**vars(schema.LossConfig()))
-    loss_fn.name, loss_fn.behavior, loss_fn.correction = "grpo", "recompute", {"name": "tis", "cap": 3.0}
-    loss_fn.hyperparameters = {"clip_high": 0.3, "opsm_delta": 0.1}
-    made = PolicyLossConfig.from_recipe(loss_fn)
+    values = {"name": "grpo", "behavior": "recompute", "correction": {"name": "tis", "cap": 3.0}}
+    values["hyperparameters"] = {"clip_high": 0.3, "opsm_delta": 0.1}
+    made = PolicyLossConfig.from_recipe(schema.LossConfig().with_values(values))
     assert made.correction.cap == 3.0 and made.hyperparameters["clip_high"] == 0.3
 
 

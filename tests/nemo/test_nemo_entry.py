@@ -11,6 +11,7 @@ import pytest
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.schema import ExpManagerConfig
 from vespo_megatron.run.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +46,8 @@ def test_nemo_s_own_exp_manager_takes_ours(path):
 def test_what_nemo_would_not_take_is_named():
     from vespo_megatron.nemo_entry import check_exp_manager
 
-    recipe = load_recipe(RECIPES[0])
-    recipe.exp_manager.resume_if_exists = "perhaps"
+    exp_manager = ExpManagerConfig().model_copy(update={"resume_if_exists": "perhaps"})
+    recipe = load_recipe(RECIPES[0]).model_copy(update={"exp_manager": exp_manager})
     with pytest.raises(UserError, match="exp_manager: .*perhaps"):
         check_exp_manager(recipe)
 

@@ -61,14 +61,10 @@ def ragged_batch(seed: int = 0) -> Batch:
 
 
 def policy_config(folder: str, layout: dict[str, Any], **changes: Any) -> PolicyConfig:
-    config = PolicyConfig(model_name=folder, precision="float32", **changes)
-    for name, value in layout.items():
-        setattr(config.megatron_cfg, name, value)
-    config.megatron_cfg.optimizer.lr = 1e-3
     # Adam's first step is lr · g / (|g| + eps): a small eps turns the rounding of near-zero gradients into full steps.
-    config.megatron_cfg.optimizer.adam_eps = 1e-5
-    config.megatron_cfg.distributed_timeout = 60.0
-    return config
+    megatron = {"optimizer.lr": 1e-3, "optimizer.adam_eps": 1e-5, "distributed_timeout": 60.0} | layout
+    config = PolicyConfig(model_name=folder, precision="float32", **changes)
+    return config.with_values({f"megatron_cfg.{name}": value for name, value in megatron.items()})
 
 
 def build(folder: str, layout: dict[str, Any], store: str, **changes: Any) -> MegatronPolicy:

@@ -36,8 +36,7 @@ def equal_batch() -> Batch:
 
 def held(folder: str, layout: dict[str, Any], store: str, precision: str, micro_batches: int) -> dict[str, int]:
     """Bytes by what they are for, on this rank; `stage` is its pipeline stage."""
-    config = layout_work.policy_config(folder, layout)
-    config.precision = precision
+    config = layout_work.policy_config(folder, layout).with_values({"precision": precision})
     rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
     policy = MegatronPolicy(config, rank_info)
     batches = layout_work.micro_batches(policy, equal_batch(), micro_batches)

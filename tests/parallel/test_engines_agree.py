@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 
 import layout_work
 import numpy as np
@@ -102,9 +101,12 @@ def test_the_server_and_the_trainer_agree_after_new_weights(
     shapes = LAYOUTS | {"one": (1, {}), "pp2": (2, uneven), "pp2_ep2": (4, uneven | {"expert_model_parallel_size": 2})}
     world_size, layout = shapes[name]
     version = 10 + CASES.index((name, transport))
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe.policy.generation.sglang_cfg.weight_transport = transport
-    recipe.policy.generation.sglang_cfg.weight_folder = str(tmp_path / "weights")
+    recipe = tiny_recipe.with_values(
+        {
+            "policy.generation.sglang_cfg.weight_transport": transport,
+            "policy.generation.sglang_cfg.weight_folder": str(tmp_path / "weights"),
+        }
+    )
     answers = workers.run(served, world_size, recipe=recipe, layout=layout, urls=sglang_servers.urls, version=version)
     gap, compared = max(answer["gap"] for answer in answers), sum(answer["compared"] for answer in answers)
     differing = sum(answer["differing"] for answer in answers)

@@ -22,9 +22,14 @@ def sparse(tmp_path_factory):
 
 
 def recipe_of(folder, layout, world_size, precision):
-    recipe = Recipe(policy=layout_work.policy_config(folder, layout))
-    recipe.policy.precision = precision
-    recipe.cluster.device, recipe.cluster.gpus_per_node, recipe.cluster.num_nodes = "cpu", world_size, 1
+    recipe = Recipe(policy=layout_work.policy_config(folder, layout)).with_values(
+        {
+            "policy.precision": precision,
+            "cluster.device": "cpu",
+            "cluster.gpus_per_node": world_size,
+            "cluster.num_nodes": 1,
+        }
+    )
     return recipe
 
 

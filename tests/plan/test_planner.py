@@ -42,8 +42,12 @@ def test_the_paper_s_layout_fits_80_gb_and_without_offload_or_sharding_does_not(
     recipe = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml")
     device = gpu("h100-80")
     assert plan(SHAPE, recipe, device, default_lengths(recipe)).fits
-    optimizer = recipe.policy.megatron_cfg.optimizer
-    optimizer.optimizer_cpu_offload, optimizer.use_distributed_optimizer = False, False
+    recipe = recipe.with_values(
+        {
+            "policy.megatron_cfg.optimizer.optimizer_cpu_offload": False,
+            "policy.megatron_cfg.optimizer.use_distributed_optimizer": False,
+        }
+    )
     found = plan(SHAPE, recipe, device, default_lengths(recipe))
     assert not found.fits
     text = report(SHAPE, found, default_lengths(recipe))
@@ -52,8 +56,8 @@ def test_the_paper_s_layout_fits_80_gb_and_without_offload_or_sharding_does_not(
 
 def test_processes_of_every_stage_and_rank_hold_the_model_between_them():
     recipe = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml")
+    recipe = recipe.with_values({"policy.megatron_cfg.pipeline_model_parallel_size": 4})
     megatron = recipe.policy.megatron_cfg
-    megatron.pipeline_model_parallel_size = 4
     dense = expert = 0
     for stage in range(4):
         local = local_parameters(SHAPE, recipe, stage)
@@ -75,7 +79,7 @@ def test_recompute_trades_activations_for_time():
     recipe = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml")
     device, lengths = gpu("h100-80"), default_lengths(recipe)
     full = plan(SHAPE, recipe, device, lengths)
-    recipe.policy.megatron_cfg.activation_checkpointing = False
+    recipe = recipe.with_values({"policy.megatron_cfg.activation_checkpointing": False})
     none = plan(SHAPE, recipe, device, lengths)
     assert none.memory.activations > 8 * full.memory.activations
     assert none.train == pytest.approx(full.train * 3 / 4)
@@ -84,8 +88,13 @@ def test_recompute_trades_activations_for_time():
 @pytest.mark.parametrize("stages, virtual, held", [(1, None, [1]), (4, None, [4, 3, 2, 1]), (2, 2, [2.5, 1.5])])
 def test_micro_batches_in_flight(stages, virtual, held):
     recipe = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml")
+    recipe = recipe.with_values(
+        {
+            "policy.megatron_cfg.pipeline_model_parallel_size": stages,
+            "policy.megatron_cfg.virtual_pipeline_model_parallel_size": virtual,
+        }
+    )
     megatron = recipe.policy.megatron_cfg
-    megatron.pipeline_model_parallel_size, megatron.virtual_pipeline_model_parallel_size = stages, virtual
     assert [activations.in_flight(megatron, stage) for stage in range(stages)] == held
     assert activations.in_flight(megatron, 0, micro_batches=1) == 1
     assert trainer_memory(SHAPE, recipe).activations > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.loader import documentation, flatten, load_recipe, save_recipe
+from vespo_megatron.recipe.documentation import documentation
+from vespo_megatron.recipe.loader import flatten, load_recipe, save_recipe
+from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import problems
 
 KEYS = sorted(flatten(Recipe()))
 SECTIONS = sorted(set(documentation()) - set(KEYS))
@@ -77,8 +77,7 @@ def test_any_bytes_are_a_recipe_or_refused(tmp_path, content):
 @example("1e-6")
 @example("${x}")
 def test_any_text_is_saved_as_it_is(tmp_path, value):
-    recipe = Recipe()
-    recipe.policy.model_name, recipe.exp_manager.version = "m", value
+    recipe = Recipe().with_values({"policy.model_name": "m", "exp_manager.version": value})
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml").exp_manager.version == value
 
@@ -86,16 +85,19 @@ def test_any_text_is_saved_as_it_is(tmp_path, value):
 @in_one_folder
 @given(st.data())
 def test_what_is_saved_reads_back_equal(tmp_path, data):
-    recipe = Recipe()
-    recipe.policy.model_name = data.draw(text)
-    recipe.grpo.seed = data.draw(st.integers(0, 2**40))
-    recipe.policy.megatron_cfg.optimizer.lr = data.draw(st.floats(allow_nan=False))
-    recipe.loss_fn.hyperparameters = data.draw(st.dictionaries(st.text("abc_", min_size=1), values, max_size=3))
-    recipe.policy.generation.stop_token_ids = data.draw(st.lists(st.integers(0, 2**31)))
-    recipe.exp_manager.version = data.draw(st.one_of(st.none(), text))
+    recipe = Recipe().with_values(
+        {
+            "policy.model_name": data.draw(text),
+            "grpo.seed": data.draw(st.integers(0, 2**40)),
+            "policy.megatron_cfg.optimizer.lr": data.draw(st.floats(0, exclude_min=True, allow_infinity=False)),
+            "loss_fn.hyperparameters": data.draw(st.dictionaries(st.text("abc_", min_size=1), values, max_size=3)),
+            "policy.generation.stop_token_ids": data.draw(st.lists(st.integers(0, 2**31))),
+            "exp_manager.version": data.draw(st.one_of(st.none(), text)),
+        }
+    )
     save_recipe(recipe, tmp_path / "saved.yaml")
     again = load_recipe(tmp_path / "saved.yaml")
-    assert same(dataclasses.asdict(again), dataclasses.asdict(recipe))
+    assert same(again.model_dump(), recipe.model_dump())
 
 
 def same(a: object, b: object) -> bool:

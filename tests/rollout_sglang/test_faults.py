@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 
 import pytest
@@ -15,9 +14,9 @@ from vespo_megatron.rollout_sglang import connect
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe.policy.generation.sglang_cfg.request_timeout = 1.0
-    recipe.policy.generation.sglang_cfg.recovery_timeout = 0.2
+    recipe = tiny_recipe.with_values(
+        {"policy.generation.sglang_cfg.request_timeout": 1.0, "policy.generation.sglang_cfg.recovery_timeout": 0.2}
+    )
     return recipe
 
 
@@ -69,7 +68,7 @@ def test_requests_are_spread_over_servers_and_a_group_stays_together(recipe):
 
 
 def test_no_more_requests_are_in_flight_than_the_recipe_says(recipe):
-    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.max_concurrent_requests": 4})
     with FaultServer() as server:
         engine = connect(recipe, [server.url])
         peaks = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from dataclasses import replace
 
@@ -119,8 +118,7 @@ def test_in_place_a_response_runs_on_through_the_updates(engine, reference):
 
 def test_more_than_the_server_may_have_at_a_time_goes_on_after_each_pause(tiny_recipe, sglang_servers, reference):
     """Sixteen responses, four at a time, five updates: none waits for a server that waits for it."""
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
+    recipe = tiny_recipe.with_values({"policy.generation.sglang_cfg.max_concurrent_requests": 4})
     engine = connect(recipe, sglang_servers.urls)
     requests = [replace(r, group_id=r.request_id) for r in make_requests(16, max_new_tokens=80)]
 

@@ -7,7 +7,6 @@ the real ones.
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -46,10 +45,13 @@ class Sync:
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    recipe = copy.deepcopy(tiny_recipe)
-    config = recipe.policy.generation.sglang_cfg
-    config.request_timeout, config.recovery_timeout, config.health_timeout = 5.0, 0.5, 1.0
-    return recipe
+    return tiny_recipe.with_values(
+        {
+            "policy.generation.sglang_cfg.request_timeout": 5.0,
+            "policy.generation.sglang_cfg.recovery_timeout": 0.5,
+            "policy.generation.sglang_cfg.health_timeout": 1.0,
+        }
+    )
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_the_prompts_of_a_server_that_fails_are_answered_by_the_other_each_once(
 
 
 def test_a_server_that_stalls_is_left_at_the_deadline_of_its_request(pool_of, recipe):
-    recipe.policy.generation.sglang_cfg.request_timeout = 1.0
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.request_timeout": 1.0})
     engine = pool_of(FaultServer("stalls"), FaultServer())
     requests, seen = make_requests(8, max_new_tokens=3), []
     start = time.monotonic()
@@ -110,7 +112,7 @@ def test_a_server_that_stalls_is_left_at_the_deadline_of_its_request(pool_of, re
 
 
 def test_a_server_without_a_sign_of_life_is_left_long_before_its_requests_are_due(pool_of, recipe):
-    recipe.policy.generation.sglang_cfg.request_timeout = 100.0
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.request_timeout": 100.0})
     bad = FaultServer("hangs")
     engine = pool_of(bad, FaultServer())
     requests, seen = make_requests(8, max_new_tokens=3), []
@@ -277,8 +279,12 @@ def engine_seconds(metrics):
 
 def test_a_pause_ends_what_waits_for_room_and_what_came_too_late(pool_of, recipe):
     """Four at a time on a server that keeps what reaches it, as a paused one does: nobody waits for either."""
-    recipe.policy.generation.sglang_cfg.max_concurrent_requests = 4
-    recipe.policy.generation.sglang_cfg.request_timeout = 60.0
+    recipe = recipe.with_values(
+        {
+            "policy.generation.sglang_cfg.max_concurrent_requests": 4,
+            "policy.generation.sglang_cfg.request_timeout": 60.0,
+        }
+    )
     server = FaultServer("stalls")
     engine = pool_of(server)
     requests = [replace(request, group_id=request.request_id) for request in make_requests(12, max_new_tokens=3)]

@@ -6,7 +6,6 @@ One pair of servers for the whole file, in the order of its tests: the last one 
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import signal
 import sys
@@ -20,8 +19,9 @@ import pytest
 from rollout_helpers import generate, make_requests
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.loader import to_yaml
 from vespo_megatron.rollout_sglang import connect, launch_servers
-from vespo_megatron.rollout_sglang.api_key import VARIABLE
+from vespo_megatron.rollout_sglang.api_key import VARIABLE, hide_api_key
 from vespo_megatron.rollout_sglang.client.control import call
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -42,11 +42,14 @@ def other_environment(folder):
 
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe, tmp_path_factory):
-    recipe = copy.deepcopy(tiny_recipe)
-    config = recipe.policy.generation.sglang_cfg
-    config.num_servers, config.max_restarts, config.api_key = 2, 1, KEY
-    config.python = str(other_environment(tmp_path_factory.mktemp("environment")))
-    return recipe
+    return tiny_recipe.with_values(
+        {
+            "policy.generation.sglang_cfg.num_servers": 2,
+            "policy.generation.sglang_cfg.max_restarts": 1,
+            "policy.generation.sglang_cfg.api_key": KEY,
+            "policy.generation.sglang_cfg.python": str(other_environment(tmp_path_factory.mktemp("environment"))),
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +84,11 @@ def test_the_key_opens_and_shows_nowhere(servers, recipe, engine):
     with pytest.raises(UserError, match=r"answered 401.*\n.*api_key") as caught:
         call(servers.urls[0], "/server_info", timeout_s=10)
     assert KEY not in str(caught.value)
-    assert recipe.policy.generation.sglang_cfg.api_key is None, "what is saved of the recipe has no key"
+    assert KEY not in to_yaml(hide_api_key(recipe)), "what is saved of the recipe has no key"
     for server in servers.servers:
         assert KEY not in server.log.read_text()
         assert not [p for p in processes(server) if KEY in " ".join(p.cmdline())]
-    recipe = copy.deepcopy(recipe)
-    recipe.policy.generation.sglang_cfg.api_key = "another"
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.api_key": "another"})
     with pytest.raises(UserError, match="401") as caught:
         connect(recipe, servers.urls)
     assert servers.urls[0] in str(caught.value) and "another" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import copy
 import os
 import pickle
 from pathlib import Path
@@ -17,8 +16,8 @@ import vespo_megatron.rollout_sglang
 from vespo_megatron import cli
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import problems
 from vespo_megatron.rollout_sglang import api_key as secrets
 from vespo_megatron.rollout_sglang import connect
 from vespo_megatron.rollout_sglang.server.flags import check_server_args
@@ -32,9 +31,7 @@ def no_key_left(monkeypatch):
 
 
 def with_key(recipe, key=KEY):
-    recipe = copy.deepcopy(recipe)
-    recipe.policy.generation.sglang_cfg.api_key = key
-    return recipe
+    return recipe.with_values({"policy.generation.sglang_cfg.api_key": key})
 
 
 def test_servers_listen_on_the_loopback_unless_told_otherwise():
@@ -42,8 +39,7 @@ def test_servers_listen_on_the_loopback_unless_told_otherwise():
 
 
 def test_the_key_goes_from_the_recipe_to_the_environment_and_not_to_the_run_directory(tiny_recipe, tmp_path):
-    recipe = with_key(tiny_recipe)
-    secrets.hide_api_key(recipe)
+    recipe = secrets.hide_api_key(with_key(tiny_recipe))
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert KEY not in (tmp_path / "recipe.yaml").read_text()
     worker = load_recipe(tmp_path / "recipe.yaml")
@@ -89,8 +85,7 @@ def test_a_key_does_not_reach_a_command_line(name):
 
 
 def test_a_url_with_credentials_is_refused_without_showing_them(tiny_recipe):
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe.policy.generation.sglang_cfg.urls = [f"http://me:{KEY}@127.0.0.1:30000"]
+    recipe = tiny_recipe.with_values({"policy.generation.sglang_cfg.urls": [f"http://me:{KEY}@127.0.0.1:30000"]})
     (found,) = [problem for problem in problems(recipe) if problem.where.endswith("urls")]
     assert KEY not in str(found) and "me:" not in str(found) and "api_key" in found.fix
 

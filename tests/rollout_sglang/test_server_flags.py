@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import socket
@@ -30,7 +29,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    return copy.deepcopy(tiny_recipe)
+    return tiny_recipe
 
 
 @pytest.fixture
@@ -57,18 +56,22 @@ def test_flags_follow_the_recipe(recipe, shape):
 
 
 def test_on_cuda_a_server_takes_its_own_devices_and_sglangs_own_backends(recipe, shape):
-    recipe.policy.generation.sglang_cfg.tensor_parallel_size = 2
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.tensor_parallel_size": 2})
     flags = build_flags(recipe, shape, found("cuda"), port=31000, index=3)
     assert flag(flags, "--base-gpu-id") == "6"
     assert "--attention-backend" not in flags and "--max-total-tokens" not in flags
 
 
 def test_further_server_args_pass_through(recipe, shape):
-    recipe.policy.generation.sglang_cfg.server_args = {
-        "schedule_policy": "lpm",
-        "disable_radix_cache": True,
-        "log": None,
-    }
+    recipe = recipe.with_values(
+        {
+            "policy.generation.sglang_cfg.server_args": {
+                "schedule_policy": "lpm",
+                "disable_radix_cache": True,
+                "log": None,
+            }
+        }
+    )
     flags = build_flags(recipe, shape, found(), port=1, index=0)
     assert flag(flags, "--schedule-policy") == "lpm"
     assert "--disable-radix-cache" in flags and "--log" not in flags
@@ -93,7 +96,7 @@ def test_flags_that_the_recipe_owns_or_that_break_rl_are_refused_with_the_reason
 
 
 def test_a_context_the_model_has_not_is_refused(recipe, shape):
-    recipe.policy.max_total_sequence_length = 257
+    recipe = recipe.with_values({"policy.max_total_sequence_length": 257})
     with pytest.raises(UserError, match="max_position_embeddings, 256"):
         build_flags(recipe, shape, found(), port=1, index=0)
 
@@ -125,13 +128,13 @@ def test_only_the_model_file_in_use_is_imported_by_sglangs_registry(shape, tmp_p
 def test_a_model_with_dense_layers_is_refused_before_a_server_starts(recipe, tmp_path):
     config = (Path(recipe.policy.model_name) / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"mlp_only_layers": []', '"mlp_only_layers": [1]'))
-    recipe.policy.model_name = str(tmp_path)
+    recipe = recipe.with_values({"policy.model_name": str(tmp_path)})
     with pytest.raises(UserError, match=r"layers \[1\] are dense"):
         launch_servers(recipe, tmp_path)
 
 
 def test_a_folder_without_a_model_is_an_error_that_names_it(recipe, tmp_path):
-    recipe.policy.model_name = str(tmp_path / "no-model")
+    recipe = recipe.with_values({"policy.model_name": str(tmp_path / "no-model")})
     with pytest.raises(UserError, match=r"no-model/config\.json"):
         launch_servers(recipe, tmp_path)
 
@@ -141,7 +144,7 @@ def test_a_port_in_use_is_named_before_anything_starts(recipe, tmp_path):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        recipe.policy.generation.sglang_cfg.port = port
+        recipe = recipe.with_values({"policy.generation.sglang_cfg.port": port})
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use"):
             launch_servers(recipe, tmp_path)
     assert not (tmp_path / "servers").exists()
@@ -152,7 +155,7 @@ def test_free_ports_are_distinct():
 
 
 def test_urls_in_the_recipe_start_nothing(recipe, tmp_path):
-    recipe.policy.generation.sglang_cfg.urls = ["http://10.0.0.1:30000/"]
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.urls": ["http://10.0.0.1:30000/"]})
     with launch_servers(recipe, tmp_path) as servers:
         assert servers.urls == ["http://10.0.0.1:30000"] and servers.servers == []
 

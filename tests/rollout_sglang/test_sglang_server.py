@@ -156,8 +156,7 @@ def test_concurrent_groups_reach_the_batch_sizes_that_make_it_fast(sglang_engine
 
 
 def test_a_server_that_dies_at_start_ends_with_sglangs_reason_and_leaves_nothing(tiny_recipe, tmp_path):
-    recipe = copy.deepcopy(tiny_recipe)
-    recipe.policy.generation.sglang_cfg.server_args = {"no_such_flag": 1}
+    recipe = tiny_recipe.with_values({"policy.generation.sglang_cfg.server_args": {"no_such_flag": 1}})
     with pytest.raises(UserError, match="no-such-flag") as caught:
         launch_servers(recipe, tmp_path)
     assert "server_0.log" in str(caught.value)
@@ -166,15 +165,15 @@ def test_a_server_that_dies_at_start_ends_with_sglangs_reason_and_leaves_nothing
 
 def test_two_ranks_hold_a_tied_model_between_them_and_nothing_of_them_is_left(reference, tiny_recipe, tmp_path):
     """Tensor parallel 2 and a tied head: every slice is checked; then a rank is killed, and then all are stopped."""
-    recipe = copy.deepcopy(tiny_recipe)
     tied = copy.deepcopy(reference.model.config)
     tied.tie_word_embeddings = True
     folder = tmp_path / "tied"
     tied.save_pretrained(folder)
     tensors = [(name, tensor) for name, tensor in reference.named_tensors() if name != "lm_head.weight"]
     save(tensors, folder)
-    recipe.policy.model_name = str(folder)
-    recipe.policy.generation.sglang_cfg.tensor_parallel_size = 2
+    recipe = tiny_recipe.with_values(
+        {"policy.model_name": str(folder), "policy.generation.sglang_cfg.tensor_parallel_size": 2}
+    )
     with launch_servers(recipe, tmp_path) as servers:
         engine = connect(recipe, servers.urls)
         with pytest.raises(UserError, match="tied output head"):

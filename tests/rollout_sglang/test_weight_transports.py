@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 
 import numpy as np
 import pytest
@@ -24,11 +23,10 @@ def engine_by(tiny_recipe, sglang_servers, reference, tmp_path):
     engines = []
 
     def make(transport, **changes):
-        recipe = copy.deepcopy(tiny_recipe)
-        config = recipe.policy.generation.sglang_cfg
-        config.weight_transport, config.weight_folder = transport, str(tmp_path / "weights")
-        for name, value in changes.items():
-            setattr(config, name, value)
+        values = {"weight_transport": transport, "weight_folder": str(tmp_path / "weights")} | changes
+        recipe = tiny_recipe.with_values(
+            {f"policy.generation.sglang_cfg.{name}": value for name, value in values.items()}
+        )
         engines.append(connect(recipe, sglang_servers.urls))
         return engines[-1]
 

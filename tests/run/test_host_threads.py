@@ -14,8 +14,7 @@ from vespo_megatron.run.host_threads import core_shares, server_environment, tra
 def recipe(monkeypatch):
     """Two trainer ranks and one server on eight cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    recipe = Recipe()
-    recipe.cluster.gpus_per_node = 2
+    recipe = Recipe().with_values({"cluster.gpus_per_node": 2})
     return recipe
 
 
@@ -29,15 +28,16 @@ def test_who_takes_turns_has_all_cores(recipe):
 
 
 def test_who_computes_at_the_same_time_shares_them(recipe):
-    recipe.grpo.async_grpo.enabled = True
+    recipe = recipe.with_values({"grpo.async_grpo.enabled": True})
     assert threads(recipe) == (2, 2)
-    recipe.policy.generation.sglang_cfg.num_servers = 3
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.num_servers": 3})
     assert threads(recipe) == (1, 1)
 
 
 def test_servers_elsewhere_take_no_cores(recipe):
-    recipe.grpo.async_grpo.enabled = True
-    recipe.policy.generation.sglang_cfg.urls = ["http://10.0.0.7:30000"]
+    recipe = recipe.with_values(
+        {"grpo.async_grpo.enabled": True, "policy.generation.sglang_cfg.urls": ["http://10.0.0.7:30000"]}
+    )
     assert threads(recipe)[0] == 4
 
 

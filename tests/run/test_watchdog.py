@@ -185,8 +185,7 @@ def test_under_another_launcher_the_rank_that_watches_ends_itself_with_the_repor
     from vespo_megatron.recipe.schema import Recipe
     from vespo_megatron.run.heartbeat import Heartbeat
     from vespo_megatron.run.watchdog import watched
-    recipe, run_dir = Recipe(), Path(sys.argv[1])
-    recipe.cluster.watchdog_timeout = 0.5
+    recipe, run_dir = Recipe().with_values({"cluster.watchdog_timeout": 0.5}), Path(sys.argv[1])
     heartbeat = Heartbeat(run_dir, 0)
     heartbeat.step = 4
     heartbeat.enter("train")

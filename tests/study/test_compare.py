@@ -18,8 +18,8 @@ from made_up_study import SMALL, made_up
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.preflight import check_tables
 from vespo_megatron.recipe.loader import save_recipe
+from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import problems
 from vespo_megatron.run.host_threads import core_shares
 from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.compare import environment
@@ -90,8 +90,7 @@ def test_a_recipe_that_is_wrong_stops_the_study_before_anything_runs(study_file,
 @pytest.mark.parametrize("processes, alone", [(1, True), (2, False)])
 def test_a_run_of_one_process_starts_no_torchrun(processes, alone, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    recipe = Recipe()
-    recipe.cluster.gpus_per_node = processes
+    recipe = Recipe().with_values({"cluster.gpus_per_node": processes})
     told = environment(recipe, cores=4)
     # torchrun's agent counts the cores it has been given by itself.
     assert told.get("OMP_NUM_THREADS") == ("4" if alone else None) and ("RANK" in told) is alone
@@ -172,8 +171,7 @@ def learnt(run_dir):
 
 
 def named(recipe, name):
-    recipe.exp_manager.name = name
-    return recipe
+    return recipe.with_values({"exp_manager.name": name})
 
 
 def test_a_forked_run_learns_what_the_command_does_and_is_ended_with_what_it_started(study_file, tmp_path):

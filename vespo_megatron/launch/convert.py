@@ -24,7 +24,8 @@ from vespo_megatron.megatron import checkpoint, hf_weights, parallel
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
-from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.dotted import leaves
+from vespo_megatron.recipe.loader import load_recipe, plain
 from vespo_megatron.recipe.schema import MegatronConfig
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.run.checkpoint_store import POLICY, CheckpointStore
@@ -157,12 +158,12 @@ def find_source(source: Path, model: str | None) -> Source:
 
 def _layout(settings: Sequence[str]) -> MegatronConfig:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(MegatronConfig), OmegaConf.from_dotlist(list(settings)))
-        return OmegaConf.to_object(merged)
+        given = plain(OmegaConf.from_dotlist(list(settings)), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(
             str(error).splitlines()[0], where="--layout", expected="key=value of policy.megatron_cfg"
         ) from None
+    return MegatronConfig().with_values(dict(leaves(given)))
 
 
 @contextmanager

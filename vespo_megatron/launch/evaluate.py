@@ -18,8 +18,8 @@ from vespo_megatron.evaluation.scores import Problem, by_set, summary
 from vespo_megatron.launch import preflight
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
+from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
-from vespo_megatron.recipe.validate import validate
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
@@ -51,12 +51,13 @@ def evaluate(
             where="--checkpoint",
             fix="leave one out: servers named by URL answer with what they serve",
         )
-    recipe.exp_manager.name += "_eval"
-    recipe.exp_manager.resume_if_exists = False
+    recipe = recipe.with_values(
+        {"exp_manager.name": f"{recipe.exp_manager.name}_eval", "exp_manager.resume_if_exists": False}
+    )
     with stop_on_signals(), ExitStack() as stack:
         folder = make_run_directory(recipe.exp_manager)
         if checkpoint:
-            recipe.policy.model_name = str(_model_folder(Path(checkpoint), folder))
+            recipe = recipe.with_values({"policy.model_name": str(_model_folder(Path(checkpoint), folder))})
         validate(recipe)
         preflight.check_model(recipe.policy.model_name)
         records, tokenizer = _problems(recipe, data)
@@ -103,9 +104,9 @@ def _problems(recipe: Recipe, data: Sequence[str]):
 
 
 def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
-    generation = recipe.policy.generation
-    if generation.backend == "sglang":
-        generation.sglang_cfg.urls = stack.enter_context(launch_servers(recipe, folder)).urls
+    if recipe.policy.generation.backend == "sglang":
+        urls = stack.enter_context(launch_servers(recipe, folder)).urls
+        recipe = recipe.with_values({"policy.generation.sglang_cfg.urls": urls})
     engine = build_engine(recipe)
     stack.callback(engine.close)
     return engine

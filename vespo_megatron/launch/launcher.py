@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch import preflight
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import validate
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
@@ -61,8 +61,7 @@ def train(
 
     Whatever is raised, all processes started here have ended.
     """
-    recipe = load_recipe(recipe_path, overrides)
-    hide_api_key(recipe)
+    recipe = hide_api_key(load_recipe(recipe_path, overrides))
     if tiny_folder is not None:
         recipe = scale_down(recipe, tiny_folder)
     if "RANK" in os.environ:
@@ -77,7 +76,7 @@ def train(
         preflight.check(recipe)
         run_dir = make_run_directory(recipe.exp_manager)
         print(f"run directory: {run_dir}", flush=True)
-        with _attempt(recipe, run_dir) as servers:
+        with _attempt(recipe, run_dir) as (recipe, servers):
             with _agent(recipe, run_dir, work) as agent, StopKeeper(recipe, run_dir) as stop:
                 _watch(agent, (servers.restart_dead, Watchdog.from_recipe(recipe, run_dir).check, stop.check))
             if agent.returncode != 0:
@@ -110,7 +109,7 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
     with stop_on_signals():
         preflight.check(recipe)
         run_dir = make_run_directory(recipe.exp_manager)
-        with _attempt(recipe, run_dir) as servers:
+        with _attempt(recipe, run_dir) as (recipe, servers):
             with servers.supervised(), watched(recipe, run_dir):
                 worker.run(recipe, run_dir, work)
     return run_dir
@@ -120,8 +119,7 @@ def serve(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Start the recipe's SGLang servers and keep them until a signal. Raises as `train` does."""
     from vespo_megatron.rollout_sglang.server.server_group import launch_servers
 
-    recipe = load_recipe(recipe_path, overrides)
-    hide_api_key(recipe)
+    recipe = hide_api_key(load_recipe(recipe_path, overrides))
     validate(recipe)
     with stop_on_signals():
         run_dir = make_run_directory(recipe.exp_manager)
@@ -151,18 +149,24 @@ class _NoServers:
 
 
 @contextmanager
-def _attempt(recipe: Recipe, run_dir: Path) -> Iterator[Any]:
-    """The run directory for this process alone, without an earlier attempt's notes, its recipe saved; the servers."""
+def _attempt(recipe: Recipe, run_dir: Path) -> Iterator[tuple[Recipe, Any]]:
+    """The run directory for this process alone, without an earlier attempt's notes; the recipe as it is run; servers.
+
+    The recipe is saved with what is known only now: where its servers are, and where weights are exchanged.
+    """
     with claimed(run_dir):
         clear_failures(run_dir)
         clear_heartbeats(run_dir)
         clear_stop(run_dir)
         for change in changed_keys(run_dir, recipe):
             print(f"resuming with another {change}", flush=True)
+        if recipe.policy.generation.backend == "sglang":
+            folder = recipe.policy.generation.sglang_cfg.weight_folder or str(run_dir / "weights")
+            recipe = recipe.with_values({"policy.generation.sglang_cfg.weight_folder": folder})
         with _servers(recipe, run_dir) as servers:
-            recipe.policy.generation.sglang_cfg.urls = servers.urls
+            recipe = recipe.with_values({"policy.generation.sglang_cfg.urls": servers.urls})
             save_recipe(recipe, run_dir / RECIPE_FILE)
-            yield servers
+            yield recipe, servers
 
 
 def _servers(recipe: Recipe, run_dir: Path) -> Any:
@@ -172,7 +176,6 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
     from vespo_megatron.rollout_sglang.server.server_group import launch_servers
 
     config = recipe.policy.generation.sglang_cfg
-    config.weight_folder = config.weight_folder or str(run_dir / "weights")
     if not config.urls:
         print(f"starting {config.num_servers} SGLang server(s), logs in {run_dir / 'servers'}", flush=True)
     return launch_servers(recipe, run_dir)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import validate
 
 _INDEX = "model.safetensors.index.json"
 

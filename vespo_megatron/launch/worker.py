@@ -71,7 +71,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info, work: str, heartbeat: Heartbe
 
     tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
     prompts = load_prompts(recipe.data.train, recipe, tokenizer) if rank_info.rank == 0 else []
-    limit_steps(recipe, len(prompts), rank_info)
+    recipe = limit_steps(recipe, len(prompts), rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
@@ -103,8 +103,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info, work: str, heartbeat: Heartbe
             controller.close()
 
 
-def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> None:
-    """Lower `grpo.max_num_steps` to what `max_num_epochs` passes over the prompts give; a collective.
+def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> Recipe:
+    """The recipe with `grpo.max_num_steps` at most what `max_num_epochs` passes over the prompts give; a collective.
 
     Rank 0 says how many prompts there are. Dynamic sampling draws more than a step trains on, and passes on sooner.
     """
@@ -115,7 +115,7 @@ def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> None:
     steps = min(schedule.max_num_steps, schedule.max_num_epochs * num_prompts // schedule.num_prompts_per_step)
     agreed = torch.tensor([max(1, steps)], device=rank_info.device)
     dist.broadcast(agreed, src=0)
-    schedule.max_num_steps = int(agreed.item())
+    return recipe.with_values({"grpo.max_num_steps": int(agreed.item())})
 
 
 def build_controller(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,15 +109,23 @@ def alternatives(shape: Qwen3MoeShape, recipe: Recipe) -> Iterator[Recipe]:
         if shape.num_attention_heads % tp or (shape.num_key_value_heads % tp and tp % shape.num_key_value_heads):
             continue
         for full, offload in itertools.product((False, True), (False, True)):
-            other = copy.deepcopy(recipe)
-            megatron = other.policy.megatron_cfg
-            megatron.tensor_model_parallel_size, megatron.sequence_parallel = tp, tp > 1
-            megatron.pipeline_model_parallel_size, megatron.context_parallel_size = pp, cp
-            megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size = ep, 1
-            megatron.num_layers_in_first_pipeline_stage = megatron.num_layers_in_last_pipeline_stage = None
-            megatron.activation_checkpointing, megatron.recompute_granularity = full, None
-            megatron.optimizer.optimizer_cpu_offload = offload
-            megatron.optimizer.optimizer_offload_fraction = 1.0 if offload else 0.0
+            megatron = mine.with_values(
+                {
+                    "tensor_model_parallel_size": tp,
+                    "sequence_parallel": tp > 1,
+                    "pipeline_model_parallel_size": pp,
+                    "context_parallel_size": cp,
+                    "expert_model_parallel_size": ep,
+                    "expert_tensor_parallel_size": 1,
+                    "num_layers_in_first_pipeline_stage": None,
+                    "num_layers_in_last_pipeline_stage": None,
+                    "activation_checkpointing": full,
+                    "recompute_granularity": None,
+                    "optimizer.optimizer_cpu_offload": offload,
+                    "optimizer.optimizer_offload_fraction": 1.0 if offload else 0.0,
+                }
+            )
+            other = recipe.with_values({"policy.megatron_cfg": megatron})
             if other.policy.train_global_batch_size % other.data_parallel_size:
                 continue
             changed = sum(

@@ -5,25 +5,28 @@ earlier ones, the file itself over all of them, and overrides over the file. Whe
 own folder is meant (on the command line: the current directory); any other relative path is relative to the current
 directory. OmegaConf's interpolation (`${grpo.seed}`, `${oc.env:USER}`) works. In a mapping with free keys
 (`loss_fn.hyperparameters`, …) the line `_override_: true` drops what was inherited instead of adding to it, as in
-NeMo-RL.
+NeMo-RL. OmegaConf reads, merges and resolves; what a key takes is the schema's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.nemo_rl_keys import WITHOUT_EFFECT
+from vespo_megatron.recipe.schema import MISSING, Recipe
+from vespo_megatron.recipe.schema.describe import is_free, keys_of, section_of
+from vespo_megatron.recipe.schema.problems import nearest, problems_of, unknown_key
 
 _DEFAULTS, _OVERRIDE = "defaults", "_override_"
 _COMMAND_LINE = "command line"
@@ -49,11 +52,11 @@ class Layer:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` with its defaults and `overrides` ("policy.precision=float32"), as dataclasses.
+    """The recipe in `path` with its defaults and `overrides` ("policy.precision=float32"), frozen.
 
     Raises:
-        UserError: no such file, not YAML, a circular `defaults:`, an unknown key (naming the nearest known one), a
-            value of another type than the key's, a mandatory key without a value.
+        UserError: no such file, not YAML, a circular `defaults:`, an unknown key (naming the nearest known one),
+            values of another type than the key's or out of its bounds (all of them), a mandatory key without a value.
     """
     return _merged([*read_layers(Path(path)), *(_override_layer(text) for text in overrides)], str(path))
 
@@ -68,18 +71,23 @@ def read_layers(path: Path) -> list[Layer]:
     return list(_file_layers(path, ()))
 
 
-def _merged(layers: Iterable[Layer], source: str) -> Recipe:
-    config = OmegaConf.structured(Recipe)
+def _merged(layers: Sequence[Layer], source: str) -> Recipe:
+    config: Any = OmegaConf.create(Recipe().model_dump())  # so that `${grpo.seed}` finds a key that no file says
+    kept: list[Layer] = []
     for layer in layers:
-        for keys in _unknown_keys(layer.content, Recipe, ()):
-            raise _unknown_key(keys, layer.source)
-        for keys in _cleared(layer.content, Recipe, ()):
+        content = _without(layer.content, WITHOUT_EFFECT)
+        for keys in _unknown_keys(content, Recipe, ()):
+            raise unknown_key(Recipe, ".".join(keys), source=layer.source)
+        for keys in _cleared(content, Recipe, ()):
             OmegaConf.update(config, ".".join(keys), {}, merge=False)
+        content = _without_marks(content)
+        kept.append(Layer(layer.source, content))
+        _refuse_misplaced(kept[-1])
         try:
-            config = OmegaConf.unsafe_merge(config, _without_marks(layer.content))  # merge copies both, every time
+            config = OmegaConf.unsafe_merge(config, content)  # merge copies both, every time
         except _NOT_TAKEN as error:
-            raise _type_error(error, layer) from None
-    return _to_recipe(config, source)
+            raise UserError(_first_line(error), where=layer.source) from None
+    return _validated(config, kept, source)
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -87,17 +95,17 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(to_yaml(recipe))
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def to_yaml(recipe: Recipe) -> str:
     """Every key with its value."""
-    return yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Dotted key → value, for every key of the schema."""
-    return dict(_leaves(recipe, ""))
+    return {name: _value_at(recipe, name) for name, field in keys_of(Recipe) if section_of(field) is None}
 
 
 def differences(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -106,9 +114,9 @@ def differences(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def documentation() -> dict[str, str]:
-    """Dotted key → its meaning, for every key of the schema."""
-    return dict(_documentation(Recipe, ""))
+def plain(config: Any, *, resolve: bool) -> dict[str, Any]:
+    """An OmegaConf mapping as Python's own containers."""
+    return cast("dict[str, Any]", OmegaConf.to_container(config, resolve=resolve) or {})
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -137,7 +145,7 @@ def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        near = _nearest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        near = nearest(path.name, [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
         raise UserError(f"there is no recipe {path}" + (f"; {near} exists" if near else ""), where=where) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder", where=where, expected="a recipe file") from None
@@ -151,7 +159,7 @@ def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror or error})", where=where) from None
     if not isinstance(config, DictConfig):
         raise UserError("is not a mapping", where=str(path), expected="sections such as grpo: and policy:")
-    return OmegaConf.to_container(config, resolve=False) or {}
+    return plain(config, resolve=False)
 
 
 def _replace_recipe_dir(value: Any, folder: str) -> Any:
@@ -167,7 +175,7 @@ def _override_layer(text: str) -> Layer:
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", name):
         raise UserError(f"{text!r} is no override", where=_COMMAND_LINE, expected="key=value, as in grpo.seed=7")
     try:
-        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]), resolve=False)
+        content = plain(OmegaConf.from_dotlist([f"{name}={value}"]), resolve=False)
     except (yaml.YAMLError, *_NOT_TAKEN) as error:
         raise UserError(f"the value of {name} is not YAML ({error})", where=f"{_COMMAND_LINE}: {text}") from None
     return Layer(f"{_COMMAND_LINE}: {text}", _replace_recipe_dir(content, os.getcwd()))
@@ -176,35 +184,21 @@ def _override_layer(text: str) -> Layer:
 # ---- keys --------------------------------------------------------------------------------------------------------
 
 
-def _fields(section: type) -> dict[str, dataclasses.Field]:
-    return {item.name: item for item in dataclasses.fields(section)}
-
-
-def _section_type(item: dataclasses.Field) -> type | None:
-    """The dataclass of a field that is a section, None for a plain key."""
-    factory = item.default_factory
-    return factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
-
-
-def _is_free(item: dataclasses.Field) -> bool:
-    return str(item.type).startswith("dict[")
-
-
-def _unknown_keys(content: Any, section: type, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    known = _fields(section)
+def _unknown_keys(content: Any, section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    known = section.model_fields
     for name, value in content.items() if isinstance(content, dict) else ():
         if name not in known:
             yield (*above, str(name))
-        elif (inner := _section_type(known[name])) is not None:
+        elif (inner := section_of(known[name])) is not None:
             yield from _unknown_keys(value, inner, (*above, name))
 
 
-def _cleared(content: Any, section: type, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    known = _fields(section)
+def _cleared(content: Any, section: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    known = section.model_fields
     for name, value in content.items() if isinstance(content, dict) else ():
-        if (inner := _section_type(known[name])) is not None:
+        if (inner := section_of(known[name])) is not None:
             yield from _cleared(value, inner, (*above, name))
-        elif _is_free(known[name]) and isinstance(value, dict) and value.get(_OVERRIDE) is True:
+        elif is_free(known[name]) and isinstance(value, dict) and value.get(_OVERRIDE) is True:
             yield (*above, name)
 
 
@@ -214,91 +208,111 @@ def _without_marks(value: Any) -> Any:
     return value
 
 
-def _unknown_key(keys: tuple[str, ...], source: str) -> UserError:
-    name, known = ".".join(keys), list(documentation())
-    near = _nearest(name, known)
-    if near is None:  # right name, wrong section
-        near = next((key for key in known if key.rsplit(".", 1)[-1] == keys[-1]), None)
-    fix = f"write {near}" if near else "vespo-megatron recipe keys lists every key"
-    return UserError(
-        f"unknown key {name}" + (f"; the nearest known key is {near}" if near else ""), where=source, fix=fix
-    )
+def _without(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """`content` without these dotted keys."""
+    for name in names:
+        *parents, leaf = name.split(".")
+        if _holds(content, name):
+            content = _copied_along(content, parents)
+            group = content
+            for parent in parents:
+                group = group[parent]
+            del group[leaf]
+    return content
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
+def _copied_along(content: dict[str, Any], parents: Sequence[str]) -> dict[str, Any]:
+    """A copy of `content` in which the mappings on this way may be changed."""
+    copied = dict(content)
+    if parents:
+        copied[parents[0]] = _copied_along(content[parents[0]], parents[1:])
+    return copied
 
 
-def _documentation(section: type, above: str) -> Iterator[tuple[str, str]]:
-    for name, item in _fields(section).items():
-        inner = _section_type(item)
-        if inner is not None:
-            yield f"{above}{name}", (inner.__doc__ or "").strip()
-            yield from _documentation(inner, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", item.metadata.get("doc", "")
+def _holds(content: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
 
 
-def _leaves(section: Any, above: str) -> Iterator[tuple[str, Any]]:
-    for name, item in _fields(type(section)).items():
-        value = getattr(section, name)
-        if _section_type(item) is not None:
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
+def _value_at(recipe: Any, name: str) -> Any:
+    for part in name.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
 
 
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
-def _type_error(error: Exception, layer: Layer) -> UserError:
-    name = getattr(error, "full_key", None) or _misplaced_section(layer.content, Recipe, "") or "the recipe"
-    item = _field_of(name)
-    if item is None:
-        expected = ""
-    elif (inner := _section_type(item)) is not None:
-        expected = f"a section with {', '.join(_fields(inner))}"
-    else:
-        expected = str(item.type).replace(" | None", " or null")
-    return UserError(f"{name}: {_first_line(error)}", where=layer.source, expected=expected)
+def _refuse_misplaced(layer: Layer) -> None:
+    """A plain value in place of a section must not take the section's other keys with it into the merge."""
+    for name, field in keys_of(Recipe):
+        if section_of(field) is not None and _holds(layer.content, name):
+            value = _part(layer.content, name)
+            if not isinstance(value, dict):
+                raise _problems({name: value}, [layer])
+
+
+def _part(content: Any, name: str) -> Any:
+    for part in name.split("."):
+        content = content[part]
+    return content
+
+
+def _problems(values: dict[str, Any], layers: Sequence[Layer]) -> UserError:
+    """What the schema says to these values."""
+    content: dict[str, Any] = Recipe().model_dump()
+    for name, value in values.items():
+        *parents, leaf = name.split(".")
+        group = content
+        for parent in parents:
+            group = group[parent]
+        group[leaf] = value
+    try:
+        Recipe.model_validate(content)
+    except ValidationError as error:
+        return problems_of(Recipe, error, lambda name: _source(name, layers))
+    raise AssertionError(f"{values} are taken")
+
+
+def _source(name: str, layers: Sequence[Layer]) -> str:
+    """The last layer that says this key, or anything in its place."""
+    for layer in reversed(layers):
+        content: Any = layer.content
+        for part in name.split("."):
+            if not isinstance(content, dict):
+                return layer.source  # a plain value where a section should be
+            if part not in content:
+                break
+            content = content[part]
+        else:
+            return layer.source
+    return ""
+
+
+def _validated(config: DictConfig, layers: Sequence[Layer], source: str) -> Recipe:
+    try:
+        content = plain(config, resolve=True)
+    except _NOT_TAKEN as error:
+        key = getattr(error, "full_key", None)
+        raise UserError((f"{key}: " if key else "") + _first_line(error), where=source) from None
+    missing = sorted(
+        name for name, field in keys_of(Recipe) if section_of(field) is None and _part(content, name) == MISSING
+    )
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} has no value", where=source, fix=f"add it to the recipe, or pass {missing[0]}=…"
+        )
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise problems_of(Recipe, error, lambda name: _source(name, layers) or source) from None
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _misplaced_section(content: Any, section: type, above: str) -> str | None:
-    for name, value in content.items():
-        inner = _section_type(_fields(section)[name])
-        if (inner is not None or _is_free(_fields(section)[name])) and not isinstance(value, dict):
-            return f"{above}{name}"
-        if inner is not None and (found := _misplaced_section(value, inner, f"{above}{name}.")):
-            return found
-    return None
-
-
-def _field_of(name: str) -> dataclasses.Field | None:
-    section: type | None = Recipe
-    item = None
-    for part in re.sub(r"\[.*", "", name).split("."):
-        if section is None or part not in _fields(section):
-            return item
-        item = _fields(section)[part]
-        section = _section_type(item)
-    return item
-
-
-def _to_recipe(config: DictConfig, source: str) -> Recipe:
-    try:
-        missing = sorted(str(name) for name in OmegaConf.missing_keys(config))
-        if not missing:
-            return OmegaConf.to_object(config)
-    except _NOT_TAKEN as error:
-        key = getattr(error, "full_key", None)
-        raise UserError((f"{key}: " if key else "") + _first_line(error), where=source) from None
-    raise UserError(
-        f"{', '.join(missing)} has no value", where=source, fix=f"add it to the recipe, or pass {missing[0]}=…"
-    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,9 +6,9 @@ schedule of evaluation); what makes it big goes (model, lengths, batches, nodes,
 
 from __future__ import annotations
 
-import copy
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
@@ -37,8 +37,7 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
             expected="model/ and data/",
             fix=f"python examples/tiny_moe/prepare.py --output {folder}",
         )
-    small = copy.deepcopy(recipe)
-    megatron = small.policy.megatron_cfg
+    megatron = recipe.policy.megatron_cfg
     experts = (
         megatron.expert_model_parallel_size
         * megatron.expert_tensor_parallel_size
@@ -52,44 +51,60 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
             expected=f"at most {MAX_PROCESSES} to scale down",
             fix="lower a parallel size for the trial",
         )
-    small.cluster.device, small.cluster.num_nodes, small.cluster.gpus_per_node = "cpu", 1, processes
-    _shrink_model(small, folder)
-    _shrink_batches(small, recipe.num_mini_batches, steps)
-    _shrink_rollouts(small)
-    small.env.num_workers = 1
-    small.exp_manager.exp_dir = "runs/scaled_down"
-    return small
+    small = recipe.with_values(
+        {"cluster.device": "cpu", "cluster.num_nodes": 1, "cluster.gpus_per_node": processes, "env.num_workers": 1}
+        | {"exp_manager.exp_dir": "runs/scaled_down"}
+        | _small_model(folder)
+        | _SMALL_ROLLOUTS
+    )
+    return small.with_values(_small_batches(small, recipe.num_mini_batches, steps))
 
 
-def _shrink_model(small: Recipe, folder: Path) -> None:
-    policy = small.policy
-    policy.model_name, policy.tokenizer.name, policy.precision = str(folder / "model"), None, "float32"
-    policy.max_total_sequence_length = TOTAL_TOKENS
-    policy.sequence_packing.train_mb_tokens = MICRO_BATCH_TOKENS
-    policy.megatron_cfg.layer_spec = "native"
-    policy.megatron_cfg.moe_permute_fusion = policy.megatron_cfg.apply_rope_fusion = False
+def _small_model(folder: Path) -> dict[str, Any]:
     # Offloading and reduced state are kernels of Transformer Engine and CUDA streams.
-    policy.megatron_cfg.optimizer.optimizer_cpu_offload = False
-    policy.megatron_cfg.optimizer.use_precision_aware_optimizer = False
-    small.data.train.path = str(folder / "data" / "train.parquet")
-    small.data.validation.path = str(folder / "data" / "validation.parquet")
-    small.data.prompt_key, small.data.max_input_seq_length = "prompt", PROMPT_TOKENS
+    megatron = {
+        "layer_spec": "native",
+        "moe_permute_fusion": False,
+        "apply_rope_fusion": False,
+        "optimizer.optimizer_cpu_offload": False,
+        "optimizer.use_precision_aware_optimizer": False,
+    }
+    return {f"policy.megatron_cfg.{name}": value for name, value in megatron.items()} | {
+        "policy.model_name": str(folder / "model"),
+        "policy.tokenizer.name": None,
+        "policy.precision": "float32",
+        "policy.max_total_sequence_length": TOTAL_TOKENS,
+        "policy.sequence_packing.train_mb_tokens": MICRO_BATCH_TOKENS,
+        "data.train.path": str(folder / "data" / "train.parquet"),
+        "data.validation.path": str(folder / "data" / "validation.parquet"),
+        "data.prompt_key": "prompt",
+        "data.max_input_seq_length": PROMPT_TOKENS,
+    }
 
 
-def _shrink_batches(small: Recipe, updates: int, steps: int) -> None:
+def _small_batches(small: Recipe, updates: int, steps: int) -> dict[str, Any]:
     """Two responses per data parallel rank and update, in whole groups."""
     batch = lcm(2 * small.data_parallel_size, GENERATIONS)
-    small.policy.train_global_batch_size, small.policy.train_micro_batch_size = batch, 2
-    small.grpo.num_generations_per_prompt = GENERATIONS
-    small.grpo.num_prompts_per_step = batch * updates // GENERATIONS
-    small.grpo.max_num_steps, small.grpo.val_period = steps, min(small.grpo.val_period, steps)
-    small.grpo.max_val_samples, small.grpo.val_num_generations = 8, 1
+    return {
+        "policy.train_global_batch_size": batch,
+        "policy.train_micro_batch_size": 2,
+        "grpo.num_generations_per_prompt": GENERATIONS,
+        "grpo.num_prompts_per_step": batch * updates // GENERATIONS,
+        "grpo.max_num_steps": steps,
+        "grpo.val_period": min(small.grpo.val_period, steps),
+        "grpo.max_val_samples": 8,
+        "grpo.val_num_generations": 1,
+    }
 
 
-def _shrink_rollouts(small: Recipe) -> None:
-    generation = small.policy.generation
-    generation.max_new_tokens = RESPONSE_TOKENS
-    server = generation.sglang_cfg
-    server.num_servers, server.tensor_parallel_size, server.urls = 1, 1, []
-    server.mem_fraction_static, server.context_length, server.server_args = None, None, {}
-    server.max_total_tokens, server.max_concurrent_requests = 20480, 512
+_SMALL_ROLLOUTS: dict[str, Any] = {
+    "policy.generation.max_new_tokens": RESPONSE_TOKENS,
+    "policy.generation.sglang_cfg.num_servers": 1,
+    "policy.generation.sglang_cfg.tensor_parallel_size": 1,
+    "policy.generation.sglang_cfg.urls": [],
+    "policy.generation.sglang_cfg.mem_fraction_static": None,
+    "policy.generation.sglang_cfg.context_length": None,
+    "policy.generation.sglang_cfg.server_args": {},
+    "policy.generation.sglang_cfg.max_total_tokens": 20480,
+    "policy.generation.sglang_cfg.max_concurrent_requests": 512,
+}

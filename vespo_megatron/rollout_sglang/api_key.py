@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 VARIABLE = "VESPO_SGLANG_API_KEY"
 
 
-def hide_api_key(recipe: Recipe) -> None:
-    """Move a key that the recipe gives to the environment, so that whatever is written of the recipe lacks it."""
-    config = recipe.policy.generation.sglang_cfg
-    if config.api_key:
-        os.environ[VARIABLE] = config.api_key
-        config.api_key = None
+def hide_api_key(recipe: Recipe) -> Recipe:
+    """The recipe without its key, which is in the environment from now on: whatever is written of it lacks the key."""
+    key = recipe.policy.generation.sglang_cfg.api_key
+    if not key:
+        return recipe
+    os.environ[VARIABLE] = key
+    return recipe.with_values({"policy.generation.sglang_cfg.api_key": None})
 
 
 def api_key(config: SGLangConfig) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import problems
 from vespo_megatron.slurm.render import job_script, report_script
 
 
@@ -91,9 +90,7 @@ def _variants(recipe_path: str | Path, overrides: Sequence[str], compare: str | 
     variants = []
     for value in values.split(","):
         recipe = load_recipe(recipe_path, [*overrides, f"{key}={value}"])
-        recipe = copy.deepcopy(recipe)
-        recipe.exp_manager.name += f"_{value}"
-        variants.append(recipe)
+        variants.append(recipe.with_values({"exp_manager.name": f"{recipe.exp_manager.name}_{value}"}))
     return variants
 
 

@@ -18,8 +18,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE, agent_environment
 from vespo_megatron.launch.preflight import check_tables
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import validate
 from vespo_megatron.run.host_threads import core_shares
 from vespo_megatron.run.processes import stop_on_signals
 from vespo_megatron.run.records import SUMMARY_FILE

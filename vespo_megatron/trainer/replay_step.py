@@ -61,20 +61,30 @@ def replay(folder: Path) -> str:
 
 def on_one_process(recipe: Recipe, folder: Path, num_samples: int) -> Recipe:
     """The recipe with every parallel size 1, one sample per micro-batch, one update, and the bundle's weights."""
-    megatron = recipe.policy.megatron_cfg
-    megatron.tensor_model_parallel_size = megatron.pipeline_model_parallel_size = megatron.context_parallel_size = 1
-    megatron.expert_model_parallel_size = megatron.expert_tensor_parallel_size = 1
-    megatron.virtual_pipeline_model_parallel_size = None
-    megatron.num_layers_in_first_pipeline_stage = megatron.num_layers_in_last_pipeline_stage = None
-    megatron.sequence_parallel = False
-    recipe.cluster.gpus_per_node = recipe.cluster.num_nodes = 1
-    recipe.policy.sequence_packing.enabled = False
-    recipe.policy.train_micro_batch_size = 1
-    recipe.policy.train_global_batch_size = num_samples
-    recipe.loss_fn.on_bad_sample = "drop"  # they are what is looked for
-    if (folder / bundle.WEIGHTS).is_dir():
-        recipe.policy.model_name = str(folder / bundle.WEIGHTS)
-    return recipe
+    weights = folder / bundle.WEIGHTS
+    megatron = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "sequence_parallel": False,
+    }
+    return recipe.with_values(
+        {f"policy.megatron_cfg.{name}": value for name, value in megatron.items()}
+        | {
+            "cluster.gpus_per_node": 1,
+            "cluster.num_nodes": 1,
+            "policy.sequence_packing.enabled": False,
+            "policy.train_micro_batch_size": 1,
+            "policy.train_global_batch_size": num_samples,
+            "loss_fn.on_bad_sample": "drop",  # they are what is looked for
+        }
+        | ({"policy.model_name": str(weights)} if weights.is_dir() else {})
+    )
 
 
 def _run(recipe: Recipe, batch: Any, init_method: str) -> list[tuple[str, str]]:

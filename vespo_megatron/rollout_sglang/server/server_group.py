@@ -226,7 +226,7 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
     config = recipe.policy.generation.sglang_cfg
     if config.urls:
         return ServerGroup([], [url.rstrip("/") for url in config.urls])
-    hide_api_key(recipe)
+    recipe = hide_api_key(recipe)
     check_server_args(config.server_args)
     shape = ModelShape.from_folder(recipe.policy.model_name)
     shape.check_served_by_sglang(recipe.policy.model_name)

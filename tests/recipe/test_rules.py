@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_config import read_model_config
+from vespo_megatron.recipe.model_rules import model_problems
+from vespo_megatron.recipe.rules import problems, validate
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.recipe.validate import CHOICES, model_problems, problems, validate
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -26,18 +26,8 @@ CONFIG = {
 
 def changed(**values) -> Recipe:
     """The default recipe on two processes with `section__key=value` changed (a double underscore for each dot)."""
-    recipe = Recipe()
-    recipe.policy.model_name = "a/model"
-    recipe.data.train.path = "train.parquet"
-    recipe.cluster.gpus_per_node = 2
-    for name, value in values.items():
-        *path, last = name.split("__")
-        section = recipe
-        for part in path:
-            section = getattr(section, part)
-        assert last in {field.name for field in dataclasses.fields(section)}
-        setattr(section, last, value)
-    return recipe
+    base = {"policy.model_name": "a/model", "data.train.path": "train.parquet", "cluster.gpus_per_node": 2}
+    return Recipe().with_values(base | {name.replace("__", "."): value for name, value in values.items()})
 
 
 M = "policy__megatron_cfg__"
@@ -142,8 +132,45 @@ IMPOSSIBLE = {
     "a parallel size of zero": ({CP: 0}, "context_parallel_size", "at least 1"),
     "no deadline": ({"env__timeout": 0.0}, "env.timeout", "more than 0"),
     "a learning rate that is no number": ({M + "optimizer__lr": float("nan")}, "optimizer.lr", "more than 0"),
+    "weights by a pickle to a server of somebody else's": (
+        {G + "sglang_cfg__weight_transport": "tensor", G + "sglang_cfg__urls": ["http://10.0.0.1:30000"]},
+        "weight_transport",
+        "set it to distributed or disk",
+    ),
+    "weights by a pickle to a server that others reach": (
+        {G + "sglang_cfg__weight_transport": "tensor", G + "sglang_cfg__host": "0.0.0.0"},
+        "weight_transport",
+        "host=127.0.0.1",
+    ),
+    "two processes of one NCCL group on one GPU": (
+        {G + "sglang_cfg__colocated": True, "cluster__device": "cuda"},
+        "sglang_cfg.colocated",
+        "weight_transport=tensor",
+    ),
+    "a port below 0": ({G + "sglang_cfg__port": -5}, "sglang_cfg.port", "[0, 65535]"),
+    "ports beyond the last": (
+        {G + "sglang_cfg__port": 65530, G + "sglang_cfg__num_servers": 8},
+        "port",
+        "at most 65528",
+    ),
+    "a decay of 7": ({M + "optimizer__adam_beta1": 7.0}, "optimizer.adam_beta1", "[0, 1)"),
+    "a negative epsilon": ({M + "optimizer__adam_eps": -1.0}, "optimizer.adam_eps", "more than 0"),
+    "less than nothing offloaded": (
+        {M + "optimizer__optimizer_offload_fraction": -3.0},
+        "optimizer_offload_fraction",
+        "[0, 1]",
+    ),
+    "nine times the memory": ({G + "sglang_cfg__mem_fraction_static": 9.0}, "mem_fraction_static", "(0, 1)"),
     "a misspelt choice": ({"policy__precision": "bf16"}, "policy.precision", "bfloat16"),
 }
+
+
+def faults(values) -> list[UserError]:
+    """What the schema or, where it takes the values, the rules say."""
+    try:
+        return list(problems(changed(**values)))
+    except UserError as error:
+        return [error]
 
 
 def test_the_default_recipe_has_no_problem():
@@ -153,7 +180,7 @@ def test_the_default_recipe_has_no_problem():
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_an_impossible_recipe_is_refused_by_one_message_that_says_what_to_change(name):
     values, where, advice = IMPOSSIBLE[name]
-    found = list(problems(changed(**values)))
+    found = faults(values)
     assert [where in problem.where for problem in found] == [True], [str(problem) for problem in found]
     assert advice in str(found[0])
 
@@ -221,8 +248,11 @@ def test_stages_of_unequal_size_are_let_through_when_they_are_given(values):
 
 def test_validate_tells_all_problems_at_once(tmp_path):
     with pytest.raises(UserError, match="2 problems") as error:
-        validate(changed(**{TP: 2, G + "temperature": 0.0}))
-    assert "sequence_parallel" in str(error.value) and "temperature" in str(error.value)
+        validate(changed(**{TP: 2, G + "max_new_tokens": 800}))
+    assert "sequence_parallel" in str(error.value) and "max_total_sequence_length" in str(error.value)
+    with pytest.raises(UserError, match="2 problems") as error:
+        changed(**{GPUS: 0, G + "temperature": 0.0})
+    assert "gpus_per_node" in str(error.value) and "temperature" in str(error.value)
 
 
 def test_validate_reads_the_model_config(tmp_path):
@@ -248,10 +278,3 @@ def test_a_model_folder_without_a_readable_config_is_named(tmp_path, content):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         read_model_config(tmp_path)
-
-
-def test_every_choice_is_a_key_and_its_default_is_one_of_the_choices():
-    from vespo_megatron.recipe.loader import flatten
-
-    values = flatten(Recipe())
-    assert all(values[name] in choices for name, choices in CHOICES.items())

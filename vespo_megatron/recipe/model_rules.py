@@ -1,0 +1,110 @@
+"""What a recipe asks of its model that this model cannot do: sizes that do not divide, a context that is too short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS, MegatronConfig, Recipe
+
+_MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
+
+
+def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserError]:
+    """What the recipe asks of its model that this model cannot do.
+
+    Args:
+        config: the model's `config.json`; keys that are not there are not checked.
+    """
+    megatron, folder = recipe.policy.megatron_cfg, recipe.policy.model_name
+    tensor, expert, expert_tensor = (
+        megatron.tensor_model_parallel_size,
+        megatron.expert_model_parallel_size,
+        megatron.expert_tensor_parallel_size,
+    )
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    vocab, groups = config.get("vocab_size"), config.get("num_key_value_heads")
+    divisions = [
+        (config.get("num_attention_heads"), "attention heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (groups, "key/value heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (experts, "experts", expert, f"EP {expert}", "expert_model_parallel_size"),
+        (
+            config.get("moe_intermediate_size"),
+            "channels of an expert",
+            expert_tensor,
+            f"ETP {expert_tensor}",
+            "expert_tensor_parallel_size",
+        ),
+    ]
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        size = config.get("intermediate_size")
+        divisions.append((size, "channels of a dense MLP", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
+    for count, what, parts, split, name in divisions:
+        if count is not None and count % parts:
+            divisors = ", ".join(str(size) for size in range(1, min(count, 64) + 1) if count % size == 0)
+            yield UserError(
+                f"the {count} {what} of {folder} cannot be split into {split}",
+                where=f"{_MEGATRON}.{name}",
+                expected=f"a divisor of {count} ({divisors})",
+            )
+    if config.get("num_hidden_layers") is not None:
+        yield from _layer_split(megatron, config["num_hidden_layers"], folder)
+    limit, longest = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
+    if limit is not None and longest > limit:
+        yield UserError(
+            f"is {longest}",
+            where="policy.max_total_sequence_length",
+            expected=f"at most {limit}, the context of {folder}",
+        )
+    generation = recipe.policy.generation
+    top_k = vocab if generation.top_k in (None, -1) else generation.top_k
+    truncates = generation.top_p < 1 or generation.top_k not in (None, -1)
+    if generation.backend == "sglang" and truncates and top_k is not None and top_k > MAX_SAMPLING_MASK_TOKENS:
+        yield UserError(
+            f"is {generation.top_k} with top_p {generation.top_p}; SGLang tells what a token was drawn from only where "
+            f"that is at most {MAX_SAMPLING_MASK_TOKENS} tokens, and without it π cannot be taken over the same",
+            where=f"{_GENERATION}.top_k",
+            expected=f"1 to {MAX_SAMPLING_MASK_TOKENS} where sampling truncates",
+            fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p, or top_p to 1.0 and top_k to null",
+        )
+    for token in generation.stop_token_ids:
+        if vocab is not None and not 0 <= token < vocab:
+            yield UserError(
+                f"holds {token}", where=f"{_GENERATION}.stop_token_ids", expected=f"ids below {folder}'s {vocab}"
+            )
+
+
+def _layer_split(megatron: MegatronConfig, layers: int, folder: str) -> Iterator[UserError]:
+    """Every pipeline stage has the same layers, apart from a first and a last one of given size."""
+    pipeline = megatron.pipeline_model_parallel_size
+    virtual = megatron.virtual_pipeline_model_parallel_size or 1
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    given = [count for count in (first, last) if count is not None]
+    where = f"{_MEGATRON}.pipeline_model_parallel_size"
+    if pipeline == 1:
+        if given:
+            yield UserError(
+                "is 1, but layers of a first or last pipeline stage are given", where=where, fix="leave them out"
+            )
+        return
+    rest, stages = layers - sum(given), pipeline - len(given)
+    per_stage, over = divmod(rest, stages) if stages else (0, rest)
+    uneven = over != 0 or (stages > 0 and per_stage < 1)
+    if uneven:
+        split = f"PP {pipeline}" + (f" with {' and '.join(map(str, given))} in the outer stages" if given else "")
+        yield UserError(
+            f"the {layers} layers of {folder} cannot be split into {split}",
+            where=where,
+            expected=f"a divisor of {layers} ({', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)})",
+            fix="change it, or set num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage",
+        )
+        return
+    for count in {per_stage, *given} if stages else set(given):
+        if count % virtual:
+            yield UserError(
+                f"the {count} layers of a stage cannot be split into VPP {virtual} chunks",
+                where=f"{_MEGATRON}.virtual_pipeline_model_parallel_size",
+                expected=f"a divisor of {count}",
+            )
+            return

@@ -1,0 +1,294 @@
+"""Rules between recipe keys: what they may not ask for together, found before any process starts.
+
+What one key may hold is beside it in the schema; what the model's `config.json` allows is in `model_rules`; names that
+tables own (objectives, estimators, rewards) are checked there. Imports neither torch, megatron-core nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_config import read_model_config
+from vespo_megatron.recipe.model_rules import model_problems
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.schema.problems import all_of
+
+_MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
+
+LAST_PORT = 65535
+NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "apply_rope_fusion")
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise `UserError` with everything that is wrong with the recipe and with what it asks of its model."""
+    found = list(problems(recipe))
+    if not found:
+        found = list(model_problems(recipe, read_model_config(recipe.policy.model_name)))
+    if found:
+        raise all_of(found)
+
+
+def problems(recipe: Recipe) -> Iterator[UserError]:
+    """What is wrong with a recipe as a whole, whatever its model; each value alone is held by the schema."""
+    yield from _parallel_layout(recipe)
+    yield from _batch_sizes(recipe)
+    yield from _lengths(recipe)
+    yield from _training(recipe)
+    yield from _layers(recipe)
+    yield from _routing_replay(recipe)
+    yield from _asynchronous(recipe)
+    if recipe.policy.generation.backend == "sglang":
+        yield from _servers(recipe)
+        yield from _weight_sync(recipe)
+
+
+def _parallel_layout(recipe: Recipe) -> Iterator[UserError]:
+    megatron, world = recipe.policy.megatron_cfg, recipe.world_size
+    tensor, pipeline = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
+    context, expert = megatron.context_parallel_size, megatron.expert_model_parallel_size
+    expert_tensor, virtual = megatron.expert_tensor_parallel_size, megatron.virtual_pipeline_model_parallel_size
+    dense = tensor * pipeline * context
+    if world % dense:
+        yield UserError(
+            f"{world} trainer processes ({recipe.cluster.num_nodes} × {recipe.cluster.gpus_per_node}) cannot be split "
+            f"into TP {tensor} × PP {pipeline} × CP {context} = {dense}",
+            where="cluster",
+            expected=f"a multiple of {dense}",
+            fix=f"use {_round_up(world, dense)} processes (cluster.gpus_per_node), or lower a parallel size",
+        )
+    experts = expert_tensor * expert * pipeline
+    if world % experts:
+        yield UserError(
+            f"{world} trainer processes cannot be split into ETP {expert_tensor} × EP {expert} × PP {pipeline} "
+            f"= {experts}",
+            where=f"{_MEGATRON}.expert_model_parallel_size",
+            expected=f"ETP × EP × PP that divides {world}",
+            fix=f"lower it, or use {_round_up(world, experts)} processes",
+        )
+    if megatron.sequence_parallel and tensor == 1:
+        yield UserError(
+            "is true with tensor_model_parallel_size 1",
+            where=f"{_MEGATRON}.sequence_parallel",
+            fix="set it to false, or raise tensor_model_parallel_size",
+        )
+    if tensor > 1 and not megatron.sequence_parallel:
+        yield UserError(
+            f"is false with tensor_model_parallel_size {tensor}; megatron-core trains MoE with TP only with both",
+            where=f"{_MEGATRON}.sequence_parallel",
+            fix="set it to true",
+        )
+    if virtual is not None and (pipeline == 1 or virtual == 1):
+        yield UserError(
+            f"is {virtual} with pipeline_model_parallel_size {pipeline}",
+            where=f"{_MEGATRON}.virtual_pipeline_model_parallel_size",
+            expected="at least 2, with at least 2 pipeline stages",
+            fix="set it to null, or raise the two",
+        )
+
+
+def _batch_sizes(recipe: Recipe) -> Iterator[UserError]:
+    batch, rollout = recipe.policy.train_global_batch_size, recipe.rollout_batch_size
+    name = "policy.train_global_batch_size"
+    if rollout % batch:
+        prompts, repeats = recipe.grpo.num_prompts_per_step, recipe.grpo.num_generations_per_prompt
+        yield UserError(
+            f"is {batch}, which does not divide the rollout batch of {prompts} prompts × {repeats} = {rollout}",
+            where=name,
+            fix=f"choose a divisor of {rollout}, or change grpo.num_prompts_per_step",
+        )
+    megatron = recipe.policy.megatron_cfg
+    if recipe.world_size % recipe.model_parallel_size:
+        return
+    data = recipe.data_parallel_size
+    if batch % data:
+        yield UserError(
+            f"is {batch}, which {data} data parallel ranks cannot share evenly",
+            where=name,
+            expected=f"a multiple of {data}",
+            fix=f"set it to {_round_up(batch, data)}",
+        )
+    elif megatron.virtual_pipeline_model_parallel_size and batch // data < megatron.pipeline_model_parallel_size:
+        stages = megatron.pipeline_model_parallel_size
+        yield UserError(
+            f"is {batch}: {batch // data} responses per data parallel rank",
+            where=name,
+            expected=f"at least {stages} each: a virtual pipeline needs a micro-batch for each of its {stages} stages",
+            fix=f"set it to {stages * data} or more",
+        )
+
+
+def _lengths(recipe: Recipe) -> Iterator[UserError]:
+    policy, generation, longest = recipe.policy, recipe.policy.generation, recipe.policy.max_total_sequence_length
+    prompt, response = recipe.data.max_input_seq_length, generation.max_new_tokens
+    if prompt + response > longest:
+        yield UserError(
+            f"is {longest}, but a prompt of {prompt} and a response of {response} tokens make {prompt + response}",
+            where="policy.max_total_sequence_length",
+            fix=f"raise it to {prompt + response}, or lower data.max_input_seq_length or {_GENERATION}.max_new_tokens",
+        )
+    context = generation.sglang_cfg.context_length
+    if generation.backend == "sglang" and context is not None and context < longest:
+        yield UserError(
+            f"is {context}",
+            where=f"{_GENERATION}.sglang_cfg.context_length",
+            expected=f"at least {longest}, policy.max_total_sequence_length",
+            fix="raise it, or leave it out",
+        )
+    if policy.sequence_packing.enabled:
+        parallel = policy.megatron_cfg.context_parallel_size
+        padded = longest if parallel == 1 else _round_up(longest, 2 * parallel)
+        budget = policy.sequence_packing.train_mb_tokens
+        if budget < padded:
+            yield UserError(
+                f"is {budget}, too small for one sequence of policy.max_total_sequence_length "
+                f"({longest}, padded to {padded})",
+                where="policy.sequence_packing.train_mb_tokens",
+                expected=f"at least {padded}",
+                fix="raise it, or lower policy.max_total_sequence_length",
+            )
+
+
+def _training(recipe: Recipe) -> Iterator[UserError]:
+    loss = recipe.loss_fn
+    if not recipe.data.train.path:
+        yield UserError("has no value", where="data.train.path", expected="a parquet or JSONL file in veRL's schema")
+    if recipe.grpo.num_generations_per_prompt == 1 and recipe.grpo.advantage_estimator == "auto":
+        yield UserError(
+            "is 1: a group of one response has no advantage over its own mean, and nothing would be learned",
+            where="grpo.num_generations_per_prompt",
+            expected="at least 2",
+            fix="raise it, or choose a grpo.advantage_estimator that needs no group",
+        )
+    if loss.aggregation == "token-sum-norm" and not loss.aggregation_length:
+        yield UserError(
+            "has no value", where="loss_fn.aggregation_length", expected="the constant length token-sum-norm divides by"
+        )
+
+
+def _layers(recipe: Recipe) -> Iterator[UserError]:
+    megatron = recipe.policy.megatron_cfg
+    if megatron.layer_spec == "te" and recipe.cluster.device == "cpu":
+        yield UserError(
+            "is te on a CPU",
+            where=f"{_MEGATRON}.layer_spec",
+            expected="native, or auto",
+            fix="Transformer Engine needs CUDA",
+        )
+    if megatron.layer_spec == "native":
+        for name in NEED_TRANSFORMER_ENGINE:
+            if getattr(megatron, name):
+                yield UserError(
+                    "is true with layer_spec native",
+                    where=f"{_MEGATRON}.{name}",
+                    fix="set it to false, or layer_spec=te",
+                )
+
+
+def _routing_replay(recipe: Recipe) -> Iterator[UserError]:
+    policy, generation = recipe.policy, recipe.policy.generation
+    if (
+        policy.router_replay.mode == "R3"
+        and generation.backend == "sglang"
+        and not generation.sglang_cfg.enable_return_routed_experts
+    ):
+        yield UserError(
+            "is false, but policy.router_replay.mode R3 replays the routes the servers return",
+            where=f"{_GENERATION}.sglang_cfg.enable_return_routed_experts",
+            fix="set it to true",
+        )
+
+
+def _servers(recipe: Recipe) -> Iterator[UserError]:
+    config = recipe.policy.generation.sglang_cfg
+    last = config.port + config.num_servers - 1
+    if config.port and not config.urls and last > LAST_PORT:
+        yield UserError(
+            f"is {config.port}: {config.num_servers} servers would listen on ports up to {last}",
+            where=f"{_GENERATION}.sglang_cfg.port",
+            expected=f"at most {LAST_PORT - config.num_servers + 1}, or 0 for free ports",
+        )
+    for url in config.urls:
+        if "@" in url:
+            yield UserError(
+                "holds credentials, which would be saved and logged with it",
+                where=f"{_GENERATION}.sglang_cfg.urls",
+                fix="give the key in $VESPO_SGLANG_API_KEY (sglang_cfg.api_key)",
+            )
+        elif not url.startswith(("http://", "https://")):
+            yield UserError(
+                f"holds {url!r}",
+                where=f"{_GENERATION}.sglang_cfg.urls",
+                expected="addresses such as http://127.0.0.1:30000",
+            )
+
+
+def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
+    asynchronous, generation = recipe.grpo.async_grpo, recipe.policy.generation
+    if asynchronous.max_staleness is not None and asynchronous.staleness_threshold is not None:
+        yield UserError(
+            "is given with max_staleness, whose other name it is", where="grpo.async_grpo.staleness_threshold"
+        )
+    if not asynchronous.enabled:
+        return
+    if generation.sglang_cfg.colocated:
+        yield UserError(
+            "is true: servers that give their memory to the trainer cannot generate beside it",
+            where=f"{_GENERATION}.sglang_cfg.colocated",
+            fix="set it to false, or grpo.async_grpo.enabled=false",
+        )
+    if asynchronous.on_weight_update == "in_place" and generation.backend != "sglang":
+        yield UserError(
+            f"is in_place with backend {generation.backend}",
+            where="grpo.async_grpo.on_weight_update",
+            expected="abort_and_continue or drain: only SGLang changes weights under a running request",
+        )
+    replay = recipe.policy.router_replay
+    if replay.mode == "R3" and asynchronous.on_weight_update == "in_place":
+        yield UserError(
+            "is in_place: SGLang's routes of a response that crosses an update are true of no weights, and R3 has none",
+            where="grpo.async_grpo.on_weight_update",
+            expected="abort_and_continue or drain",
+        )
+    elif replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
+        yield UserError(
+            "is error, but responses that new weights interrupt have routes of the last weights only",
+            where="policy.router_replay.on_stale_routes",
+            expected="live or drop",
+            fix="or set grpo.async_grpo.on_weight_update=drain",
+        )
+    if recipe.loss_fn.behavior == "recompute" and asynchronous.staleness > 0:
+        yield UserError(
+            "is recompute: π_old of the weights that sampled is gone when a stale sample is trained on",
+            where="loss_fn.behavior",
+            expected="rollout, or grpo.async_grpo.max_staleness=0",
+        )
+
+
+def _weight_sync(recipe: Recipe) -> Iterator[UserError]:
+    config = recipe.policy.generation.sglang_cfg
+    if config.weight_transport == "tensor":
+        where, fix = f"{_GENERATION}.sglang_cfg.weight_transport", "set it to distributed or disk"
+        if config.urls:
+            yield UserError(
+                "is tensor, which sends a server what it unpickles, but the servers of `urls` are not this run's own",
+                where=where,
+                fix=fix,
+            )
+        elif config.host not in ("127.0.0.1", "localhost", "::1"):
+            yield UserError(
+                f"is tensor, which sends a server what it unpickles, but the servers listen on {config.host}",
+                where=where,
+                expected=f"{_GENERATION}.sglang_cfg.host=127.0.0.1",
+                fix=fix,
+            )
+    if config.colocated and config.weight_transport == "distributed" and recipe.cluster.device != "cpu":
+        yield UserError(
+            "is true with weight_transport distributed: NCCL takes no two processes on one GPU",
+            where=f"{_GENERATION}.sglang_cfg.colocated",
+            fix=f"set {_GENERATION}.sglang_cfg.weight_transport=tensor",
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

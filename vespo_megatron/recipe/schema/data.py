@@ -1,0 +1,37 @@
+"""Keys of prompts and rewards: `data` and `env`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vespo_megatron.recipe.schema.base import Section, key, section
+
+
+class DatasetConfig(Section):
+    """One split of `data`."""
+
+    path: str | None = key(None, "Parquet or JSONL file in veRL's schema.")
+    max_samples: int | None = key(None, "Use the first so many rows.", ge=1)
+
+
+class DataConfig(Section):
+    """`data`: prompts."""
+
+    train: DatasetConfig = section(DatasetConfig)
+    validation: DatasetConfig = section(DatasetConfig)
+    prompt_key: str = key("prompt", "Column of the prompt: chat messages or text.")
+    max_input_seq_length: int = key(512, "Prompt tokens at most.", ge=1)
+    on_long_prompt: Literal["error", "drop"] = key("error", "Prompts longer than max_input_seq_length.", ours=True)
+    shuffle: bool = key(True, "Shuffle each epoch with grpo.seed.")
+
+
+class EnvConfig(Section):
+    """`env`: rewards."""
+
+    reward: str = key("math", "math, exact_match, code, format, remote, or package.module:function.", ours=True)
+    rewards: dict[str, float] = key(
+        {}, "Reward → weight: a weighted sum, each part logged; in place of reward.", ours=True
+    )
+    reward_kwargs: dict[str, Any] = key({}, "Arguments of the reward; with `rewards`, reward → arguments.", ours=True)
+    num_workers: int = key(1, "Reward worker processes.", ge=1)
+    timeout: float = key(10.0, "Deadline of one score, in seconds; late ones score 0 and are counted.", gt=0, ours=True)

@@ -1,0 +1,86 @@
+"""Keys of the loop and the loss: `grpo` and `loss_fn`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from vespo_megatron.recipe.schema.base import Section, key, section
+
+
+class RewardShapingConfig(Section):
+    """`grpo.reward_shaping`: DAPO's soft punishment of overlong responses (arXiv 2503.14476, equation 13)."""
+
+    enabled: bool = key(False, "Punish overlong responses.")
+    overlong_buffer_length: int = key(128, "The last so many tokens of max_response_length cost ever more.", ge=1)
+    overlong_buffer_penalty: float = key(1.0, "The cost at max_response_length and beyond.", ge=0)
+    max_response_length: int | None = key(None, "None: policy.generation.max_new_tokens.", ge=1)
+
+
+class AsyncGRPOConfig(Section):
+    """`grpo.async_grpo`: rollout beside training. A step is one batch of num_prompts_per_step groups."""
+
+    enabled: bool = key(False, "Generate beside training.")
+    max_staleness: float | None = key(
+        None, "Weight versions a token may be behind, or a fraction; None: 1.", ge=0, ours=True
+    )
+    staleness_threshold: float | None = key(
+        None, "veRL's name of the same number; give one of the two.", ge=0, ours=True
+    )
+    sync_every: int = key(1, "Steps between weight updates.", ge=1, ours=True)
+    on_weight_update: Literal["abort_and_continue", "in_place", "drain"] = key(
+        "abort_and_continue", "What becomes of the responses under way.", ours=True
+    )
+
+    @property
+    def staleness(self) -> float:
+        """Whichever of the two names was used; rounded up it bounds every token's lag."""
+        given = self.max_staleness if self.staleness_threshold is None else self.staleness_threshold
+        return 1.0 if given is None else given
+
+
+class GRPOConfig(Section):
+    """`grpo`: the rollout batch and the loop, whatever the loss is called."""
+
+    num_prompts_per_step: int = key(32, "Prompts in one rollout batch.", ge=1)
+    num_generations_per_prompt: int = key(8, "Responses per prompt: the size of one advantage group.", ge=1)
+    max_num_steps: int = key(100, "Rollout batches to train on.", ge=1)
+    max_num_epochs: int = key(1000000, "Passes over the prompts at most.", ge=1)
+    normalize_rewards: bool = key(True, "Divide group advantages by the group's standard deviation.")
+    use_leave_one_out_baseline: bool = key(False, "Baseline from the other responses of the group.")
+    reward_shaping: RewardShapingConfig = section(RewardShapingConfig)
+    use_dynamic_sampling: bool = key(False, "Drop groups whose rewards are all equal (DAPO).")
+    advantage_estimator: str = key(
+        "auto", "auto: as the two switches above; else a name of losses.advantages.", ours=True
+    )
+    val_period: int = key(10, "Evaluate every so many steps; 0 never.", ge=0)
+    val_at_start: bool = key(True, "Evaluate before the first step.")
+    val_at_end: bool = key(True, "Evaluate after the last step.")
+    max_val_samples: int = key(256, "Prompts of the validation set to use at most.", ge=1)
+    val_num_generations: int = key(1, "Responses per validation prompt: avg@k.", ge=1, ours=True)
+    async_grpo: AsyncGRPOConfig = section(AsyncGRPOConfig)
+    seed: int = key(42, "Seed of initialisation, prompt order and the in-process sampler.", ge=0)
+
+
+class LossConfig(Section):
+    """`loss_fn`: one objective φ, its correction and its aggregation."""
+
+    name: str = key("vespo", "An objective of `losses.objectives`, or package.module:function.", ours=True)
+    hyperparameters: dict[str, Any] = key({}, "Arguments of that objective; unknown ones are an error.", ours=True)
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "token-sum-norm"] = key(
+        "token-mean", "From token losses to one number.", ours=True
+    )
+    aggregation_length: int | None = key(None, "The constant length of token-sum-norm.", ge=1, ours=True)
+    behavior: Literal["rollout", "recompute"] = key(
+        "rollout", "rollout: μ is the engine's log-probs; recompute: π_old by the trainer.", ours=True
+    )
+    correction: dict[str, Any] = key(
+        {}, "Train-inference correction: {name: tis|icepop|mis|…}; empty is none.", ours=True
+    )
+    reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.", ge=0)
+    reference_policy_kl_type: Literal["k1", "k2", "k3"] = key("k3", "Estimator of that KL.")
+    entropy_coefficient: float = key(0.0, "Weight of the entropy bonus.", ge=0, ours=True)
+    ess_learning_rate: Literal["none", "sqrt", "linear"] = key(
+        "none", "Scale the learning rate by the ESS of W (VCPO).", ours=True
+    )
+    ess_base: float = key(1.0, "The ESS, as a share of the mini-batch, at which the scale is 1.", gt=0, le=1, ours=True)
+    on_bad_sample: Literal["error", "drop"] = key("error", "Samples whose numbers are not finite.", ours=True)

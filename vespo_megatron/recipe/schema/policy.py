@@ -1,0 +1,31 @@
+"""Keys of the model: `policy`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
+from vespo_megatron.recipe.schema.generation import GenerationConfig
+from vespo_megatron.recipe.schema.training import MegatronConfig, RouterReplayConfig, SequencePackingConfig
+
+
+class TokenizerConfig(Section):
+    """`policy.tokenizer`."""
+
+    name: str | None = key(None, "Folder or hub name; None: policy.model_name.")
+    chat_template: bool = key(True, "Apply the tokenizer's chat template to prompts that are messages.", ours=True)
+
+
+class PolicyConfig(Section):
+    """`policy`: the model, how it is trained, how it generates."""
+
+    model_name: str = key(MISSING, "Hugging Face folder with config.json and safetensors.")
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    train_global_batch_size: int = key(256, "Responses per optimizer update: N is the rollout batch over this.", ge=1)
+    train_micro_batch_size: int = key(4, "Sequences per micro-batch when sequence packing is off.", ge=1)
+    max_total_sequence_length: int = key(1024, "Prompt and response together.", ge=1)
+    precision: Literal["float32", "bfloat16"] = key("bfloat16", "Numerics of weights and activations.")
+    megatron_cfg: MegatronConfig = section(MegatronConfig)
+    sequence_packing: SequencePackingConfig = section(SequencePackingConfig)
+    router_replay: RouterReplayConfig = section(RouterReplayConfig)
+    generation: GenerationConfig = section(GenerationConfig)

@@ -1,0 +1,60 @@
+"""A whole recipe."""
+
+from __future__ import annotations
+
+from vespo_megatron.recipe.schema.base import Section, section
+from vespo_megatron.recipe.schema.data import DataConfig, EnvConfig
+from vespo_megatron.recipe.schema.loop import GRPOConfig, LossConfig
+from vespo_megatron.recipe.schema.policy import PolicyConfig
+from vespo_megatron.recipe.schema.run import (
+    CheckpointingConfig,
+    ClusterConfig,
+    ExpManagerConfig,
+    GuardConfig,
+    LoggerConfig,
+    SlurmConfig,
+)
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    grpo: GRPOConfig = section(GRPOConfig)
+    loss_fn: LossConfig = section(LossConfig)
+    policy: PolicyConfig = section(PolicyConfig)
+    data: DataConfig = section(DataConfig)
+    env: EnvConfig = section(EnvConfig)
+    checkpointing: CheckpointingConfig = section(CheckpointingConfig)
+    guard: GuardConfig = section(GuardConfig)
+    logger: LoggerConfig = section(LoggerConfig)
+    cluster: ClusterConfig = section(ClusterConfig)
+    slurm: SlurmConfig = section(SlurmConfig)
+    exp_manager: ExpManagerConfig = section(ExpManagerConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Trainer processes in all."""
+        return self.cluster.gpus_per_node * self.cluster.num_nodes
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the dense model: TP·PP·CP."""
+        megatron = self.policy.megatron_cfg
+        return (
+            megatron.tensor_model_parallel_size * megatron.pipeline_model_parallel_size * megatron.context_parallel_size
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the dense model."""
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Responses per rollout batch."""
+        return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def num_mini_batches(self) -> int:
+        """N: optimizer updates per rollout batch."""
+        return self.rollout_batch_size // self.policy.train_global_batch_size
