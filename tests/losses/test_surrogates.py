@@ -15,7 +15,7 @@ from vespo_megatron.losses import (
     objective_names,
     policy_loss,
 )
-from vespo_megatron.losses.objectives import bound_candidates
+from vespo_megatron.losses.bapo import candidates
 
 LENGTH = 16.0
 
@@ -120,7 +120,7 @@ def test_bapo_moves_the_lower_bound_to_its_end_then_the_upper_until_the_share_is
             return positive / (positive + negative)
 
         low, high = 0.6, 1.2
-        lows, highs = bound_candidates(0.6, 0.9, 0.05), bound_candidates(1.2, 3.0, 0.05)
+        lows, highs = candidates(0.6, 0.9, 0.05), candidates(1.2, 3.0, 0.05)
         for low in lows:
             if share(low, high) >= 0.5:
                 break

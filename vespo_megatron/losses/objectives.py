@@ -1,4 +1,4 @@
-"""Every objective's φ: the detached coefficient of A·∇log π. The loss is always −Σ φ·A·log π.
+"""φ of every objective (VESPO, GRPO, GSPO, SAPO, …): the detached coefficient of A·∇log π in −Σ φ·A·log π.
 
 Each function takes `Ratios` and its hyperparameters and returns `[num_sequences]` (sequence objectives) or `[tokens]`
 (token objectives). ρ_t = π_θ/π_anchor per token, S = Σ log ρ over the whole response, T its length, W = e^S.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.bapo import BoundSearch
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import objective, unknown
 
@@ -265,13 +266,13 @@ def bapo(
     *,
     ratio_low: float | Tensor | None = None,
     ratio_high: float | Tensor | None = None,
-    target_share: float = 0.5,
-    low_start: float = 0.6,
-    low_max: float = 0.9,
-    low_step: float = 0.05,
-    high_start: float = 1.2,
-    high_max: float = 3.0,
-    high_step: float = 0.05,
+    target_share: float = BoundSearch.target_share,
+    low_start: float = BoundSearch.low_start,
+    low_max: float = BoundSearch.low_max,
+    low_step: float = BoundSearch.low_step,
+    high_start: float = BoundSearch.high_start,
+    high_max: float = BoundSearch.high_max,
+    high_step: float = BoundSearch.high_step,
     dual_clip: float | None = 3.0,
 ) -> Tensor:
     """GRPO's φ between two bounds that move until positives carry `target_share` of the policy loss: [tokens].
@@ -282,8 +283,8 @@ def bapo(
     script), which is a share of .5 (of 1/3); contributions are those of the clipped surrogate, min(ρ, high)·A and
     max(ρ, low)·|A|, summed over every rank; dual clip 3. Under that count a rising lower bound can only lower the
     share: this is what the source does, kept as it is. It searches per micro-batch call, and so do we when no bounds
-    are given; give `ratio_low` and `ratio_high` (from `bapo_bounds` on the mini-batch's summed
-    `bapo_contributions`) for a result that does not depend on how the mini-batch is split.
+    are given; give `ratio_low` and `ratio_high` (from `BoundSearch.bounds` on the mini-batch's summed
+    `BoundSearch.contributions`) for a result that does not depend on how the mini-batch is split.
     """
     if (ratio_low is None) != (ratio_high is None):
         raise UserError(
@@ -291,61 +292,11 @@ def bapo(
             where="loss_fn.hyperparameters of bapo",
             expected="both of ratio_low and ratio_high, or neither",
         )
-    if ratio_low is None:
-        lows = bound_candidates(low_start, low_max, low_step)
-        highs = bound_candidates(high_start, high_max, high_step)
-        contributions = bapo_contributions(ratios, lows, highs)
-        ratios.sequences.all_reduce(contributions)
-        ratio_low, ratio_high = bapo_bounds(contributions, lows, highs, target_share)
+    if ratio_low is None or ratio_high is None:
+        search = BoundSearch(target_share, low_start, low_max, low_step, high_start, high_max, high_step)
+        contributions = ratios.sequences.all_reduce(search.contributions(ratios))
+        ratio_low, ratio_high = search.bounds(contributions)
     return clipped_ratio(ratios.log_ratio, ratios.token_advantage, ratio_low, ratio_high, dual_clip)
-
-
-BAPO_SEARCH = {
-    name: bapo.__kwdefaults__[name]
-    for name in ("target_share", "low_start", "low_max", "low_step", "high_start", "high_max", "high_step")
-}
-"""The hyperparameters that say how BAPO's bounds are searched for, with their defaults."""
-
-
-def bound_candidates(start: float, stop: float, step: float) -> list[float]:
-    """start, start + step, … and stop, the values a bound may take."""
-    if step <= 0:
-        return [start]
-    count = max(math.ceil((stop - start) / step - 1e-9), 0)
-    return [start + step * i for i in range(count)] + [max(stop, start)]
-
-
-def bapo_contributions(ratios: Ratios, lows: list[float], highs: list[float]) -> Tensor:
-    """This rank's |policy loss| of positives under each upper bound, then of negatives under each lower bound.
-
-    Returns:
-        [len(highs) + len(lows)], additive over ranks and micro-batches.
-    """
-    ratio = ratios.log_ratio.exp()
-    advantage = ratios.masked(ratios.token_advantage)
-    positive, negative = advantage.clamp(min=0), (-advantage).clamp(min=0)
-    sums = [(ratio.clamp(max=high) * positive).sum() for high in highs]
-    sums += [(ratio.clamp(min=low) * negative).sum() for low in lows]
-    return torch.stack(sums)
-
-
-def bapo_bounds(
-    contributions: Tensor, lows: list[float], highs: list[float], target_share: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """The first bounds of the search order that reach `target_share`, else the last: two 0-d tensors, no host wait.
-
-    Args:
-        contributions: `bapo_contributions`, summed over everything the bounds are to hold for.
-    """
-    positive, negative = contributions[: len(highs)], contributions[len(highs) :]
-    tried = torch.cat([positive[:1].expand(len(lows)), positive[1:]])
-    against = torch.cat([negative, negative[-1:].expand(len(highs) - 1)])
-    reached = tried >= target_share * (tried + against)
-    reached[-1] = True
-    first = reached.to(torch.int8).argmax().reshape(1)
-    low_of = contributions.new_tensor(lows + [lows[-1]] * (len(highs) - 1))
-    high_of = contributions.new_tensor([highs[0]] * len(lows) + highs[1:])
-    return low_of.gather(0, first)[0], high_of.gather(0, first)[0]
 
 
 def opsm_keep(sequence_advantage: Tensor, sequence_log_ratio: Tensor, lengths: Tensor, delta: float) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses.objectives import vespo
 from vespo_megatron.losses.registry import get_objective
 from vespo_megatron.losses.theory import log_normal_w, objective_phi, proposal, surrogate, vespo_k
 
@@ -84,8 +83,8 @@ def run_kernels(names: list[str], *, w: Tensor, length: int = 1, output: Path | 
 
 
 def vespo_constants(positive: bool) -> tuple[float, float]:
-    """The deployed (c1, c2), read from the kernel's defaults."""
-    defaults = vespo.__kwdefaults__
+    """The deployed (c1, c2), read from the objective's defaults."""
+    defaults = get_objective("vespo").hyperparameters
     sign = "pos" if positive else "neg"
     return defaults[f"c1_{sign}"], defaults[f"c2_{sign}"]
 

@@ -18,8 +18,8 @@ from vespo_megatron.losses import (
     PolicyLossConfig,
     compute_policy_loss,
     compute_ratios,
-    objectives,
 )
+from vespo_megatron.losses.bapo import BoundSearch
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import context_parallel_group, data_context_parallel_group
 from vespo_megatron.megatron.policy import LossFunction, MegatronPolicy, RouteUse
@@ -76,15 +76,13 @@ class Objective:
         outputs = policy.log_probs(micro_batches, routes=routes)
         if not policy.rank_info.is_last_stage:
             return self.config
-        settings = {name: given.get(name, objectives.BAPO_SEARCH[name]) for name in objectives.BAPO_SEARCH}
-        lows = objectives.bound_candidates(settings["low_start"], settings["low_max"], settings["low_step"])
-        highs = objectives.bound_candidates(settings["high_start"], settings["high_max"], settings["high_step"])
-        total = torch.zeros(len(lows) + len(highs), device=policy.rank_info.device)
+        search = BoundSearch.from_hyperparameters(given)
+        total = torch.zeros(len(search.lows) + len(search.highs), device=policy.rank_info.device)
         for output, micro_batch in zip(outputs, micro_batches, strict=True):
             ratios = compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
-            total += objectives.bapo_contributions(ratios, lows, highs)
+            total += search.contributions(ratios)
         dist.all_reduce(total, group=data_context_parallel_group())
-        low, high = objectives.bapo_bounds(total, lows, highs, settings["target_share"])
+        low, high = search.bounds(total)
         return replace(self.config, hyperparameters=given | {"ratio_low": low.item(), "ratio_high": high.item()})
 
     def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
