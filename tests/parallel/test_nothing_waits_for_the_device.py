@@ -131,7 +131,12 @@ def attention(micro_batch) -> None:
 
     from vespo_megatron.megatron.native.attention import PackedAttention
 
-    layer = PackedAttention(None, 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=dist.group.WORLD))
+    layer = PackedAttention(
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        pg_collection=SimpleNamespace(cp=dist.group.WORLD),
+    )
     tokens = micro_batch.input_ids.shape[1]
     query = torch.empty(tokens, 4, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     both = torch.empty(2, tokens, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)

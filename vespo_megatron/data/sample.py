@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
@@ -44,8 +45,8 @@ class Sample:
     """The weight version `routes` was computed under (one for the whole array)."""
     sampling_mask: SamplingMask | None = None
     """What each response token was drawn from, where sampling truncates; log μ is then over these alone."""
-    loss_mask: np.ndarray | None = None
-    """bool [R]; None means every response token is trained on."""
+    loss_mask: np.ndarray = cast(np.ndarray, None)  # until `__post_init__` has run
+    """bool [R]; made of None, every response token is trained on."""
     reward: float = float("nan")
     reward_parts: dict[str, float] = field(default_factory=dict)
 

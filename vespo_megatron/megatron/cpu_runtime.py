@@ -1,4 +1,4 @@
-"""Makes megatron-core run without CUDA: the only file that knows what a machine lacks.
+"""CPU runtime of megatron-core: stand-ins for CUDA, the only file that knows what a machine lacks.
 
 megatron-core 0.16.1 asks for CUDA by name in a few dozen places. Each stand-in below names the upstream lines it
 answers. Nothing is touched where CUDA is present. Two kinds of stand-in are needed:
@@ -58,7 +58,7 @@ def install() -> None:
 class _NoStream:
     """A CUDA stream or event where everything is already in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _NoStream)
@@ -66,9 +66,9 @@ class _NoStream:
     def __hash__(self) -> int:
         return 0
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def wait_stream(self, _stream: Any) -> None: ...
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_event(self, _event: Any) -> None: ...
 
     def wait(self, stream: Any = None) -> None: ...
 
@@ -76,7 +76,7 @@ class _NoStream:
 
     def record(self, stream: Any = None) -> None: ...
 
-    def record_event(self, event: Any = None) -> _NoStream:
+    def record_event(self, _event: Any = None) -> _NoStream:
         return self
 
     def query(self) -> bool:
@@ -87,7 +87,7 @@ def _import_without_compiling() -> None:
     """jit.py:`enable_jit_fuser` makes every fused helper a `torch.compile` as megatron-core is imported, which on CPU
     loads dynamo and later starts a C++ compiler. Let the decorator do nothing during that import."""
     compile_function = torch.compile
-    torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
+    torch.compile = lambda function=None, **_kwargs: function  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # six warnings that Apex and Transformer Engine are not installed
@@ -108,24 +108,24 @@ def _stand_in_for_cuda_functions() -> None:
 
     def nothing() -> Callable[..., None]:
         # One function object each: dynamo refuses to see the same one under two names.
-        return lambda *args, **kwargs: None
+        return lambda *_args, **_kwargs: None
 
     stream = _NoStream()
     cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(cuda, name, nothing())
     for name in ("range_push", "range_pop"):
         setattr(cuda.nvtx, name, nothing())
     cuda.Stream = cuda.Event = _NoStream  # type: ignore[misc,assignment]
-    cuda.current_stream = lambda *args: stream  # type: ignore[assignment]
-    cuda.default_stream = lambda *args: stream  # type: ignore[assignment]
-    cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
-    cuda.get_rng_state = lambda *args: torch.get_rng_state()  # type: ignore[assignment]
-    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.current_stream = lambda *_args: stream  # type: ignore[assignment]
+    cuda.default_stream = lambda *_args: stream  # type: ignore[assignment]
+    cuda.stream = lambda *_args: contextlib.nullcontext()  # type: ignore[assignment]
+    cuda.get_rng_state = lambda *_args: torch.get_rng_state()  # type: ignore[assignment]
+    cuda.set_rng_state = lambda state, *_args: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     torch.Tensor.record_stream = nothing()  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[assignment]
 
 
 class _ModuleWith(types.ModuleType):
@@ -185,9 +185,10 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stand_in_for_rng_state() -> None:
     """tensor_parallel/random.py:41-106: the model-parallel RNG tracker keeps CUDA states; let it keep CPU states."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *_args, **_kwargs: torch.set_rng_state(new_state)
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
@@ -207,27 +208,25 @@ def _stand_in_for_rng_state() -> None:
 
 def _stand_in_for_host_copies() -> None:
     """moe_utils.py:1076 `maybe_move_tensor_to_cpu` leaves a CPU tensor a tensor; all_to_all splits must be numbers."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, **_kwargs: Any) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
 def _accept_cpu_tensor_types() -> None:
     """Optimizer code compares `param.type()` with 'torch.cuda.FloatTensor' (optimizer.py:671, distrib_optimizer.py:361
     and 582, clip_grads.py:167). While those functions run, a CPU tensor's type is spelled the way they expect."""
-    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     mixed_precision = optimizer.Float16OptimizerWithFloat16Params
     mixed_precision.__init__ = _with_cuda_type_names(mixed_precision.__init__)
     for name in ("_build_model_and_main_param_groups", "_copy_main_params_to_model_params", "__init__"):
-        setattr(distributed, name, _with_cuda_type_names(distributed.__dict__[name]))
+        setattr(DistributedOptimizer, name, _with_cuda_type_names(DistributedOptimizer.__dict__[name]))
     clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
 

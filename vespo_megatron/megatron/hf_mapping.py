@@ -1,4 +1,4 @@
-"""How megatron-core's parameters and Hugging Face's tensors of a Qwen3-MoE correspond. Pure: shapes and slices only.
+"""Mapping between megatron-core's parameters and Hugging Face's tensors of a Qwen3-MoE. Pure: shapes and slices only.
 
 A megatron-core parameter is one *shard* of one or several HF tensors joined together. A `Rule` knows both ways:
 `shard(hf_tensors, index, count)` and `merge(shards)`. Facts (PITFALLS.md): `linear_qkv` is grouped, for each
@@ -41,10 +41,10 @@ class Split(Rule):
     dim: int = 1
     is_sharded = True
 
-    def shard(self, tensors, index, count):
+    def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         return tensors[0].chunk(count, dim=self.dim)[index]
 
-    def merge(self, shards):
+    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.cat(list(shards), dim=self.dim)]
 
 
@@ -55,13 +55,13 @@ class Vocabulary(Rule):
     vocab_size: int = 0
     is_sharded = True
 
-    def shard(self, tensors, index, count):
+    def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         rows = -(-self.vocab_size // count)
         shard = tensors[0][index * rows : (index + 1) * rows]
         padding = shard.new_zeros(rows - shard.shape[0], shard.shape[1])
         return torch.cat([shard, padding]) if len(padding) else shard
 
-    def merge(self, shards):
+    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.cat(list(shards))[: self.vocab_size]]
 
 
@@ -71,10 +71,10 @@ class GateUp(Rule):
 
     is_sharded = True
 
-    def shard(self, tensors, index, count):
+    def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         return torch.cat([tensor.chunk(count)[index] for tensor in tensors])
 
-    def merge(self, shards):
+    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
 
@@ -87,11 +87,11 @@ class GroupedQKV(Rule):
     head_dim: int = 0
     is_sharded = True
 
-    def shard(self, tensors, index, count):
+    def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         grouped = [tensor.unflatten(0, (self.num_groups, -1)) for tensor in tensors]
         return torch.cat(grouped, dim=1).chunk(count)[index].flatten(0, 1)
 
-    def merge(self, shards):
+    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         grouped = torch.cat(list(shards)).unflatten(0, (self.num_groups, -1))
         query_rows = grouped.shape[1] - 2 * self.head_dim
         parts = grouped.split([query_rows, self.head_dim, self.head_dim], dim=1)
@@ -110,7 +110,7 @@ class Stacked(Rule):
         names = tuple(name for part in parts for name in part.names)
         return Stacked(names, is_expert=True, parts=tuple(parts))
 
-    def shard(self, tensors, index, count):
+    def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         width = len(self.parts[0].names)
         return torch.stack(
             [
@@ -119,7 +119,7 @@ class Stacked(Rule):
             ]
         )
 
-    def merge(self, shards):
+    def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [
             tensor
             for number, part in enumerate(self.parts)
@@ -151,7 +151,10 @@ def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert
         return Vocabulary((embedding if shape.tie_word_embeddings else "lm_head.weight",), vocab_size=shape.vocab_size)
     if name == "decoder.final_layernorm.weight":
         return Rule(("model.norm.weight",))
-    prefix, inside = f"model.layers.{layer}.", _LAYER.fullmatch(name)[2]
+    match = _LAYER.fullmatch(name)
+    if match is None or layer is None:
+        raise KeyError(name)
+    prefix, inside = f"model.layers.{layer}.", match[2]
     if stack := _STACK.fullmatch(inside):
         numbers = range(first_expert, first_expert + num_local_experts)
         return Stacked.of([_expert(f"{prefix}mlp.experts.{number}.", stack[1]) for number in numbers])

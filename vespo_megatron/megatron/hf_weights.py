@@ -1,4 +1,4 @@
-"""HF weights both ways, streamed: safetensors → this rank's shards, and live shards of every layout → HF tensors.
+"""Hugging Face weights both ways, streamed: safetensors → this rank's shards, live shards of any layout → HF tensors.
 
 Loading: each rank reads the slices it needs from disk. Exporting: all ranks agree once on which rank holds which
 shard of which parameter; then, bucket by bucket, the holders send their shards to global rank 0, which joins them
@@ -17,14 +17,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
+from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
 
 _INDEX = "model.safetensors.index.json"
 NamedTensor = tuple[str, torch.Tensor]
+Read = Callable[[torch.nn.Parameter], torch.Tensor]
+"""What is exported of a parameter."""
 
 
 # ---- reading a folder --------------------------------------------------------------------------------------------
@@ -38,10 +43,8 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: str | Path, shape: Qwen3MoeShape) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.folder = Path(folder)
-        self._files: dict[str, object] = {}
+        self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
         for name in self._file_names():
             path = self.folder / name
@@ -115,10 +118,10 @@ class LocalParameter:
         return "+".join(self.rule.names)
 
 
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The `PolicyModel` inside DDP and Float16Module."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
+def unwrap(chunk: torch.nn.Module) -> PolicyModel:
+    """The model inside DDP and Float16Module."""
+    while not isinstance(chunk, PolicyModel):
+        chunk = chunk.get_submodule("module")
     return chunk
 
 
@@ -211,7 +214,7 @@ class WeightExporter:
         return buckets
 
     @torch.no_grad()
-    def stream(self, read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None) -> Iterator[NamedTensor]:
+    def stream(self, read: Read | None = None) -> Iterator[NamedTensor]:
         """Yields (HF name, tensor) in checkpoint order on rank 0 and nothing elsewhere; exhaust it on every rank.
 
         `read` says what is exported of a parameter: the weight (default), or for instance its gradient.
@@ -224,17 +227,20 @@ class WeightExporter:
                     for key, entry in bucket:
                         yield from self._join([(key, entry)], [read(self._local[key].parameter).reshape(-1)])
                 continue
-            mine = None
-            if self.rank_info.rank in senders:
-                mine = torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])
             if self.rank_info.rank == 0:
-                yield from self._join(bucket, [self._receive(bucket, rank, mine, read) for rank in senders])
-            elif mine is not None:
-                dist.send(mine, dst=0)
+                shards = [
+                    self._own(bucket, read) if rank == 0 else self._receive(bucket, rank, read) for rank in senders
+                ]
+                yield from self._join(bucket, shards)
+            elif self.rank_info.rank in senders:
+                dist.send(self._own(bucket, read), dst=0)
 
-    def _receive(self, bucket, rank: int, mine: torch.Tensor | None, read) -> torch.Tensor:
-        if rank == 0:
-            return mine
+    def _own(self, bucket: list[tuple[str, _Entry]], read: Read) -> torch.Tensor:
+        """The shards of this rank, one after another: flat."""
+        return torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])
+
+    def _receive(self, bucket: list[tuple[str, _Entry]], rank: int, read: Read) -> torch.Tensor:
+        """The shards `rank` sends, one after another: flat."""
         dtype = read(next(iter(self._local.values())).parameter).dtype
         buffer = torch.empty(sum(entry.numel for _, entry in bucket), dtype=dtype, device=self.rank_info.device)
         dist.recv(buffer, src=rank)
@@ -259,8 +265,6 @@ def save(
         copy_from: the folder whose configuration and tokenizer files belong beside the weights.
         shard_bytes: size at which the next safetensors file begins.
     """
-    from safetensors.torch import save_file
-
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
     if exporter.rank_info.rank == 0:

@@ -1,7 +1,7 @@
-"""Memory that tensors on the host have left, given back to the system.
+"""Returns free memory of the C allocator (glibc) to the operating system.
 
-glibc keeps it for the next tensors, but those of another micro-batch seldom fit the holes: after a few updates of a
-medium model nearly half of the process was holes, and a rollout engine beside it could not have them.
+glibc keeps the memory of freed tensors for the next ones, but those of another micro-batch seldom fit the holes: after
+a few updates of a medium model nearly half of the process was holes, which a rollout engine beside it could not use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`LogitMask`: logits that truncated sampling could not have drawn, put out of the softmax tile by tile."""
+"""Mask over logits: tokens that truncated sampling could not have drawn leave the softmax, one tile at a time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _NOTHING = -1e30
 
 @dataclass(frozen=True)
 class LogitMask:
-    """Of R rows of logits: E tokens that stay in the softmax of their row, sorted by token id; the others leave it.
-
-    `rows` and `token_ids` int64 [E], `limited` bool [R]: rows that anything leaves. `sorted_ids` are the ids on the
-    host, so that a tile finds its own without waiting for the device.
-    """
+    """The E tokens that stay in the softmax, each with its row of R rows of logits, sorted by token id."""
 
     rows: torch.Tensor
+    """int64 [E]"""
     token_ids: torch.Tensor
+    """int64 [E]"""
     limited: torch.Tensor
+    """bool [R]: rows that have a mask; the softmax of the others is over the whole vocabulary."""
     sorted_ids: np.ndarray
+    """`token_ids` on the host, so that a tile finds its own without waiting for the device."""
 
     @classmethod
     def of(cls, sampling_mask: SamplingMask, device: torch.device) -> LogitMask:
-        """Everything but `sampling_mask`, one row each."""
+        """From the token ids that each row could have drawn."""
         order = np.argsort(sampling_mask.ids, kind="stable")
         ids = sampling_mask.ids[order].astype(np.int64)
         return cls(
@@ -39,7 +39,7 @@ class LogitMask:
         )
 
     def apply_(self, tile: torch.Tensor, rows: slice, first_id: int) -> None:
-        """In the logits [rows, tokens from `first_id`], in place."""
+        """Mask a tile of logits [rows, tokens from `first_id`], in place."""
         height, width = tile.shape
         start, stop = np.searchsorted(self.sorted_ids, (first_id, first_id + width))
         leaves = tile.new_empty(height + 1, width, dtype=torch.bool)  # the last row takes what is another tile's

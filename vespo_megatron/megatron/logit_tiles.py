@@ -1,4 +1,4 @@
-"""What is done to a tile of logits between its matrix products, in PyTorch's operations, on any device.
+"""Softmax statistics of a tile of logits, and the gradient of its logits, in PyTorch's operations on any device.
 
 `triton_tiles` has the same two functions for a GPU.
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron import logit_tiles
 from vespo_megatron.megatron.logit_mask import LogitMask
+from vespo_megatron.megatron.parameter_marks import marks
 
 _ENOUGH_ROWS = 2048
 """Rows that a tile may have whatever its width: fewer would make the products of a small budget slow."""
@@ -80,8 +82,19 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, targets, first_id, vocab_size, group, temperature, memory_bytes, logit_mask, keep, fuse
-    ):
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        first_id: int,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        temperature: float,
+        memory_bytes: int,
+        logit_mask: LogitMask | None,
+        keep: bool,
+        fuse: bool,
+    ) -> torch.Tensor:
         tiles = _Tiles.of(len(hidden), vocab_size, hidden.element_size(), memory_bytes)
         local = targets - first_id
         # Of each strip of the vocabulary: the largest logit, Σ e, Σ e·z with z the logit above the largest one.
@@ -118,7 +131,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         return answer
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, local, log_sum, entropy = ctx.saved_tensors
         gradient = (gradient / ctx.temperature).contiguous()
         wants_entropy = bool(gradient[1].any()) if gradient.device.type == "cpu" else True
@@ -130,7 +143,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             # Beside `main_grad` this is a token for autograd alone: never written, on the host it never takes memory.
             weight_gradient = torch.empty_like(weight)
             if main_grad is not None:
-                weight.grad_added_to_main_grad = True
+                marks(weight).grad_added_to_main_grad = True
             else:
                 weight_gradient[ctx.tiles.columns[-1].stop if ctx.tiles.columns else 0 :] = 0
         for number, columns in enumerate(ctx.tiles.columns):
@@ -147,9 +160,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                     gradient[:, rows],
                     entropy[rows] if wants_entropy else None,
                 )
-                if wants_hidden:
+                if hidden_gradient is not None:
                     _add_product(hidden_gradient[rows], tile, weight[columns])
-                if not wants_weight:
+                if weight_gradient is None:
                     continue
                 if main_grad is not None:
                     _add_product(main_grad[columns], tile.t(), hidden[rows])
@@ -159,9 +172,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                     if total is None:
                         total = hidden.new_zeros(tile.shape[1], hidden.shape[1], dtype=log_sum.dtype)
                     _add_product(total, tile.t(), hidden[rows])
-            if total is not None:
+            if total is not None and weight_gradient is not None:
                 weight_gradient[columns] = total
-        if wants_hidden:
+        if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)
         return hidden_gradient, weight_gradient, *[None] * 9
 

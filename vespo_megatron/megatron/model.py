@@ -1,6 +1,8 @@
-"""The policy: Qwen3-MoE as a megatron-core `GPTModel` whose output is token log-probs."""
+"""Qwen3-MoE as a megatron-core `GPTModel` whose output is token log-probs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import moe_utils
 
 from vespo_megatron.megatron.hf_config import Qwen3MoeShape
@@ -32,25 +34,30 @@ class PolicyModel(GPTModel):
     hidden states [T, 1, H] on the others.
     """
 
-    def __init__(self, *args, real_vocab_size: int, native: bool, **kwargs) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, native: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size, self.native = real_vocab_size, native
         if self.post_process:
             # Called as a module, so that DDP's hooks on the output layer (parameter gathering) keep their place.
             self.output_layer.forward = self._log_probs
 
-    def forward(self, *args, packed_seq_params: NativePackedSeqParams, **kwargs) -> torch.Tensor:
+    def forward(self, *args: Any, packed_seq_params: NativePackedSeqParams, **kwargs: Any) -> torch.Tensor:
+        """See the class."""
         if self.native:
             packed_seq_params = packed_seq_params.without_offsets()
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
-    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+    def _preprocess(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         embedded, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.native:
             rotary = rotary.squeeze(1).index_select(0, position_ids[0])  # of every token: [T, 1, head_dim]
         return embedded, rotary, *rest
 
-    def _postprocess(self, hidden_states, input_ids, position_ids, labels, *args, **kwargs):
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *_args: Any, labels: LogProbRequest, **_kwargs: Any
+    ) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -143,7 +150,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     with_gradients: bool = True,
-) -> list[torch.nn.Module]:
+) -> list[MegatronModule]:
     """This rank's model chunks (one, or VPP many), uninitialised, wrapped in megatron-core's DDP.
 
     The weights are random until `hf_weights.load` has filled every one of them. (megatron-core marks parameters as
@@ -152,7 +159,7 @@ def build_model(
     config = transformer_config(shape, megatron, dtype=dtype)
     layer_spec = choose_layer_spec(megatron.layer_spec, rank_info.device.type)
     padded_vocab = -(-shape.vocab_size // rank_info.tensor_size) * rank_info.tensor_size
-    chunks: list[torch.nn.Module] = []
+    chunks: list[MegatronModule] = []
     virtual = megatron.virtual_pipeline_model_parallel_size
     for stage in range(virtual or 1):
         model = PolicyModel(
@@ -196,4 +203,4 @@ def build_model(
     if ddp.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = config.no_sync_func[0] if len(wrapped) == 1 else config.no_sync_func
-    return list(wrapped)
+    return wrapped

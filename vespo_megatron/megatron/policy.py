@@ -1,9 +1,9 @@
-"""`MegatronPolicy`: what the trainer does to the policy in any parallel layout: log-probs, an update, weights out."""
+"""The trained policy on one rank, in any parallel layout: log-probs, optimizer updates, weights out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vespo_megatron.routing_replay.table import RouteTable
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -36,11 +37,13 @@ class RouteUse:
     """
 
     mode: str = "off"
-    tables: Callable[[MicroBatch], tuple[RouteTable | None, RouteTable | None]] = lambda micro_batch: (None, None)
+    tables: Callable[[MicroBatch], tuple[RouteTable | None, RouteTable | None]] = lambda _: (None, None)
 
 
 LIVE = RouteUse()
 
+LossOfOutput = Callable[..., Any]
+"""What megatron-core's schedule calls with a model chunk's output."""
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
 """(log-probs [R], entropies [R], micro-batch) → (this rank's share of the global loss, anything to report)."""
 
@@ -105,7 +108,7 @@ class MegatronPolicy:
             chunk.eval()
         try:
             with torch.no_grad():
-                return self._run(micro_batches, lambda output, micro_batch, **_: output, routes, forward_only=True)
+                return self._run(micro_batches, lambda output, *_, **__: output, routes, forward_only=True)
         finally:
             for chunk in self.chunks:
                 chunk.train()
@@ -172,7 +175,7 @@ class MegatronPolicy:
         loss: LossFunction,
         *,
         routes: RouteUse = LIVE,
-        before_step: Callable[[list[Any]], bool] = lambda reports: True,
+        before_step: Callable[[list[Any]], bool] = lambda _: True,
     ) -> UpdateResult:
         """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share).
 
@@ -205,7 +208,9 @@ class MegatronPolicy:
     def _run(
         self, micro_batches: Sequence[MicroBatch], loss_function: Callable, routes: RouteUse, **schedule: bool
     ) -> list[Any]:
-        def forward_step(data_iterator, model):
+        def forward_step(
+            data_iterator: Iterator[MicroBatch], model: MegatronModule
+        ) -> tuple[torch.Tensor, LossOfOutput]:
             micro_batch = next(data_iterator)
             self.on_progress()
             if self.rank_info.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""How often two sets of routes agree: engine against trainer, and θ_old against θ."""
+"""Agreement of two sets of expert routes: engine against trainer, and θ_old against θ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record and replay on live routers, over megatron-core's `RouterReplay` hook.
+"""Recording and replay of expert routes on live routers, through megatron-core's `RouterReplay` hook.
 
 megatron-core calls `router.router_replay.get_replay_topk(...)` where a router would take its top-k. Upstream's object
 keeps one global list in construction order, the last recording only, and a backward queue that only recompute drains
@@ -14,16 +14,36 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.routing_replay.table import RouteTable
+
+Chosen = tuple[torch.Tensor, torch.Tensor]
+"""Scores and indices of the experts a router chose, both [rows, topk]."""
+
+
+class DecoderChunk(Protocol):
+    """What is needed of a model chunk."""
+
+    decoder: TransformerBlock
+
+
+class ComputeTopK(Protocol):
+    """A router's own choice: megatron-core's top-k."""
+
+    def __call__(
+        self, scores: torch.Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+    ) -> Chosen: ...
 
 
 @dataclass
@@ -32,20 +52,20 @@ class _InFlight:
 
     table: RouteTable
     """Written to when recording, read when replaying."""
-    experts: torch.Tensor | None = None
-    """The table on the device, when replaying: [rows, layers, topk]."""
+    experts: torch.Tensor
+    """The table on the device, when replaying: [rows, layers, topk]; else empty."""
     live_rows: torch.Tensor | None = None
     """int64 [n] on the device; None: there are none."""
     observed: RouteTable | None = None
-    """Where to write what the live routers would have chosen; None: nobody wants to know."""
+    """Where to write what the routers choose themselves; None: nobody wants to know."""
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
     """Column → [rows, topk], to be written at the end of the forward."""
 
-    def write_back(self, target: RouteTable) -> None:
-        """One copy to the host for all layers of the chunk."""
-        if self.chosen:
+    def write_back(self) -> None:
+        """Write what was chosen to `observed`: one copy to the host for all layers of the chunk."""
+        if self.chosen and self.observed is not None:
             stacked = torch.stack(list(self.chosen.values()), dim=1).to(torch.int32).cpu().numpy()
-            target.experts[:, list(self.chosen)] = stacked
+            self.observed.experts[:, list(self.chosen)] = stacked
             self.chosen = {}
 
 
@@ -57,7 +77,17 @@ class LayerReplay(RouterReplay):
         self.forwards = self.recomputes = 0
         self.pending: deque[_InFlight] = deque()
 
-    def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: ComputeTopK | None = None,
+    ) -> Chosen:
+        """Called by the router in place of its own top-k."""
+        if default_compute_topk is None:
+            raise TypeError("default_compute_topk is None: megatron-core's routers give their own top-k")
         choose = partial(default_compute_topk, scores, topk, num_groups=num_groups, group_topk=group_topk)
         return self.owner.route(self, scores, choose)
 
@@ -66,21 +96,22 @@ class RouteReplay:
     """Recording and replay for every router of this rank's model chunks.
 
     Args:
-        chunks: unwrapped `PolicyModel`s.
+        chunks: unwrapped models.
         recomputes: whether activation recompute runs the routers again in the backward.
 
     Raises:
         UserError: a router computes its top-k in a way that passes the hook by.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, recomputes: bool) -> None:
+    def __init__(self, chunks: Sequence[DecoderChunk], *, recomputes: bool) -> None:
         self.recomputes = recomputes
         self.hooks: list[LayerReplay] = []
         for index, chunk in enumerate(chunks):
-            for layer in sorted(chunk.decoder.layers, key=lambda layer: layer.layer_number):
-                router = getattr(layer.mlp, "router", None)
-                if router is None:
+            layers: Sequence[TransformerLayer] = chunk.decoder.layers
+            for layer in sorted(layers, key=lambda layer: layer.layer_number):
+                if not isinstance(layer.mlp, MoELayer):
                     continue  # a dense layer
+                router = layer.mlp.router
                 if getattr(router.config, "moe_router_fusion", False):
                     raise UserError(
                         f"layer {layer.layer_number} fuses its router",
@@ -119,15 +150,18 @@ class RouteReplay:
             self._reset()
 
     @contextlib.contextmanager
-    def forward(self, chunk: int, table: RouteTable | None, observed: RouteTable | None, device: Any) -> Iterator[None]:
+    def forward(
+        self, chunk: int, table: RouteTable | None, observed: RouteTable | None, device: torch.device
+    ) -> Iterator[None]:
         """The forward of one micro-batch through one model chunk; `observed` takes what the routers would choose."""
         if self._mode == "off":
             yield
             return
         if table is None:
             raise UserError("has no routes", where="micro-batch", expected=f"a route table to {self._mode}")
-        self._current = _InFlight(table)
-        if self._mode == "replay":
+        if self._mode == "record":
+            self._current = _InFlight(table, torch.empty(0), observed=table)
+        else:
             # One copy per micro-batch; the layers read columns of it without waiting for anything.
             experts = torch.from_numpy(table.experts).to(device, non_blocking=True)
             live = torch.from_numpy(table.live_rows.astype("int64")).to(device, non_blocking=True)
@@ -135,11 +169,11 @@ class RouteReplay:
         self._chunk = chunk
         try:
             yield
-            self._current.write_back(table if self._mode == "record" else observed)
+            self._current.write_back()
         finally:
             self._current, self._chunk = None, -1
 
-    def route(self, hook: LayerReplay, scores: torch.Tensor, choose: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, hook: LayerReplay, scores: torch.Tensor, choose: Callable[[], Chosen]) -> Chosen:
         """The (values, indices) [rows, topk] a router gets instead of its own top-k."""
         if self._mode == "off":
             return choose()

@@ -1,4 +1,4 @@
-"""`RouteTable`: the routes of one micro-batch on one rank, compact, on the host, checked.
+"""Expert routes of one micro-batch on one rank: compact, on the host, checked.
 
 One byte per route where there are at most 256 experts: tokens × layers × topk bytes, for this rank's tokens (context
 and sequence parallel shard) and layers (pipeline stages) alone.

@@ -121,7 +121,8 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def _transform(name: str, public: PublicSet, rows: Iterable[Any]) -> list[dict[str, Any]]:
-    made, seen = [], set()
+    made: list[dict[str, Any]] = []
+    seen: set[Any] = set()
     for number, row in enumerate(rows):
         try:
             new = public.transform(row, name)

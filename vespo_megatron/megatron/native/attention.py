@@ -8,7 +8,9 @@ padding at most doubles the work of a class and no mask of the whole pack is eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from vespo_megatron.data.layout import SequenceLayout
@@ -51,8 +52,9 @@ class NativePackedSeqParams(PackedSeqParams):
         megatron-core's own rotates sequence by sequence where it sees offsets, which it fetches to the host in every
         layer (rope_utils.py:204); without them it multiplies the whole pack at once.
         """
-        none = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"))
-        return replace(self, **none)
+        whole = copy(self)
+        whole.cu_seqlens_q = whole.cu_seqlens_kv = whole.cu_seqlens_q_padded = whole.cu_seqlens_kv_padded = None
+        return whole
 
 
 def packed_seq_params(layout: SequenceLayout, device: torch.device) -> NativePackedSeqParams:
@@ -114,14 +116,14 @@ class _GatherOverContextParallel(torch.autograd.Function):
     """All-gather along tokens; the backward reduce-scatters, since every rank's queries used every key."""
 
     @staticmethod
-    def forward(ctx, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
         dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
         return gathered
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         local = gradient.new_empty(gradient.shape[0] // ctx.group.size(), *gradient.shape[1:])
         dist.reduce_scatter_tensor(local, gradient.contiguous(), group=ctx.group)
         return local, None
@@ -136,15 +138,13 @@ class PackedAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        *,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
+        pg_collection: ProcessGroupCollection,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        **unused: object,
+        **_unused: object,
     ) -> None:
         super().__init__()
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
@@ -157,11 +157,12 @@ class PackedAttention(torch.nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: NativePackedSeqParams | None = None,
+        _attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_unused: object,
     ) -> torch.Tensor:
+        """See the class; masks are those of `packed_seq_params`."""
         if not isinstance(packed_seq_params, NativePackedSeqParams):
             raise ValueError(
                 "the native attention runs packed sequences; build packed_seq_params from a SequenceLayout"

@@ -8,6 +8,8 @@ megatron-core's `main_grad` where there is one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -19,6 +21,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+
+from vespo_megatron.megatron.parameter_marks import marks
 
 
 class _Groups:
@@ -59,7 +63,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
     """x [T, H], probs [T], fc1 [E, 2F, H] (gate above up), fc2 [E, H, F] → [T, H]: fc2 · (probs · silu(gate) · up)."""
 
     @staticmethod
-    def forward(ctx, x, probs, fc1, fc2, tokens_per_expert):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        probs: torch.Tensor,
+        fc1: torch.Tensor,
+        fc2: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+    ) -> torch.Tensor:
         groups = _Groups(tokens_per_expert, x)
         gate_up = groups.product(x, fc1.transpose(1, 2))
         gate, up = gate_up.chunk(2, dim=1)
@@ -69,7 +80,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return groups.product(active, fc2.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, probs, gate_up, fc1, fc2 = ctx.saved_tensors
         groups, scale, gradient = ctx.groups, probs[:, None].to(x.dtype), gradient.contiguous()
         gate, up = gate_up.chunk(2, dim=1)
@@ -98,8 +109,8 @@ def _weight_gradient(
         total = torch.zeros_like(weight)
         groups.add_outer(total, left, right)
         return total
-    groups.add_outer(weight.main_grad, left, right)
-    weight.grad_added_to_main_grad = True
+    groups.add_outer(marks(weight).main_grad, left, right)
+    marks(weight).grad_added_to_main_grad = True
     return torch.empty_like(weight)
 
 
@@ -113,7 +124,7 @@ class GroupedExperts(MegatronModule):
         self,
         num_local_experts: int,
         config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
@@ -131,7 +142,7 @@ class GroupedExperts(MegatronModule):
                 _initialize_affine_weight_gpu(parameter, initialise, partition_dim=dim, is_expert=True)
             else:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
-            parameter.allreduce = False  # sum over expert data parallel ranks, not data parallel ones
+            marks(parameter).allreduce = False  # sum over expert data parallel ranks, not data parallel ones
 
     def forward(
         self,
@@ -164,12 +175,12 @@ class GroupedExperts(MegatronModule):
         rank, size = self.tp_group.rank(), self.tp_group.size()
         replica = (0, 0, self.dp_group.rank())
 
-        def shard(key: str, tensor: torch.Tensor, replica_id, *offsets: tuple[int, int, int]) -> ShardedTensor:
+        def shard(key: str, tensor: torch.Tensor, replica_id: Any, *offsets: tuple[int, int, int]) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key, tensor, *sharded_offsets, experts, *offsets, replica_id=replica_id, prepend_axis_num=axis
             )
 
-        def build(key: str, tensor: torch.Tensor, replica_id, flattened_range=None) -> list[ShardedTensor]:
+        def build(key: str, tensor: torch.Tensor, replica_id: Any, _flattened_range: Any = None) -> list[ShardedTensor]:
             return [
                 shard(key, half.contiguous(), replica_id, (axis + 1, part * size + rank, 2 * size))
                 for part, half in enumerate(tensor.chunk(2, dim=1))

@@ -8,6 +8,7 @@ of the MoE layer, each TP rank dispatching its share, and gathered again after i
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,6 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from vespo_megatron.megatron.native.experts import GroupedExperts
+from vespo_megatron.megatron.parameter_marks import marks
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -35,6 +37,7 @@ class TokenShardedRouter(TopKRouter):
     """A router that sees one shard of the tokens; its weight's gradient is summed over tensor parallel ranks."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Router logits of `input` [tokens, hidden_size]: [tokens, experts]."""
         weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
         dtype = _ROUTER_DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return router_gating_linear(input, weight, self.bias, dtype)
@@ -70,9 +73,12 @@ class NativeMoELayer(MoELayer):
         for parameter in self.experts.parameters():
             # "Reduce over expert data parallel ranks": upstream says so for EP > 1 only (layers.py:863), and with
             # TP > 1, EP = ETP = 1 never sums what the tensor parallel ranks' different tokens contribute.
-            parameter.allreduce = False
+            marks(parameter).allreduce = False
 
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object):
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states` [tokens, 1, hidden_size] → the same shape, and upstream's bias."""
         if not self.shards_tokens:
             return super().forward(hidden_states, *args, **kwargs)
         shard = scatter_to_sequence_parallel_region(hidden_states, group=self.tp_group)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from vespo_megatron.megatron.parameter_marks import marks
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """`x / sqrt(mean(x²) + eps) · weight` over the last dimension, with megatron-core's constructor.
@@ -13,6 +15,6 @@ class RMSNorm(torch.nn.RMSNorm):
     which sees a different shard of the sequence.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+        marks(self.weight).sequence_parallel = config.sequence_parallel
