@@ -5,11 +5,13 @@ torch, so `sglang-cpu` lists what its server needs on a CPU, and SGLang itself i
 `pip install --no-deps -r requirements/sglang-cpu.txt`.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vespo_megatron" / "__init__.py").read_text())[1]
 
 EXTRAS = {
     "sglang-cpu": [
@@ -74,7 +76,7 @@ EXTRAS = {
 
 setup(
     name="vespo-megatron",
-    version="0.1.0",
+    version=VERSION,
     description="RL training of Mixture-of-Experts models: Megatron-core trains, SGLang generates, VESPO corrects",
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",

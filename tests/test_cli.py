@@ -123,3 +123,19 @@ def test_the_module_runs_as_the_command_does(recipe):
     assert outcome.stderr == (
         "vespo-megatron: command line: 'oops' is no override\n  expected: key=value, as in grpo.seed=7\n"
     )
+
+
+def test_the_version_is_the_package_s(capsys):
+    import vespo_megatron
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"vespo-megatron {vespo_megatron.__version__}\n"
+
+
+def test_every_command_explains_itself(capsys):
+    for name in cli.command_line.COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            cli.main([name, "--help"])
+        assert end.value.code == 0 and f"usage: vespo-megatron {name}" in capsys.readouterr().out

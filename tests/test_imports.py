@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "datasets", "megatron", "sglang", "matplotlib", "numpy", "omegaconf")
+HEAVY = ("torch", "transformers", "datasets", "megatron", "sglang", "matplotlib", "numpy", "omegaconf", "pydantic")
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess:
@@ -24,7 +24,14 @@ def test_imports_point_one_way():
     assert "5 kept, 0 broken" in outcome.stdout
 
 
-@pytest.mark.parametrize("command", [["-c", "import vespo_megatron"], ["-m", "vespo_megatron.cli", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import vespo_megatron"],
+        ["-m", "vespo_megatron.cli", "--help"],
+        ["-m", "vespo_megatron.cli", "--version"],
+    ],
+)
 def test_importing_and_help_answer_in_under_half_a_second(command):
     def timed() -> float:
         started = time.perf_counter()

@@ -5,14 +5,15 @@ import math
 
 import pytest
 
+from vespo_megatron.cli import kernels
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import objective_names, objectives_command
+from vespo_megatron.losses import objective_names
 
 
 def run(tmp_path, *options):
     parser = argparse.ArgumentParser()
-    objectives_command.add_arguments(parser)
-    return objectives_command.run(parser.parse_args([*options, "--output", str(tmp_path / "deep" / "kernels.png")]))
+    kernels.add_arguments(parser)
+    return kernels.run(parser.parse_args([*options, "--output", str(tmp_path / "deep" / "kernels.png")])) or 0
 
 
 def rows(text):

@@ -1,11 +1,10 @@
-"""`vespo-megatron kernels`: φ(W), surrogate f(W) and implicit proposal of any objectives, as a picture and a table.
+"""φ(W), surrogate f(W) and implicit proposal of any objectives, as a picture and a table (`vespo-megatron kernels`).
 
 With `--compare vespo,grpo,gspo,sapo` it is the paper's Figure 2 from this project's own code.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,33 +12,10 @@ from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.registry import get_objective
-from vespo_megatron.losses.theory import log_normal_w, objective_phi, proposal, surrogate, vespo_k
+from vespo_megatron.losses.theory import objective_phi, proposal, surrogate, vespo_k
 
-DEFAULT = "vespo,grpo,gspo,sapo"
 COLUMNS = ("objective", "A", "φ(.1)", "φ(.5)", "φ(1)", "φ(2)", "φ(4)", "Z = E φ", "E_Q[W]", "ESS", "E φ²", "Z·K·C")
 TABLE_W = (0.1, 0.5, 1.0, 2.0, 4.0)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("--compare", default=DEFAULT, help="objectives, separated by commas (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("kernels.png"), help="picture (default %(default)s)")
-    parser.add_argument("--sigma", type=float, default=1.0, help="W is log-normal: standard deviation of log W")
-    parser.add_argument(
-        "--weights", type=Path, help="W instead of log-normal: a file of log W, one number per line (of responses)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=1, help="tokens of a response, which share log W evenly (default %(default)s)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the picture, print the table; 0."""
-    w = log_normal_w(args.sigma) if args.weights is None else read_weights(args.weights)
-    names = [name.strip() for name in args.compare.split(",") if name.strip()]
-    print(run_kernels(names, w=w, length=args.length, output=args.output))
-    print(f"picture: {args.output}")
-    return 0
 
 
 def read_weights(path: Path) -> Tensor:

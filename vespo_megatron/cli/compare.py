@@ -1,0 +1,46 @@
+"""`vespo-megatron compare`: a study's runs and its report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vespo_megatron.cli.shared import whole_numbers
+
+HELP = "run a study's variants with paired seeds, and write its report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("study", metavar="STUDY", help="YAML file: see vespo_megatron/study/spec.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as the study says)")
+    parser.add_argument("--seeds", type=whole_numbers, metavar="N,…", help="only these of the study's seeds")
+    parser.add_argument("--slurm", action="store_true", help="give each run to sbatch, and the report after them")
+    parser.add_argument("--report-only", action="store_true", help="run nothing; runs may still be in progress")
+    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: the study's output)")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from vespo_megatron.study.compare import compare
+    from vespo_megatron.study.spec import load_study
+    from vespo_megatron.study.study_report import write_study_report
+
+    study = load_study(parsed.study)
+    if parsed.seeds:
+        study = study.with_seeds(parsed.seeds)
+    if parsed.slurm:
+        from vespo_megatron.slurm.study_jobs import prepare_jobs
+        from vespo_megatron.slurm.submit import submit
+
+        scripts = prepare_jobs(study, parsed.study, extra=parsed.overrides)
+        for script, job in zip(scripts, submit(scripts), strict=True):
+            print(f"{script}: job {job}")
+        return 0
+    failed = {} if parsed.report_only else compare(study, extra=parsed.overrides, parallel=parsed.parallel)
+    print(f"report: {write_study_report(study, Path(parsed.output) if parsed.output else None)}")
+    for cell, reason in failed.items():
+        print(f"vespo-megatron: {cell.name} failed: {reason}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,33 @@
+"""`vespo-megatron mismatch`: how far engine and trainer are apart."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vespo_megatron.cli.shared import add_recipe
+
+HELP = "how far engine and trainer are apart, with R3 and without"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_recipe(parser)
+    parser.add_argument("--batches", type=int, default=3, help="rollout batches to measure (default 3)")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the command; returns its exit status."""
+    from vespo_megatron.launch import launcher
+    from vespo_megatron.trainer.mismatch_table import table
+
+    try:
+        run_dir = launcher.train(
+            parsed.recipe, [*parsed.overrides, f"grpo.max_num_steps={parsed.batches}"], work="mismatch"
+        )
+    except launcher.TrainingFailed as failure:
+        print(f"vespo-megatron: {failure}", file=sys.stderr)
+        return failure.exit_code
+    if run_dir is not None:
+        print(table(run_dir))
+    return 0

@@ -1,0 +1,40 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vespo_megatron.plan.timing import Lengths
+    from vespo_megatron.recipe.schema import Recipe
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """A recipe and its overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """As in 1,2. For argparse."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from None
+
+
+def add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> None:
+    """What an estimate of a run needs besides its recipe."""
+    parser.add_argument("--gpu", required=gpu_required, metavar="GPU", help="a100-80, h100-80, h200-141, h20-96, …")
+    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument("--mfu", type=float, default=0.25, help="model FLOPs utilisation in training (default 0.25)")
+
+
+def mean_lengths(parsed: argparse.Namespace, recipe: Recipe) -> Lengths:
+    """Mean lengths, as given or half of the longest."""
+    from vespo_megatron.plan.timing import Lengths, default_lengths
+
+    usual = default_lengths(recipe)
+    return Lengths(parsed.prompt_tokens or usual.prompt, parsed.response_tokens or usual.response)
