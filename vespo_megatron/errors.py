@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake or fault a person can act on; the command line prints it and exits with status 2.
@@ -22,10 +24,12 @@ class UserError(Exception):
             lines.append(f"  to do: {fix}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self):
-        return (_rebuild, (type(self), self.what, self.where, self.expected, self.fix))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its fields, whatever a subclass adds: keyword-only arguments need a hand across processes."""
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(cls: type[UserError], what: str, where: str, expected: str, fix: str) -> UserError:
-    """Unpickle across processes (keyword-only arguments need a hand)."""
-    return cls(what, where=where, expected=expected, fix=fix)
+def _rebuild(cls: type[UserError], args: tuple[Any, ...], fields: dict[str, Any]) -> UserError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(fields)
+    return error

@@ -10,6 +10,8 @@ from rollout_helpers import generate, make_requests
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
+from vespo_megatron.rollout_sglang.client.control import call
+from vespo_megatron.rollout_sglang.faults import HttpRefused, PluginMissing
 
 
 @pytest.fixture
@@ -113,15 +115,35 @@ def test_a_server_that_is_not_there_is_an_error_at_once(recipe):
     assert time.monotonic() - start < 5 and server.url in str(caught.value)
 
 
-def test_a_server_without_our_plugin_is_told_apart_from_a_broken_one(recipe):
-    class WithoutPlugin(FaultServer):
+@pytest.mark.parametrize(
+    ("status", "message", "error"),
+    [
+        (400, "Unsupported action='vespo_manifest'", PluginMissing),
+        (400, "Unsupported layout of the experts", HttpRefused),
+        (400, "model_config: Unsupported action='vespo_manifest' while a session is open", HttpRefused),
+        (500, "Unsupported action='vespo_manifest'", HttpRefused),
+    ],
+)
+def test_a_server_without_our_plugin_is_told_apart_from_a_broken_one(recipe, status, message, error):
+    """By the whole answer that SGLang 0.5.23 gives to an action it does not know, not by a word in it."""
+
+    class Refuses(FaultServer):
         def answer(self, handler, body):
             if handler.path == "/weights_checker":
-                return self._send(handler, 400, {"success": False, "message": "Unsupported action='vespo_manifest'"})
+                return self._send(handler, status, {"success": False, "message": message})
             return super().answer(handler, body)
 
-    with WithoutPlugin() as server:
+    with Refuses() as server:
         engine = connect(recipe, [server.url])
-        with pytest.raises(UserError, match="vespo_weights plugin"):
+        with pytest.raises(UserError) as caught:
             engine.update_weights([], 1)
         engine.close()
+    assert caught.type is error and caught.value.url == server.url
+    assert ("vespo_weights plugin" in str(caught.value)) is (error is PluginMissing)
+
+
+@pytest.mark.sglang
+def test_what_sglang_answers_to_an_action_it_does_not_know(sglang_servers):
+    with pytest.raises(HttpRefused) as caught:
+        call(sglang_servers.urls[0], "/weights_checker", {"action": "nothing", "selector": "target"}, timeout_s=30.0)
+    assert (caught.value.status, caught.value.message) == (400, "Unsupported action='nothing'")

@@ -126,7 +126,7 @@ def test_a_server_cut_off_in_mid_batch_loses_and_doubles_nothing(pool_of):
     first, second = FaultServer(delay_s=0.2), FaultServer(delay_s=0.05)
     engine = pool_of(first, second)
     requests, seen = make_requests(120, max_new_tokens=3), []
-    engine.pool._dispatcher.limit = 8
+    engine.pool.slots.dispatcher.limit = 8
     with after(0.5, first.close):
         results = generate(engine, requests, on_result=seen.append)
     check_each_once(requests, results, seen)
@@ -165,8 +165,8 @@ def test_a_server_that_is_down_at_an_update_is_left_out_of_it(pool_of):
 
 def test_when_the_last_server_comes_back_the_weights_are_asked_for_and_the_rest_is_drawn(pool_of, recipe):
     engine = pool_of(FaultServer(delay_s=0.1))
-    engine.pool.recovery_timeout_s = 20.0
-    engine.pool._dispatcher.limit = 4
+    engine.pool.membership.recovery_timeout_s = 20.0
+    engine.pool.slots.dispatcher.limit = 4
     (server,) = engine.pool.servers
     port = int(server.url.rpartition(":")[2])
     requests, seen, back = make_requests(40, max_new_tokens=3), [], []
@@ -253,7 +253,7 @@ def test_a_prompt_that_fells_every_server_ends_the_run_by_name(pool_of):
 def test_concurrent_generations_share_the_limit_and_the_metrics_add_up(pool_of):
     servers = [FaultServer(delay_s=0.05), FaultServer(delay_s=0.05)]
     engine = pool_of(*servers)
-    engine.pool._dispatcher.limit = 4
+    engine.pool.slots.dispatcher.limit = 4
 
     async def both():
         batches = [make_requests(16, group_size=4, max_new_tokens=3) for _ in range(2)]

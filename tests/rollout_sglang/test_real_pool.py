@@ -111,7 +111,7 @@ def test_a_server_killed_in_mid_batch_costs_no_prompt_and_comes_back_with_the_we
         return await running
 
     engine.metrics()
-    engine.pool._dispatcher.limit = 16
+    engine.pool.slots.dispatcher.limit = 16
     results = asyncio.run(asyncio.wait_for(scenario(), 120))
     assert [result.request_id for result in results] == [request.request_id for request in requests]
     assert sorted(result.request_id for result in seen) == sorted(request.request_id for request in requests)
@@ -124,12 +124,14 @@ def test_a_server_killed_in_mid_batch_costs_no_prompt_and_comes_back_with_the_we
     assert metrics["rollout/server_0/requests"] + metrics["rollout/server_1/requests"] == 96
 
     deadline = time.monotonic() + 120
-    while len(engine.pool.candidates()) < 2 and time.monotonic() < deadline:
+    while len(engine.pool.membership.candidates()) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert victim.restarts == 1 and victim.alive
-    assert [server.number for server in engine.pool.serving] == [1], "restarted, it holds the checkpoint's weights"
+    assert [server.number for server in engine.pool.membership.serving] == [1], (
+        "restarted, it holds the checkpoint's weights"
+    )
     engine.update_weights(reference.named_tensors(0.1, seed=2), version + 1)
-    assert len(engine.pool.serving) == 2
+    assert len(engine.pool.membership.serving) == 2
     expected = reference.with_weights(reference.named_tensors(0.1, seed=2))
     requests = make_requests(16)
     for request, result in zip(requests, generate(engine, requests), strict=True):

@@ -11,7 +11,7 @@ from rollout_helpers import generate, make_requests
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
-from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.rollout_sglang.faults import ChecksumMismatch, WeightsNeeded, faults_of
 
 pytestmark = pytest.mark.sglang
 TRANSPORTS = ("distributed", "tensor", "disk")
@@ -92,10 +92,10 @@ def test_a_corrupted_bucket_is_caught_before_a_sample_is_drawn(transport, engine
 def test_a_checksum_that_differs_twice_is_an_error(engine_by, reference, monkeypatch):
     engine = engine_by("distributed")
     corrupt(engine, monkeypatch, updates=2)
-    for error in (WeightsNeeded, UserError):
+    for error in (WeightsNeeded, ChecksumMismatch):
         with pytest.raises(UserError, match="tensors differ") as caught:
             engine.update_weights(reference.named_tensors(), engine.weight_version + 1)
-        assert caught.type is error
+        assert caught.type is error and [fault.url for fault in faults_of(caught.value)] == [engine.clients[0].url]
     assert "as they did the time before" in str(caught.value) and engine.clients[0].url in str(caught.value)
 
 

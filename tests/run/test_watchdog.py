@@ -13,7 +13,7 @@ import pytest
 
 from vespo_megatron.run.heartbeat import RankStatus, clear_heartbeats, heartbeat_folder, read_rank_statuses
 from vespo_megatron.run.processes import wait_until
-from vespo_megatron.run.stacks import Frame, Whereabouts, whereabouts
+from vespo_megatron.run.stacks import Frame, NoStack, Whereabouts, whereabouts
 from vespo_megatron.run.watchdog import Stalled, Watchdog, culprits
 
 HERE = os.uname().nodename
@@ -93,7 +93,13 @@ WAITS = Whereabouts("all_reduce", CALL)
 
 
 def test_the_rank_without_a_stack_is_to_blame():
-    assert blamed({0: WAITS, 1: "left no stack (the process is stopped)", 2: WAITS}) == [1]
+    assert blamed({0: WAITS, 1: NoStack("left no stack (the process is stopped)"), 2: WAITS}) == [1]
+
+
+def test_a_rank_on_another_machine_is_not_to_blame_for_its_missing_stack_whatever_it_says():
+    there = NoStack("on node7", elsewhere=True)
+    assert blamed({0: WAITS, 1: there, 2: NoStack("left no stack (on another machine's disk)")}) == [2]
+    assert blamed({0: WAITS, 1: there, 2: Whereabouts("", CALL)}) == [2]
 
 
 def test_the_rank_outside_every_collective_is_to_blame():

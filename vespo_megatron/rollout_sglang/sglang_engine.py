@@ -14,7 +14,7 @@ from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
 from vespo_megatron.rollout_sglang.client.reply import check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
-from vespo_megatron.rollout_sglang.faults import ServerGone, WeightsNeeded, as_fault
+from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
@@ -77,7 +77,7 @@ class SGLangEngine:
         for server, info in zip(pool.servers, infos, strict=True):
             check_contract(server.client, info)
             check_settings(server.client, info)
-            server.started = info.get("startup_time", 0)
+            server.startup_time = info.get("startup_time", 0)
         served = infos[0].get("device", "cuda")
         self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
         self.weight_version = self._newest_version = self._first_version()
@@ -127,8 +127,9 @@ class SGLangEngine:
         with self._generation_lock.write(self.clients[0].request_timeout_s + 30, wait=not in_place):
             if self._closed:
                 raise UserError("is closed", where=self.description)
-            members = self.pool.candidates() or self.pool.wait_for_candidates()
-            anew = self.pool.join(members)
+            membership = self.pool.membership
+            members = membership.candidates() or membership.wait_for_candidates()
+            anew = membership.join(members)
             self._broken = f"the weights of version {version} did not arrive whole"
             try:
                 clients = [server.client for server in members]
@@ -137,11 +138,12 @@ class SGLangEngine:
                 self._newest_version = version
                 digest = self.sync.update(named_tensors, version, resume=not self._paused, in_place=in_place)
             except UserError as error:
-                failed = self.pool.blame(error, members)
+                failed = membership.remove_failed(error, members)
                 if failed and any(server not in failed for server in members):
                     raise WeightsNeeded(
                         f"the update to version {version} failed there ({error.what}) and is to be made again",
                         where=", ".join(f"server {server.url}" for server in failed),
+                        faults=faults_of(error),
                     ) from error
                 raise
             self.pool.admit(members)
@@ -156,7 +158,7 @@ class SGLangEngine:
             self.sync.release_memory()
 
     def metrics(self) -> dict[str, float]:
-        """See `rollout_metrics`."""
+        """See `pool.metrics`."""
         return self.pool.metrics()
 
     async def pause(self) -> None:
@@ -165,7 +167,7 @@ class SGLangEngine:
         self._generation_lock.block_readers()
         self.pool.stop_dispatch()
         await asyncio.to_thread(self._control, SGLangClient.pause)
-        await self.pool.ended()
+        await self.pool.wait_until_idle()
 
     async def resume(self) -> None:
         """Let requests run again."""
@@ -176,23 +178,23 @@ class SGLangEngine:
         self._generation_lock.admit_readers()
 
     def _control(self, method: Callable[[SGLangClient], None]) -> None:
-        """`method` for every server that serves; one that fails it is out of service."""
+        """`method` for every server that serves; one that fails it counts as gone, so that its calls end."""
 
-        def attempt(client: SGLangClient) -> UserError | None:
+        def attempt(client: SGLangClient) -> ServerFault | None:
             try:
                 method(client)
-            except UserError as error:
-                return error
+            except ServerFault as fault:
+                return fault
             return None
 
-        serving = self.pool.serving
-        for server, error in zip(serving, self.pool.on_all(attempt, serving), strict=True):
-            if error is not None:
-                self.pool.lose(server, as_fault(error, ServerGone))
+        serving = self.pool.membership.serving
+        for server, fault in zip(serving, self.pool.on_all(attempt, serving), strict=True):
+            if fault is not None:
+                self.pool.membership.take_out_of_service(server, ServerGone.of(fault, server.url))
 
     async def health(self) -> bool:
         """Whether some server serves, and all that serve are ready (a paused engine's servers are not asked)."""
-        if self._closed or self._broken or not self.pool.serving:
+        if self._closed or self._broken or not self.pool.membership.serving:
             return False
         return self._paused or all(await asyncio.to_thread(self.pool.on_all, SGLangClient.is_ready))
 
@@ -239,9 +241,14 @@ class SGLangEngine:
 
         async def ask_all() -> None:
             answers = await asyncio.gather(*(ask(client) for client in self.clients), return_exceptions=True)
+            faults = []
             for answer, version in zip(answers, versions, strict=True):
-                if isinstance(answer, BaseException):
-                    raise foreign(answer, version) if isinstance(answer, UserError) else answer
+                if isinstance(answer, ServerFault):
+                    faults.append(foreign(answer, version))
+                elif isinstance(answer, BaseException):
+                    raise answer
+            if faults:
+                raise as_one_error(faults)
 
         failure: list[BaseException] = []
 

@@ -41,6 +41,18 @@ class Whereabouts:
         return f"{self.collective} called by {self.frame}" if self.collective else f"{self.frame}, in no collective"
 
 
+@dataclass(frozen=True)
+class NoStack:
+    """Why there is no stack of a rank to read."""
+
+    reason: str
+    elsewhere: bool = False
+    """It runs on another machine, so that nothing can be asked of it from here."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 def parse(dump: str) -> list[list[Frame]]:
     """The last dump in faulthandler's text: the frames of each thread, innermost first; the main thread is last."""
     threads: list[list[Frame]] = []

@@ -19,7 +19,7 @@ from pathlib import Path
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.heartbeat import STACK_SIGNAL, RankStatus, heartbeat_folder, read_rank_statuses
 from vespo_megatron.run.processes import TrainingFailed, wait_until
-from vespo_megatron.run.stacks import Whereabouts, whereabouts
+from vespo_megatron.run.stacks import NoStack, Whereabouts, whereabouts
 
 EXIT_STALLED = 70
 """EX_SOFTWARE of sysexits.h: a rank hung and the watchdog ended the run."""
@@ -96,8 +96,8 @@ class Watchdog:
         return text
 
 
-def collect(run_dir: Path, statuses: dict[int, RankStatus]) -> dict[int, Whereabouts | str]:
-    """What every rank is in, from fresh stacks of those on this machine; a text for those that left none."""
+def collect(run_dir: Path, statuses: dict[int, RankStatus]) -> dict[int, Whereabouts | NoStack]:
+    """What every rank is in, from fresh stacks of those on this machine."""
     here = socket.gethostname()
     files = {rank: heartbeat_folder(run_dir) / f"rank_{rank}.stacks.txt" for rank in statuses}
     before = {rank: _size(file) for rank, file in files.items()}
@@ -117,9 +117,9 @@ def collect(run_dir: Path, statuses: dict[int, RankStatus]) -> dict[int, Whereab
     }
 
 
-def culprits(statuses: dict[int, RankStatus], states: dict[int, Whereabouts | str]) -> list[int]:
+def culprits(statuses: dict[int, RankStatus], states: dict[int, Whereabouts | NoStack]) -> list[int]:
     """Who keeps the others waiting: who has no stack, else who is in no collective, else who is behind or elsewhere."""
-    mute = [rank for rank, state in states.items() if isinstance(state, str) and "another machine" not in state]
+    mute = [rank for rank, state in states.items() if isinstance(state, NoStack) and not state.elsewhere]
     if mute:
         return mute
     known = {rank: state for rank, state in states.items() if isinstance(state, Whereabouts)}
@@ -137,15 +137,15 @@ def culprits(statuses: dict[int, RankStatus], states: dict[int, Whereabouts | st
     return fewest if len(calls) > 1 and 2 * len(fewest) < len(known) else []
 
 
-def _state(status: RankStatus, stacks: Path, before: int) -> Whereabouts | str:
+def _state(status: RankStatus, stacks: Path, before: int) -> Whereabouts | NoStack:
     with stacks.open(errors="replace") as file:
         file.seek(before)
         state = whereabouts(file.read())
-    return state if state.frame is not None else f"left no stack ({_process_state(status.pid)})"
+    return state if state.frame is not None else NoStack(f"left no stack ({_process_state(status.pid)})")
 
 
-def _absent(status: RankStatus, here: str) -> str:
-    return "is gone" if status.host == here else f"on another machine ({status.host})"
+def _absent(status: RankStatus, here: str) -> NoStack:
+    return NoStack("is gone") if status.host == here else NoStack(f"on another machine ({status.host})", elsewhere=True)
 
 
 def _process_state(pid: int) -> str:

@@ -11,7 +11,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.control import bearer, call, message_of
 from vespo_megatron.rollout_sglang.client.reply import build_body, parse_reply
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
-from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, as_fault
+from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class SGLangClient:
                 break
             except _Repeatable as error:
                 if delay is None:
-                    raise error.kind(
-                        f"{error}, {len(_RETRY_DELAYS_S) + 1} times", where=where, fix="see the server's log"
-                    ) from error
+                    what = f"{error}, {len(_RETRY_DELAYS_S) + 1} times"
+                    raise error.kind(what, url=self.url, where=where, fix="see the server's log") from error
                 self.retries += 1
                 await asyncio.sleep(delay)
         if not isinstance(replies, list) or len(replies) != len(requests):
             count = len(replies) if isinstance(replies, list) else type(replies).__name__
-            raise ServerFault(f"answered {count}", where=where, expected=f"a list of {len(requests)} responses")
+            expected = f"a list of {len(requests)} responses"
+            raise ServerFault(f"answered {count}", url=self.url, where=where, expected=expected)
         try:
             return [
                 parse_reply(
@@ -96,7 +96,7 @@ class SGLangClient:
                 for reply, request in zip(replies, requests, strict=True)
             ]
         except UserError as error:
-            raise as_fault(error) from error
+            raise ServerFault.of(error, self.url) from error
 
     async def _with_deadlines(
         self, requests: Sequence[GenerationRequest], body: dict[str, Any], post: Awaitable[Any]
@@ -135,6 +135,7 @@ class SGLangClient:
             await self.abort(body["rid"])
             raise ServerFault(
                 f"did not answer {len(body['rid'])} requests within {self.request_timeout_s:g} s",
+                url=self.url,
                 where=where,
                 fix="raise policy.generation.sglang_cfg.request_timeout, or see the server's log",
             ) from error
@@ -143,11 +144,11 @@ class SGLangClient:
         if response.status in _BUSY:
             raise _Repeatable(f"answered {response.status}", ServerFault)
         if response.status != 200:
-            raise ServerFault(f"answered {response.status}: {message_of(raw)}", where=where)
+            raise HttpRefused(url=self.url, path="/generate", status=response.status, message=message_of(raw))
         try:
             return json.loads(raw)
         except ValueError as error:
-            raise ServerFault(f"a reply that is not JSON: {raw[:100]!r}", where=where) from error
+            raise ServerFault(f"a reply that is not JSON: {raw[:100]!r}", url=self.url, where=where) from error
 
     async def is_healthy(self, session: aiohttp.ClientSession, *, timeout_s: float) -> bool:
         """`/health`: whether the scheduler has answered anything just now."""
@@ -170,7 +171,7 @@ class SGLangClient:
                 return
 
     def call(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
-        """A control endpoint, blocking: see `http_control.call`."""
+        """A control endpoint, blocking: see `control.call`."""
         return call(self.url, path, body, timeout_s=timeout_s, api_key=self._api_key)
 
     def model_info(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class SGLangClient:
         self.call("/continue_generation", {})
 
     def flush_cache(self) -> None:
-        """Drop the prefix cache; `UserError` if requests still run after 10 s."""
+        """Drop the prefix cache; raises `HttpRefused` if requests still run after 10 s."""
         self.call("/flush_cache?timeout=10", {})
 
     def is_ready(self) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
+from vespo_megatron.rollout_sglang.faults import ServerFault
 
 VERSION = "0.5.23"
 
@@ -34,35 +34,37 @@ REQUEST_FIELDS = ("input_ids", "sampling_params", "rid", "return_logprob", "retu
 
 
 def check_contract(client: SGLangClient, info: dict[str, Any]) -> None:
-    """Raise `UserError` naming the server, its version and what it lacks.
+    """Raise `ServerFault` with the server's version and what it lacks.
 
     Args:
         info: its `/server_info`.
     """
     version = info.get("version")
-    where = f"server {client.url}"
     if version is None:
-        raise UserError("does not say which SGLang it is", where=where, expected=f"a version, as SGLang {VERSION} does")
+        raise ServerFault(
+            "does not say which SGLang it is", url=client.url, expected=f"a version, as SGLang {VERSION} does"
+        )
     if version == VERSION:
         return
     try:
         schema = client.call("/openapi.json")
-    except UserError as error:
+    except ServerFault as error:
         raise foreign(error, version) from error
     missing = [path for path in ENDPOINTS if path not in schema.get("paths", {})]
     fields = schema.get("components", {}).get("schemas", {}).get("GenerateReqInput", {}).get("properties")
     if fields is not None:
         missing += [f"the field {name} of /generate" for name in REQUEST_FIELDS if name not in fields]
     if missing:
-        raise foreign(UserError(f"has no {', no '.join(missing)}", where=where), version)
+        raise foreign(ServerFault(f"has no {', no '.join(missing)}", url=client.url), version)
 
 
-def foreign(error: UserError, version: str) -> UserError:
-    """The same error, with the version it may be due to."""
+def foreign(error: ServerFault, version: str) -> ServerFault:
+    """The same fault, with the version it may be due to."""
     if version == VERSION:
         return error
-    return UserError(
+    return ServerFault(
         f"SGLang {version} does not keep the contract of {VERSION}: {error.what}",
+        url=error.url,
         where=error.where,
         expected=error.expected,
         fix=f"install sglang=={VERSION} in the servers' environment",
@@ -70,17 +72,18 @@ def foreign(error: UserError, version: str) -> UserError:
 
 
 def check_settings(client: SGLangClient, info: dict[str, Any]) -> None:
-    """Raise `UserError` for a server that was started in a way that does not fit the recipe."""
-    where = f"server {client.url}"
+    """Raise `ServerFault` for a server that was started in a way that does not fit the recipe."""
     allowed = info.get("context_length")
     if allowed is not None and allowed < client.context_length:
-        raise UserError(
+        raise ServerFault(
             f"serves a context of {allowed} tokens",
-            where=where,
+            url=client.url,
             expected=f"{client.context_length}",
             fix="restart it with --context-length",
         )
     if client.return_routes and not info.get("enable_return_routed_experts", True):
-        raise UserError("returns no routes", where=where, fix="restart it with --enable-return-routed-experts")
+        fix = "restart it with --enable-return-routed-experts"
+        raise ServerFault("returns no routes", url=client.url, fix=fix)
     if info.get("dp_size", 1) != 1 or info.get("pp_size", 1) != 1:
-        raise UserError("has data- or pipeline-parallel replicas", where=where, expected="tensor parallel alone")
+        expected = "tensor parallel alone"
+        raise ServerFault("has data- or pipeline-parallel replicas", url=client.url, expected=expected)

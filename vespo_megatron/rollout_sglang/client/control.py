@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -31,8 +31,12 @@ def call(
 ) -> Any:
     """POST `body` (GET when it is None) and return the decoded JSON reply, None for an empty one.
 
-    Raises `UserError` naming server, endpoint and reason for any status but 2xx, a reply that is not JSON, a
-    `success: false`, or no answer within `timeout_s`.
+    A reply that is not JSON is returned as text.
+
+    Raises:
+        HttpRefused: any status but 2xx, or a `success: false`.
+        ServerGone: the server cannot be reached.
+        ServerFault: no answer within `timeout_s`.
     """
     where = f"server {url} {path}"
     data = None if body is None else json.dumps(body).encode()
@@ -44,22 +48,19 @@ def call(
             text = response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         fix = "set policy.generation.sglang_cfg.api_key to the server's" if error.code in (401, 403) else ""
-        raise UserError(f"answered {error.code}: {message_of(error.read())}", where=where, fix=fix) from error
-    except TimeoutError as error:
-        raise UserError(f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log") from error
-    except (urllib.error.URLError, ConnectionError, OSError) as error:
-        if isinstance(getattr(error, "reason", None), TimeoutError):
-            raise UserError(
-                f"did not answer within {timeout_s:g} s", where=where, fix="see the server's log"
-            ) from error
-        reason = getattr(error, "reason", error)
-        raise UserError(f"cannot be reached ({reason})", where=where, fix="see the server's log") from error
+        raise HttpRefused(url=url, path=path, status=error.code, message=message_of(error.read()), fix=fix) from error
+    except OSError as error:  # urllib wraps the reason of most
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        log = "see the server's log"
+        if isinstance(reason, TimeoutError):
+            raise ServerFault(f"did not answer within {timeout_s:g} s", url=url, where=where, fix=log) from error
+        raise ServerGone(f"cannot be reached ({reason})", url=url, where=where, fix=log) from error
     try:
         reply = json.loads(text) if text.strip() else None
     except ValueError:
         return text
     if isinstance(reply, dict) and reply.get("success") is False:
-        raise UserError(f"refused: {reply.get('message', reply)}", where=where)
+        raise HttpRefused(url=url, path=path, status=200, message=str(reply.get("message", reply)))
     return reply
 
 

@@ -29,11 +29,8 @@ from typing import Any
 import torch
 
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
+from vespo_megatron.rollout_sglang.plugin.actions import CHECKSUM, ERROR_KEY, MANIFEST, SEES
 
-ERROR_KEY = "error"
-MANIFEST_ACTION = "vespo_manifest"
-CHECKSUM_ACTION = "vespo_checksum"
-SEES_ACTION = "vespo_sees "
 _PROBE = re.compile(r"vespo-[0-9a-f]{32}\.probe")
 
 
@@ -60,7 +57,7 @@ def register() -> None:
 
 
 def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-    if action not in (MANIFEST_ACTION, CHECKSUM_ACTION) and not action.startswith(SEES_ACTION):
+    if action.partition(" ")[0] not in (MANIFEST, CHECKSUM, SEES):
         return original(checker, action, *args, **kwargs)
     try:
         values, digest = _answer(action, checker._get_model())
@@ -72,13 +69,14 @@ def _handle(original: Callable[..., Any], checker: Any, action: str, *args: Any,
 
 def _answer(action: str, model: torch.nn.Module) -> tuple[dict[str, str], str]:
     """The values by Hugging Face name, and their digest."""
-    if action.startswith(SEES_ACTION):
-        path = Path(action.removeprefix(SEES_ACTION))
+    kind, _, argument = action.partition(" ")
+    if kind == SEES:
+        path = Path(argument)
         return {"sees": "yes" if _PROBE.fullmatch(path.name) and path.exists() else "no"}, ""
     values: dict[str, str] = {}
     total = WeightChecksum()
     for held in held_slices(model):
-        if action == MANIFEST_ACTION:
+        if kind == MANIFEST:
             values[held.name] = held.describe()
         else:
             checksum = tensor_checksum(held.name, held.view)
@@ -117,8 +115,8 @@ def _module_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) -
         rank, _ = _rank_and_size(module.tp_group)
         for key, parameter in own.items():
             columns = parameter.shape[1] if parameter.dim() == 2 else 0
-            ranges = [(0, parameter.shape[0])] + ([(rank * columns, (rank + 1) * columns)] if columns else [])
-            yield HeldSlice(f"{name}.{key}", parameter.data, tuple(ranges))
+            held = [(0, parameter.shape[0])] + ([(rank * columns, (rank + 1) * columns)] if columns else [])
+            yield HeldSlice(f"{name}.{key}", parameter.data, tuple(held))
     elif "VocabParallelEmbedding" in kind:
         shard = module.shard_indices
         start, stop = shard.org_vocab_start_index, shard.org_vocab_end_index

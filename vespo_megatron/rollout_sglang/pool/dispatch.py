@@ -36,7 +36,7 @@ class Dispatcher:
             loads: requests in flight by server, of the servers that serve; not empty.
         """
         home = self._home.get(group_id) if group_id else None
-        server = home if home in loads else min(loads, key=loads.__getitem__)
+        server = home if home is not None and home in loads else min(loads, key=loads.__getitem__)
         if loads[server] != 0 and loads[server] + count > self.limit:
             return None
         if group_id:

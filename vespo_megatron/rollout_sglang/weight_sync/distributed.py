@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.client.fan_out import PendingCall, raise_failures
 from vespo_megatron.rollout_sglang.weight_sync.buckets import Bucket, Wait
-from vespo_megatron.rollout_sglang.weight_sync.servers import Servers, raise_failed
+from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class DistributedTransport:
         address = local_address_towards(servers.clients[0].url)
         backend = "nccl" if self.device == "cuda" else "gloo"
         world_size = 1 + sum(ranks)
-        posts: list[Future[Any]] = []
+        posts: list[PendingCall[Any]] = []
 
         def invite(port: int) -> None:
             offset = 1
@@ -67,7 +67,7 @@ class DistributedTransport:
             world_size=world_size,
             timeout_s=servers.timeout_s,
             invite=invite,
-            failed=lambda: raise_failed(posts),
+            failed=lambda: raise_failures(posts),
         )
         servers.wait(posts)
 
@@ -99,14 +99,14 @@ class DistributedTransport:
         def wait() -> None:
             deadline = time.monotonic() + servers.timeout_s
             while not work.is_completed():
-                raise_failed(posts)
+                raise_failures(posts)
                 if time.monotonic() > deadline:
                     raise UserError(f"a bucket was not taken within {servers.timeout_s:g} s", where="weight update")
                 time.sleep(0.0002)
             try:
                 work.wait()
             except RuntimeError as error:
-                raise_failed(posts)
+                raise_failures(posts)
                 raise UserError(f"the broadcast failed: {str(error).splitlines()[0]}", where="weight update") from error
             servers.wait(posts)
 

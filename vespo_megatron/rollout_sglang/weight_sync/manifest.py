@@ -1,6 +1,6 @@
 """What the servers hold of every tensor: their manifests, merged and compared.
 
-`server_weights` makes a manifest in every rank of a server: Hugging Face name -> `"<dtype> <start>:<stop>,..."`.
+`plugin/weights.py` makes a manifest in every rank of a server: Hugging Face name -> `"<dtype> <start>:<stop>,..."`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.client.client import SGLangClient
+from vespo_megatron.rollout_sglang.faults import ServerFault
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,15 @@ class ServedTensor:
 def merge_manifests(manifests: Sequence[Sequence[dict[str, str]]], urls: Sequence[str]) -> dict[str, ServedTensor]:
     """What the servers hold, by Hugging Face name.
 
-    Raises `UserError` when a server's ranks together do not hold every element of a tensor, or when two servers
+    Raises `ServerFault` when a server's ranks together do not hold every element of a tensor, or when two servers
     serve different models.
     """
     merged: list[dict[str, ServedTensor]] = []
     for ranks, url in zip(manifests, urls, strict=True):
         parts: dict[str, set[str]] = {}
         for rank in ranks:
-            for name, described in rank.items():
-                parts.setdefault(name, set()).add(described)
+            for name, part in rank.items():
+                parts.setdefault(name, set()).add(part)
         server: dict[str, ServedTensor] = {}
         for name, described in parts.items():
             dtypes = {text.partition(" ")[0] for text in described}
@@ -42,9 +41,9 @@ def merge_manifests(manifests: Sequence[Sequence[dict[str, str]]], urls: Sequenc
             )
             held = sum(_numel(ranges) for ranges in slices)
             if len(dtypes) != 1 or held != _numel([(0, size) for size in shape]):
-                raise UserError(
+                raise ServerFault(
                     f"holds {held} elements of {name} as {sorted(described)}",
-                    where=f"server {url}",
+                    url=url,
                     expected=f"every element of {shape} once, in one dtype",
                 )
             server[name] = ServedTensor(dtypes.pop(), shape, slices)
@@ -52,9 +51,9 @@ def merge_manifests(manifests: Sequence[Sequence[dict[str, str]]], urls: Sequenc
     for server, url in zip(merged[1:], urls[1:], strict=True):
         differing = [name for name in merged[0].keys() | server.keys() if not _same_tensor(merged[0], server, name)]
         if differing:
-            raise UserError(
+            raise ServerFault(
                 f"serves another model than {urls[0]}: {len(differing)} tensors differ, for instance {differing[0]}",
-                where=f"server {url}",
+                url=url,
             )
     result = dict(merged[0])
     for server in merged[1:]:
@@ -79,24 +78,3 @@ def _numel(ranges: Iterable[tuple[int, int]]) -> int:
     for start, stop in ranges:
         count *= stop - start
     return count
-
-
-def ask_weights(client: SGLangClient, action: str, timeout_s: float) -> list[dict[str, str]]:
-    """What `server_weights` answers to `action`: one dictionary per tensor parallel rank of the server.
-
-    Raises `UserError` for a server without our plugin, and for what went wrong in it.
-    """
-    try:
-        reply = client.call("/weights_checker", {"action": action, "selector": "target"}, timeout_s=timeout_s)
-    except UserError as error:
-        if "Unsupported" not in error.what:
-            raise
-        raise UserError(
-            "has no vespo_weights plugin, which the checksum of a weight update needs",
-            where=f"server {client.url}",
-            fix="pip install --no-deps this package into the server's environment and restart it",
-        ) from error
-    for rank in reply["ranks"]:
-        if "error" in rank["checksums"]:
-            raise UserError(rank["checksums"]["error"], where=f"server {client.url} /weights_checker")
-    return [rank["checksums"] for rank in sorted(reply["ranks"], key=lambda r: r["parallelism_info"][0]["tp_rank"])]

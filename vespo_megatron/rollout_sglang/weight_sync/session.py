@@ -4,7 +4,7 @@
 2. `/begin_weight_update`, for the transports that need it;
 3. the stream, bucket by bucket, however the transport sends them;
 4. `/end_weight_update`;
-5. the checksum: what the servers now hold against what was streamed (`server_weights` says how and why);
+5. the checksum: what the servers now hold against what was streamed (`plugin/weights.py` says how and why);
 6. flush the prefix cache, stamp the version, resume.
 
 A failure anywhere leaves the servers paused: a server answers again only with weights that were checked. The next
@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
-from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.rollout_sglang.faults import ChecksumMismatch, ServerFault, WeightsNeeded, as_one_error
+from vespo_megatron.rollout_sglang.plugin.actions import CHECKSUM, MANIFEST
 from vespo_megatron.rollout_sglang.weight_sync.buckets import BucketSender
-from vespo_megatron.rollout_sglang.weight_sync.manifest import ServedTensor, ask_weights, merge_manifests
+from vespo_megatron.rollout_sglang.weight_sync.manifest import ServedTensor, merge_manifests
 from vespo_megatron.rollout_sglang.weight_sync.memory import SharedMemory
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 from vespo_megatron.rollout_sglang.weight_sync.transport import Transport
+from vespo_megatron.rollout_sglang.weight_sync.weights_checker import ask_weights
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +96,13 @@ class WeightSync:
 
         With `in_place`, requests that run stop where they are and go on afterwards, on the cache of the old weights.
 
-        Raises `UserError` for a tensor that no server has, that is misshapen, sent twice or missing, for a server that
-        refuses or does not answer, and for checksums that differ: `WeightsNeeded` the first time, as another attempt
-        may succeed. The servers are left paused then.
+        The servers are left paused by whatever is raised:
+
+        Raises:
+            UserError: a tensor that no server has, that is misshapen, sent twice or missing.
+            ServerFault: a server refuses or does not answer; `ServersFailed` for several.
+            WeightsNeeded: checksums differ; another attempt may succeed.
+            ChecksumMismatch: they differ again; `ServersFailed` for several.
         """
         start, servers = time.monotonic(), self._servers
         try:
@@ -156,7 +162,7 @@ class WeightSync:
                     client.call(path, {})
                 except UserError:
                     pass
-        self._manifests = servers.on_all(lambda client: ask_weights(client, "vespo_manifest", servers.timeout_s))
+        self._manifests = servers.on_all(lambda client: ask_weights(client, MANIFEST, servers.timeout_s))
         self._served = merge_manifests(self._manifests, [client.url for client in servers.clients])
         self._connected = True  # before, so that a failure in it lets go of what it made
         self.transport.connect(servers, [len(ranks) for ranks in self._manifests])
@@ -216,8 +222,11 @@ class WeightSync:
                 yield _HEAD, tensor
 
     def _check(self, expected: Checksums, version: int) -> None:
+        """Compare what every rank of every server holds with what was streamed; see `update` for what is raised."""
         servers = self._servers
-        answers = servers.on_all(lambda client: ask_weights(client, "vespo_checksum", servers.timeout_s))
+        answers = servers.on_all(lambda client: ask_weights(client, CHECKSUM, servers.timeout_s))
+        before = ", as they did the time before" if self._differed else ""
+        faults: list[ServerFault] = []
         for client, manifest, ranks in zip(servers.clients, self._manifests, answers, strict=True):
             for rank, (held, described) in enumerate(zip(ranks, manifest, strict=True)):
                 wrong = [
@@ -226,15 +235,23 @@ class WeightSync:
                     if int(value, 16) != expected[name, described[name].partition(" ")[2]]
                 ]
                 if wrong:
-                    again, self._differed = not self._differed, True
                     names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
-                    raise (WeightsNeeded if again else UserError)(
+                    fault = ChecksumMismatch(
                         f"{len(wrong)} of {len(held)} tensors differ after the update to version {version}"
-                        f"{'' if again else ', as they did the time before'}: {names}",
+                        f"{before}: {names}",
+                        url=client.url,
                         where=f"server {client.url}, rank {rank}",
                         expected="the checksum of what the trainer streamed",
                         fix="the server stays paused; update again, or restart it",
                     )
+                    faults.append(fault)
+        if not faults:
+            return
+        error, again = as_one_error(faults), not self._differed
+        self._differed = True
+        if not again:
+            raise error
+        raise WeightsNeeded(error.what, where=error.where, expected=error.expected, fix=error.fix, faults=faults)
 
 
 def _cast(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

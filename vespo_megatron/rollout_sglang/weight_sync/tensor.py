@@ -26,6 +26,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.faults import ServerFault
 from vespo_megatron.rollout_sglang.weight_sync.buckets import Bucket, Wait
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 from vespo_megatron.rollout_sglang.weight_sync.transport import check_shared
@@ -50,9 +51,9 @@ class TensorTransport:
         """Refuses a server that is not on loopback, or does not see this process's shared memory."""
         for client in servers.clients:
             if not _is_loopback(client.url):
-                raise UserError(
+                raise ServerFault(
                     "is not on loopback, and weight_transport tensor sends a server what it unpickles",
-                    where=f"server {client.url}",
+                    url=client.url,
                     fix=_FIX,
                 )
         if self.device == "cpu":
@@ -81,8 +82,8 @@ class TensorTransport:
         if bucket.flat.is_cuda:
             torch.cuda.current_stream().synchronize()  # the server's stream knows nothing of ours
         metadata, start = [], 0
-        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-            dtype, shape = getattr(torch, dtype), torch.Size(shape)
+        for name, dtype_name, sizes in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+            dtype, shape = getattr(torch, dtype_name), torch.Size(sizes)
             end = start + shape.numel() * dtype.itemsize
             # The fields of SGLang's FlattenedTensorMetadata, which this process has not.
             each = {"name": name, "shape": shape, "dtype": dtype, "start_idx": start, "end_idx": end}

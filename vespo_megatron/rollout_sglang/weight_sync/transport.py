@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.faults import ServerFault
+from vespo_megatron.rollout_sglang.plugin.actions import SEES
 from vespo_megatron.rollout_sglang.weight_sync.buckets import Bucket, Wait
-from vespo_megatron.rollout_sglang.weight_sync.manifest import ask_weights
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
+from vespo_megatron.rollout_sglang.weight_sync.weights_checker import ask_weights
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,10 @@ class Transport(Protocol):
 
 
 def check_shared(servers: Servers, folder: str, *, fix: str) -> None:
-    """Raise `UserError` naming the first server that does not see what this process writes in `folder`."""
+    """Raise `ServerFault` for the first server that does not see what this process writes in `folder`.
+
+    Raises `UserError` when this process cannot write there.
+    """
     probe = Path(folder) / f"vespo-{uuid.uuid4().hex}.probe"
     try:
         probe.touch()
@@ -50,8 +55,8 @@ def check_shared(servers: Servers, folder: str, *, fix: str) -> None:
         raise UserError(f"cannot be written ({error.strerror})", where=folder, fix=fix) from error
     try:
         for client in servers.clients:
-            ranks = ask_weights(client, f"vespo_sees {probe}", servers.timeout_s)
+            ranks = ask_weights(client, f"{SEES} {probe}", servers.timeout_s)
             if not all(rank["sees"] == "yes" for rank in ranks):
-                raise UserError(f"does not see the trainer's {folder}", where=f"server {client.url}", fix=fix)
+                raise ServerFault(f"does not see the trainer's {folder}", url=client.url, fix=fix)
     finally:
         probe.unlink(missing_ok=True)
