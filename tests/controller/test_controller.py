@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vespo_megatron.controller.controller import MAX_SAMPLING_ROUNDS, Controller
+from vespo_megatron.controller.controller import Controller
+from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
@@ -32,6 +33,11 @@ class Engine:
 
     def metrics(self):
         return {"rollout/servers": 1.0}
+
+    async def pause(self):
+        pass
+
+    resume = pause
 
     def close(self):
         pass
@@ -129,6 +135,65 @@ def test_prompts_that_never_differ_stop_the_run_with_the_reason(build):
     controller = build(scores=lambda n: 1.0, grpo__use_dynamic_sampling=True)
     with pytest.raises(UserError, match=f"{MAX_SAMPLING_ROUNDS} rollouts gave 0 samples"):
         controller.collect(1)
+
+
+BESIDE = {"grpo__async_grpo__enabled": True, "grpo__async_grpo__max_staleness": 0.0}
+both_sources = pytest.mark.parametrize("source", [{}, BESIDE], ids=["synchronous", "asynchronous"])
+
+
+@both_sources
+def test_under_drop_a_group_with_a_bad_sample_goes_on_without_it(source, build):
+    rollout = build(spoil=not_a_number, loss_fn__on_bad_sample="drop", **source).collect(1)
+    assert len(rollout.batch) == 7 and rollout.metrics["rollout/bad_samples"] == 1
+    groups = {}
+    for sample in rollout.batch.samples:
+        groups.setdefault(sample.prompt_id, []).append(sample)
+    assert sorted(map(len, groups.values())) == [1, 2, 2, 2]
+
+
+@both_sources
+def test_under_drop_a_batch_of_groups_with_signal_is_whole_though_a_sample_of_one_is_bad(source, build):
+    """Three rewards a group, of which the first group loses one and keeps two that differ."""
+    rollout = build(
+        scores=lambda n: float(n % 2),
+        spoil=lambda number, result: not_a_number(number + 3, result),
+        loss_fn__on_bad_sample="drop",
+        grpo__use_dynamic_sampling=True,
+        grpo__num_generations_per_prompt=3,
+        policy__train_global_batch_size=12,
+        **source,
+    ).collect(1)
+    assert len(rollout.batch) == 11 and len({sample.prompt_id for sample in rollout.batch.samples}) == 4
+
+
+@both_sources
+def test_rewards_that_are_no_numbers_are_no_signal(source, build):
+    """A group of one reward and one NaN: what is left of it are equal rewards."""
+    scores = {0: float("nan"), 1: 1.0}
+    rollout = build(
+        scores=lambda n: scores.get(n, float(n % 2)),
+        loss_fn__on_bad_sample="drop",
+        grpo__use_dynamic_sampling=True,
+        **source,
+    ).collect(1)
+    assert len(rollout.batch) == 8 and np.isfinite(rollout.batch.advantages).all()
+    assert (rollout.batch.advantages != 0).all()
+
+
+@both_sources
+def test_prompts_that_never_differ_stop_the_run_whichever_way_they_are_drawn(source, build):
+    controller = build(scores=lambda n: 1.0, grpo__use_dynamic_sampling=True, **source)
+    with pytest.raises(UserError, match=f"{MAX_SAMPLING_ROUNDS} rollouts gave 0 samples"):
+        controller.collect(1)
+
+
+@both_sources
+def test_a_run_whose_every_sample_is_bad_stops(source, build):
+    def spoil(number, result):
+        result.behavior_log_probs[1] = np.nan
+
+    with pytest.raises(UserError, match="no sample of .* usable"):
+        build(spoil=spoil, loss_fn__on_bad_sample="drop", **source).collect(1)
 
 
 def test_r3_without_routes_fails_at_the_probe_with_the_flag(build):

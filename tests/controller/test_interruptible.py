@@ -17,7 +17,7 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardResult
 from vespo_megatron.rollout_sglang.engine import GenerationResult
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
-from vespo_megatron.trainer.loop import Trainer
+from vespo_megatron.trainer.controller_link import ControllerLink
 
 
 def test_work_is_left_for_weights_and_goes_on_where_it_was():
@@ -79,6 +79,11 @@ class FailingEngine:
     def update_weights(self, stream, version):
         self.updates.append((list(stream), version))
 
+    async def pause(self):
+        pass
+
+    resume = pause
+
     def metrics(self):
         return {"rollout/servers": 1.0}
 
@@ -94,38 +99,57 @@ class Rewards:
         pass
 
 
-def build(engine):
-    """A trainer's half on rank 0 with a real controller; one process in place of the ranks."""
-    recipe = Recipe().with_values({"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2})
+class LinkOfOne(ControllerLink):
+    """There are no other ranks to raise on."""
+
+    def _raise_everywhere(self, failure):
+        if failure is not None:
+            raise failure
+
+
+def build(engine, **settings):
+    """Rank 0's link with a real controller; one process in place of the ranks."""
+    values = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2}
+    recipe = Recipe().with_values(values | {name.replace("__", "."): value for name, value in settings.items()})
     records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: "text")
     logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
     controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)
-    trainer = Trainer.__new__(Trainer)
-    trainer.controller, trainer.weight_version = controller, 5
-    trainer.policy = SimpleNamespace(exporter=SimpleNamespace(stream=lambda: iter(["tensor"] * 4)))
-    trainer.on_controller = lambda action: action(controller)
-    return trainer, controller
+    exporter = SimpleNamespace(stream=lambda: iter(["tensor"] * 4))
+    link = LinkOfOne(SimpleNamespace(exporter=exporter, rank_info=SimpleNamespace(rank=0)), controller, None)
+    link.weight_version = 5
+    return link, controller
 
 
 def test_a_rollout_goes_on_after_its_last_server_was_given_its_weights():
     engine = FailingEngine()
-    trainer, controller = build(engine)
-    rollout = trainer.with_servers(lambda controller: controller.collect(1))
+    link, controller = build(engine)
+    rollout = link.call_with_servers(lambda controller: controller.collect(1))
     assert engine.updates == [(["tensor"] * 4, 5)] * 2
     names = [sample.sample_id for sample in rollout.batch.samples]
     assert sorted(engine.drawn) == sorted(names) and len(set(names)) == 8, "each prompt drawn once, none lost"
     taken = {sample.prompt_id for sample in rollout.batch.samples}
-    following = trainer.with_servers(lambda controller: controller.collect(2))
+    following = link.call_with_servers(lambda controller: controller.collect(2))
     assert not taken & {sample.prompt_id for sample in following.batch.samples}
     controller.close()
 
 
 def test_an_evaluation_goes_on_too():
     engine = FailingEngine()
-    trainer, controller = build(engine)
-    metrics = trainer.with_servers(lambda controller: controller.evaluate(0))
+    link, controller = build(engine)
+    metrics = link.call_with_servers(lambda controller: controller.evaluate(0))
     assert "eval/sums/avg@1" in metrics and len(engine.drawn) == 6 and len(engine.updates) == 2
+    controller.close()
+
+
+def test_an_evaluation_beside_training_goes_on_too():
+    """Nobody is at hand to push weights but the thread that waits for the scores."""
+    engine = FailingEngine()
+    engine.fails_at = [3]
+    link, controller = build(engine, grpo__async_grpo__enabled=True)
+    metrics = link.call_with_servers(lambda controller: controller.evaluate(0))
+    assert "eval/sums/avg@1" in metrics and len(engine.updates) == 1
+    assert len([name for name in engine.drawn if name.startswith("validation")]) == 6
     controller.close()
 
 
@@ -146,22 +170,22 @@ class RefusingEngine(FailingEngine):
 
 def test_an_update_that_one_server_failed_is_made_again_from_the_start():
     streams = []
-    trainer, controller = build(RefusingEngine(2))
+    link, controller = build(RefusingEngine(2))
 
     def stream():
         streams.append(iter(["tensor"] * 4))
         return streams[-1]
 
-    trainer.policy.exporter.stream = stream
-    trainer.push_weights(6)
-    assert controller.engine.updates == ["failed", "failed", 4] and trainer.weight_version == 6
+    link.policy.exporter.stream = stream
+    link.push_weights(6)
+    assert controller.engine.updates == ["failed", "failed", 4] and link.weight_version == 6
     assert all(next(each, "empty") == "empty" for each in streams), "the other ranks wait for all of a stream"
     controller.close()
 
 
 def test_an_update_that_cannot_be_made_is_the_error_and_no_rank_waits():
-    trainer, controller = build(RefusingEngine(1, UserError))
+    link, controller = build(RefusingEngine(1, UserError))
     with pytest.raises(UserError, match="server a"):
-        trainer.push_weights(6)
-    assert trainer.weight_version == 5
+        link.push_weights(6)
+    assert link.weight_version == 5
     controller.close()

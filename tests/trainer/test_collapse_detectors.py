@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vespo_megatron.recipe.schema import GuardConfig
-from vespo_megatron.trainer.collapse_detectors import Detectors
+from vespo_megatron.trainer.collapse_detectors import CollapseDetectors
 
 HEALTHY = {
     "reward/mean": 0.6,
@@ -24,7 +24,7 @@ HEALTHY = {
 
 def watch(steps: list[dict]) -> list[tuple[int, str]]:
     """(step, rule) of everything said."""
-    detectors = Detectors(GuardConfig())
+    detectors = CollapseDetectors(GuardConfig())
     return [(step, finding.rule) for step, metrics in enumerate(steps) for finding in detectors.observe(metrics)]
 
 
@@ -68,7 +68,7 @@ def test_noise_about_a_trend_is_no_collapse():
 
 def test_a_rule_that_is_switched_off_says_nothing():
     config = GuardConfig(reward_drop=None, length_drop=None, truncated_share=None, entropy_drop=None, loss_spike=None)
-    detectors = Detectors(config)
+    detectors = CollapseDetectors(config)
     worst = {name: 0.0 for name in HEALTHY} | {"response/truncated_fraction": 1.0, "loss/grad_norm_max": 1e9}
     worst["reward/std"] = 0.1
     assert not [finding for metrics in [HEALTHY] * 30 + [worst] * 30 for finding in detectors.observe(metrics)]
@@ -80,7 +80,7 @@ numbers = st.one_of(st.none(), st.floats(), st.integers(-(2**63), 2**63))
 @given(st.lists(st.dictionaries(st.sampled_from(sorted(HEALTHY)), numbers), max_size=60))
 @example([{"loss/grad_norm_max": 1.7e308}] * 3)  # their sum overflows
 def test_no_metric_makes_a_detector_fail(steps):
-    detectors = Detectors(GuardConfig(window=3))
+    detectors = CollapseDetectors(GuardConfig(window=3))
     for metrics in steps:
         for finding in detectors.observe(metrics):
             assert finding.text and "nan" not in finding.text

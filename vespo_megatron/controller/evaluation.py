@@ -1,14 +1,45 @@
-"""Drawing the answers that are scored: beside training, and for `vespo-megatron eval`."""
+"""Evaluation: answers to problem sets, drawn and scored; beside training, and for `vespo-megatron eval`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.prompts import PromptRecord
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
 from vespo_megatron.rewards.functions import last_boxed
+from vespo_megatron.run.records import LoggedSample
+
+if TYPE_CHECKING:
+    from vespo_megatron.controller.parts import Parts
+
+
+async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float]:
+    """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
+    schedule = parts.recipe.grpo
+    records = list(parts.validation)[: schedule.max_val_samples]
+    problems, samples = await draw_problems(sampler, records, schedule.val_num_generations)
+    by_id = {record.prompt_id: record for record in records}
+    shown = samples[:: max(1, schedule.val_num_generations)][: parts.recipe.logger.num_val_samples_to_print]
+    parts.logger.log_samples(
+        step, [_readable(sampler, by_id[each.prompt_id], each) for each in shown], name="validation"
+    )
+    parts.logger.log_problems(step, problems)
+    return metrics(problems)
+
+
+def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedSample:
+    return LoggedSample(
+        prompt=sampler.decode(sample.prompt_ids),
+        response=sampler.decode(sample.response_ids),
+        reward=sample.reward,
+        ground_truth=str(record.ground_truth),
+        finish_reason=sample.finish_reason,
+        prompt_id=sample.prompt_id,
+    )
 
 
 async def draw_problems(

@@ -33,15 +33,16 @@ class Interruptible:
         with self._changed:
             self._need = None
             self._changed.notify_all()
-        if self._work is None:
-            self._work = self._thread.submit(work)
-            self._work.add_done_callback(lambda _: self._tell())
+        running = self._work
+        if running is None:
+            running = self._work = self._thread.submit(work)
+            running.add_done_callback(lambda _: self._tell())
         with self._changed:
-            self._changed.wait_for(lambda: self._need is not None or self._work.done())
+            self._changed.wait_for(lambda: self._need is not None or running.done())
             if self._need is not None:
                 raise self._need
-        done, self._work = self._work, None
-        return done.result()
+        self._work = None
+        return running.result()
 
     def await_weights(self, need: WeightsNeeded) -> None:
         """Called by the work, in any thread: `run` raises `need`, and this returns when `run` is called again."""

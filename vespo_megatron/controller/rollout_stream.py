@@ -51,7 +51,8 @@ class RolloutStream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._sending_stopped = False
-        self._need: WeightsNeeded | None = None
+        self.weights_needed: WeightsNeeded | None = None
+        """Why what draws stands still until `resume_sending`; None while it does not."""
         self._failure: BaseException | None = None
         self._idle_since: float | None = time.monotonic()
 
@@ -72,8 +73,8 @@ class RolloutStream:
                 self._changed.clear()
                 if self._failure is not None:
                     raise self._failure
-                if self._need is not None:
-                    raise self._need
+                if self.weights_needed is not None:
+                    raise self.weights_needed
                 self._send()
                 if self.buffer.ready():
                     batch = self.buffer.take()
@@ -86,21 +87,21 @@ class RolloutStream:
     async def stop_sending(self, *, drain: bool) -> None:
         """Send nothing more; with `drain`, return when nothing is under way."""
         self._sending_stopped = True
-        while drain and self._tasks and self._need is None and self._failure is None:
+        while drain and self._tasks and self.weights_needed is None and self._failure is None:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def resume_sending(self, version: int) -> None:
         """The engine has the weights of `version`: send again."""
         self.buffer.new_version(version)
-        self._sending_stopped, self._need = False, None
+        self._sending_stopped, self.weights_needed = False, None
         self._send()
         self._changed.set()
 
     async def wait_for_weights(self, need: WeightsNeeded) -> None:
         """Called by what draws: returns when weights have come."""
-        self._need = need
+        self.weights_needed = need
         self._changed.set()
-        while self._need is not None:
+        while self.weights_needed is not None:
             await asyncio.sleep(0.01)
 
     async def pop_waits(self) -> Waits:

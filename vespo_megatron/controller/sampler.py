@@ -108,7 +108,11 @@ class Sampler:
 
     def text(self, sample: Sample) -> str:
         """The response as rewards see it."""
-        return self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+        return self.decode(sample.response_ids, skip_special_tokens=True)
+
+    def decode(self, token_ids: np.ndarray, *, skip_special_tokens: bool = False) -> str:
+        """Token ids as text."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
 def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:

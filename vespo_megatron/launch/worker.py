@@ -59,35 +59,31 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
     heartbeat.close()
 
 
-def _run(recipe: Recipe, run_dir: Path, rank_info, work: str, heartbeat: Heartbeat) -> None:
+def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbeat: Heartbeat) -> None:
     from vespo_megatron.data.prompts import load_prompts, load_tokenizer
     from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
-    from vespo_megatron.trainer.async_loop import AsyncTrainer
     from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
     from vespo_megatron.trainer.loop import Trainer
     from vespo_megatron.trainer.mismatch import measure
 
     tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
-    prompts = load_prompts(recipe.data.train, recipe, tokenizer) if rank_info.rank == 0 else []
+    prompts = load_prompts(recipe.data.train, recipe, tokenizer) if tokenizer is not None else []
     recipe = limit_steps(recipe, len(prompts), rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = (
         build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0)
-        if rank_info.rank == 0
+        if tokenizer is not None
         else None
     )
     try:
-        kind = AsyncTrainer if recipe.grpo.async_grpo.enabled else Trainer
-        trainer = kind(
-            recipe, rank_info, policy, controller, Guard(recipe, rank_info, policy, run_dir, heartbeat), checkpointer
-        )
         if work == "mismatch":
-            measure(trainer, run_dir)
+            measure(recipe, policy, controller, run_dir)
             return
+        trainer = Trainer(recipe, policy, controller, Guard(recipe, policy, run_dir, heartbeat), checkpointer)
         gc.collect()
         gc.freeze()  # what is loaded: a rank that looks through it again and again keeps the others waiting
         atexit.register(gc.unfreeze)  # or Triton's library reports a page of leaks
@@ -127,7 +123,6 @@ def build_controller(
     start_step: int = 0,
 ) -> Controller:
     """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
-    from vespo_megatron.controller.async_controller import AsyncController
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.prompts import PromptStream, load_prompts
     from vespo_megatron.rewards import RewardPool
@@ -147,8 +142,7 @@ def build_controller(
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
-    kind = AsyncController if recipe.grpo.async_grpo.enabled else Controller
-    return kind(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+    return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
 def build_engine(recipe: Recipe) -> RolloutEngine:
@@ -169,7 +163,7 @@ def build_engine(recipe: Recipe) -> RolloutEngine:
     return connect(recipe, recipe.policy.generation.sglang_cfg.urls)
 
 
-def describe_trainer(recipe: Recipe, rank_info) -> str:
+def describe_trainer(recipe: Recipe, rank_info: RankInfo) -> str:
     """For instance 'megatron-core 0.16.1, native layers, 2 processes on cpu: TP2 PP1 CP1 EP2 DP1'."""
     import megatron.core
 

@@ -106,9 +106,9 @@ class CheckpointStore:
         ranked = list(found)
         if kept.metric is not None:
             sign = 1.0 if kept.higher_is_better else -1.0
-            values = {step: _metric(folder, kept.metric) for step, folder in found.items()}
-            ranked = [step for step in found if values[step] is not None]  # newest first, where equal
-            ranked.sort(key=lambda step: -sign * values[step])
+            known = {step: _metric(folder, kept.metric) for step, folder in found.items()}
+            values = {step: value for step, value in known.items() if value is not None}
+            ranked = sorted(values, key=lambda step: -sign * values[step])  # newest first, where equal
         stay.update(ranked[: kept.top])
         gone = [step for step in found if step not in stay]
         for step in gone:

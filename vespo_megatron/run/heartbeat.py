@@ -46,14 +46,16 @@ class Heartbeat:
         self._stacks = (folder / f"rank_{rank}.stacks.txt").open("w")
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
         self._file = os.open(folder / f"rank_{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._beat = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname(), "count": 0}
+        self._about = {"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}
+        self._count = 0
         self.step, self.phase = 0, "set-up"
         self.beat()
 
     def beat(self) -> None:
         """Progress: the watchdog counts from here again."""
-        self._beat["count"] += 1
-        record = json.dumps(self._beat | {"step": self.step, "phase": self.phase}).encode()
+        self._count += 1
+        status = self._about | {"count": self._count, "step": self.step, "phase": self.phase}
+        record = json.dumps(status).encode()
         os.pwrite(self._file, record.ljust(_RECORD_BYTES)[:_RECORD_BYTES], 0)
 
     def enter(self, phase: str) -> str:

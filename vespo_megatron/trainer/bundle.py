@@ -1,7 +1,8 @@
 """A skipped update, kept so that it can be run again: `<run_dir>/bundles/step-<n>-update-<i>/`.
 
-`recipe.yaml`, `bundle.json` (step, update, who was to blame, samples with their rewards), `arrays.npz` (tokens, μ,
-routes, advantages; no pickles) and `weights/`, a Hugging Face folder with the weights the update would have changed.
+`recipe.yaml`, `bundle.json` (step, update, whose numbers were not finite, samples with their rewards), `arrays.npz`
+(tokens, μ, routes, advantages; no pickles) and `weights/`, a Hugging Face folder with the weights that the update would
+have changed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Bundle:
     recipe: Recipe
     step: int
     update: int
-    blame: str
+    not_finite: str
+    """Which ranks' loss or gradients."""
     batch: Batch
 
 
@@ -57,11 +59,11 @@ def write(folder: Path, bundle: Bundle) -> None:
             values |= {f"{_MASK}.{name}": array for name, array in vars(sample.sampling_mask).items()}
         arrays |= {f"{index}.{name}": array for name, array in values.items() if array is not None}
         samples.append({name: getattr(sample, name) for name in _PLAIN})
-    np.savez_compressed(folder / _ARRAYS, **arrays)
+    np.savez_compressed(folder / _ARRAYS, allow_pickle=False, **arrays)
     facts: dict[str, Any] = {
         "step": bundle.step,
         "update": bundle.update,
-        "not_finite": bundle.blame,
+        "not_finite": bundle.not_finite,
         "samples": samples,
     }
     (folder / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")

@@ -190,7 +190,7 @@ class Checkpointer:
         Raises:
             UserError: there are checkpoints, and all of them are damaged.
         """
-        shared = [list(self.store.checkpoints().items()) if self.rank_info.rank == 0 else None]
+        shared = [list(self.store.checkpoints().items()) if self.rank_info.rank == 0 else []]
         dist.broadcast_object_list(shared, src=0, group=self._group)
         problems: list[str] = []
         for step, folder in shared[0]:

@@ -23,7 +23,7 @@ class Finding:
     text: str
 
 
-class Detectors:
+class CollapseDetectors:
     """`observe` each step in turn, those before a resume too (`metrics.jsonl` has them)."""
 
     def __init__(self, config: GuardConfig) -> None:

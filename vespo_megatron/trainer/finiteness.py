@@ -1,4 +1,4 @@
-"""Is this update fit to be taken? Loss and gradients of every rank, agreed on by all before any weight changes.
+"""Finiteness veto: whether an update's loss and gradients are finite on every rank, before any weight changes.
 
 Not to be confused with `loss_fn.on_bad_sample`, which judges single samples by their own numbers (log-probs, rewards)
 and either names them in an error or leaves them out of the loss. Here the update as a whole is judged, after that.
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FinitenessVerdict:
     """The ranks on which something was not finite; the same on every rank."""
 
     loss: tuple[int, ...]
@@ -38,8 +37,9 @@ class Verdict:
         return " and ".join(parts) or f"summed gradient on rank {', '.join(map(str, self.gradient))}"
 
 
-def judge(policy: MegatronPolicy, reports: Sequence[Any], rank_info: RankInfo) -> Verdict:
+def finiteness(policy: MegatronPolicy, reports: Sequence[Any]) -> FinitenessVerdict:
     """Look at this update on every rank; a collective, between the gradients and the optimizer's step."""
+    rank_info = policy.rank_info
     losses = [output.loss.detach() for output, _ in reports]
     own = [
         all(bool(torch.isfinite(loss).all()) for loss in losses),
@@ -50,4 +50,4 @@ def judge(policy: MegatronPolicy, reports: Sequence[Any], rank_info: RankInfo) -
     everyone = [torch.empty_like(flags) for _ in range(rank_info.world_size)]
     dist.all_gather(everyone, flags)
     columns = torch.stack(everyone).cpu().T
-    return Verdict(*(tuple(column.nonzero().flatten().tolist()) for column in columns))
+    return FinitenessVerdict(*(tuple(column.nonzero().flatten().tolist()) for column in columns))

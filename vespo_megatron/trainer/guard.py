@@ -12,14 +12,13 @@ import torch.distributed as dist
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.stopping import StopRequest
 from vespo_megatron.trainer import bundle
-from vespo_megatron.trainer.collapse_detectors import Detectors
-from vespo_megatron.trainer.finiteness import Verdict, judge
+from vespo_megatron.trainer.collapse_detectors import CollapseDetectors
+from vespo_megatron.trainer.finiteness import FinitenessVerdict, finiteness
 from vespo_megatron.trainer.scatter import plan_shards
 
 
@@ -29,22 +28,16 @@ class Guard:
     def __init__(
         self,
         recipe: Recipe,
-        rank_info: RankInfo,
         policy: MegatronPolicy,
         run_dir: Path | None = None,
         heartbeat: Heartbeat | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        self.recipe, self.rank_info, self.policy, self.run_dir, self.heartbeat = (
-            recipe,
-            rank_info,
-            policy,
-            run_dir,
-            heartbeat,
-        )
+        self.recipe, self.policy, self.run_dir, self.heartbeat = recipe, policy, run_dir, heartbeat
+        self.rank_info = policy.rank_info
         self.stop = stop or StopRequest(run_dir)
-        self.detectors = Detectors(recipe.guard)
-        self.verdict: Verdict | None = None
+        self.detectors = CollapseDetectors(recipe.guard)
+        self.verdict: FinitenessVerdict | None = None
         self._skipped_in_a_row = 0
         self._bundles = 0
         if heartbeat is not None:
@@ -56,9 +49,9 @@ class Guard:
             self.heartbeat.step = step
             self.heartbeat.enter("step")
 
-    def fit(self, reports: Sequence[Any]) -> bool:
+    def update_is_finite(self, reports: Sequence[Any]) -> bool:
         """Whether this update's loss and gradients are finite on every rank; a collective."""
-        self.verdict = judge(self.policy, reports, self.rank_info)
+        self.verdict = finiteness(self.policy, reports)
         if self.verdict.finite:
             self._skipped_in_a_row = 0
         return self.verdict.finite
@@ -74,7 +67,7 @@ class Guard:
         kept = ""
         if self.run_dir is not None and self._bundles < config.max_bundles:
             self._bundles += 1
-            kept = self._keep(step, update, batch, str(verdict))
+            kept = self._keep(self.run_dir, step, update, batch, str(verdict))
         text = f"step {step}, update {update}: not finite: {verdict}; skipped" + (f", kept in {kept}" if kept else "")
         if self.rank_info.rank == 0:
             print(f"vespo-megatron: {text}", flush=True)
@@ -86,14 +79,14 @@ class Guard:
                 fix=f"vespo-megatron replay-step {kept or '<run>/bundles/…'} says where the first such number appears",
             )
 
-    def _keep(self, step: int, update: int, batch: Batch | None, blame: str) -> str:
-        folder = bundle.bundle_folder(self.run_dir, step, update)
+    def _keep(self, run_dir: Path, step: int, update: int, batch: Batch | None, not_finite: str) -> str:
+        folder = bundle.bundle_folder(run_dir, step, update)
         if batch is not None:
-            shares = plan_shards(batch, self.recipe, self.rank_info.data_size, self.policy.shape)
-            parts = [part for share in shares for part in share.mini_batches[update]]
+            shards = plan_shards(batch, self.recipe, self.rank_info.data_size, self.policy.shape)
+            parts = [part for shard in shards for part in shard.mini_batches[update]]
             wanted = {sample.sample_id for part in parts for sample in part.samples}
             indices = [index for index, sample in enumerate(batch.samples) if sample.sample_id in wanted]
-            bundle.write(folder, bundle.Bundle(self.recipe, step, update, blame, batch.select(indices)))
+            bundle.write(folder, bundle.Bundle(self.recipe, step, update, not_finite, batch.select(indices)))
         if self.recipe.guard.save_weights:
             hf_weights.save(self.policy.exporter, folder / bundle.WEIGHTS, copy_from=self.policy.model_folder)
         return str(folder)

@@ -107,8 +107,9 @@ class Objective:
         def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:
             output = compute_policy_loss(self._inputs(log_probs, entropies, micro_batch), config, normalizer)
             output.metrics.add("policy/entropy", (entropies.detach() * micro_batch.mask).sum(), micro_batch.mask.sum())
-            if self.max_lag is not None:
-                add_by_lag(output, micro_batch.batch.lags, self.max_lag, first=self.group.rank() == 0)
+            lags = micro_batch.batch.lags
+            if self.max_lag is not None and lags is not None:
+                add_by_lag(output, lags, self.max_lag, first=self.group.rank() == 0)
             return output.loss, (output, micro_batch)
 
         return loss

@@ -19,34 +19,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from vespo_megatron.data.batch import Batch
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer import bundle
 
 
 @dataclass
 class _Trace:
-    """The first place, in the order of computing, at which something was not finite."""
+    """Where, in the order of computing, something was not finite first."""
 
-    place: str = ""
+    first: str = ""
 
-    def look(self, place: str, value: Any) -> None:
-        """Remember `place` when nothing was found before and a tensor in `value` is not finite."""
-        if self.place:
+    def look(self, where: str, value: Any) -> None:
+        """Remember `where` when nothing was found before and a tensor in `value` is not finite."""
+        if self.first:
             return
         values = value if isinstance(value, (tuple, list)) else (value,)
         if any(isinstance(each, torch.Tensor) and not bool(torch.isfinite(each).all()) for each in values):
-            self.place = place
+            self.first = where
 
 
 def replay(folder: Path) -> str:
     """Run the bundle's update again; what to print. Starts a process group of one, and changes nothing in `folder`."""
     found = bundle.read(folder)
     recipe = on_one_process(found.recipe, folder, len(found.batch))
-    lines = [f"step {found.step}, update {found.update}: not finite in the run: {found.blame}"]
+    lines = [f"step {found.step}, update {found.update}: not finite in the run: {found.not_finite}"]
     with tempfile.TemporaryDirectory() as store, _alone():
         answers = _run(recipe, found.batch, f"file://{store}/store")
-    bad = [(name, place) for name, place in answers if place]
-    lines += [f"  {name}: {place}" for name, place in bad[:20]]
+    bad = [(name, where) for name, where in answers if where]
+    lines += [f"  {name}: {where}" for name, where in bad[:20]]
     if len(bad) > 20:
         lines.append(f"  and {len(bad) - 20} more samples")
     if bad:
@@ -87,38 +88,33 @@ def on_one_process(recipe: Recipe, folder: Path, num_samples: int) -> Recipe:
     )
 
 
-def _run(recipe: Recipe, batch: Any, init_method: str) -> list[tuple[str, str]]:
-    """(sample id, the first place that is not finite or '') for every sample."""
+def _run(recipe: Recipe, batch: Batch, init_method: str) -> list[tuple[str, str]]:
+    """(sample id, where the first number that is not finite is, or '') for every sample."""
     from vespo_megatron.megatron import parallel
     from vespo_megatron.megatron.policy import MegatronPolicy
-    from vespo_megatron.trainer.loop import Trainer
-    from vespo_megatron.trainer.routes import StepRoutes
+    from vespo_megatron.trainer.objective import Objective
+    from vespo_megatron.trainer.step import TrainStep
 
     device = parallel.pick_device(recipe.cluster.device)
-    place = parallel.initialize(
+    rank_info = parallel.initialize(
         recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device, init_method=init_method
     )
-    policy = MegatronPolicy(recipe.policy, place)
-    # Rank 0 must have a controller; nothing here asks it anything.
-    trainer = Trainer(recipe, place, policy, controller=object())
+    policy = MegatronPolicy(recipe.policy, rank_info)
+    step = TrainStep(recipe, policy, Objective(recipe.loss_fn))
     weights = _Trace()
     for name, parameter in _named(policy, "named_parameters"):
         weights.look(f"weight {name}", parameter)
-    if weights.place:
+    if weights.first:
         parallel.finalize()
-        return [(sample.sample_id, weights.place) for sample in batch.samples]
-    if trainer.objective.needs_reference:
+        return [(sample.sample_id, weights.first) for sample in batch.samples]
+    if step.objective.needs_reference:
         policy.keep_reference()
-    share = trainer.scatter.batch(batch)
-    (micro_batches,) = trainer.prepare(share)
-    routes = StepRoutes(recipe.policy.router_replay.mode, policy, micro_batches, False)
-    if trainer.objective.needs_old_log_probs or routes.needs_log_prob_pass:
-        trainer.fill_old_log_probs([micro_batches], routes)
-    if trainer.objective.needs_reference:
-        trainer.fill_ref_log_probs([micro_batches])
-    loss = trainer.objective.loss_function(share.normalizers[0])
+    sliced = step.receive(batch)
+    routes = step.routes(sliced)
+    step.log_probs(sliced, routes)
+    loss = step.objective.loss_function(sliced.normalizers[0])
     answers = []
-    for micro_batch in micro_batches:
+    for micro_batch in sliced.micro_batches:
         trace = _Trace()
         sample = micro_batch.batch.samples[0]
         for name, values in (("μ", sample.behavior_log_probs), ("advantage", micro_batch.batch.advantages)):
@@ -129,7 +125,7 @@ def _run(recipe: Recipe, batch: Any, init_method: str) -> list[tuple[str, str]]:
             )
         for name, parameter in _named(policy, "named_parameters"):
             trace.look(f"backward: gradient of weight {name}", getattr(parameter, "main_grad", None))
-        answers.append((sample.sample_id, trace.place))
+        answers.append((sample.sample_id, trace.first))
     parallel.finalize()
     return answers
 

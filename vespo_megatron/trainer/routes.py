@@ -14,6 +14,8 @@ from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.routing_replay.agreement import Agreement
 from vespo_megatron.routing_replay.table import RouteTable
 
+_RoutePair = tuple[MicroBatch, RouteTable | None, RouteTable | None]
+
 
 class StepRoutes:
     """Routes of one rollout batch on this rank.
@@ -82,7 +84,7 @@ class StepRoutes:
         if first:
             self._compare_with_engine(micro_batches)
         elif self.mode == "R2" and self.measure:
-            pairs = [(each, each.trainer_routes, self._observed.get(id(each)), None) for each in micro_batches]
+            pairs = [(each, each.trainer_routes, self._observed.get(id(each))) for each in micro_batches]
             self._count(self.drift, pairs)
         self._observed.clear()
 
@@ -92,18 +94,21 @@ class StepRoutes:
         pairs = []
         for each in micro_batches:
             own = self._observed.get(id(each)) if self.mode == "R3" else each.trainer_routes
-            pairs.append((each, each.engine_routes, own, each.engine_routes.recorded))
+            pairs.append((each, each.engine_routes, own))
         self._count(self.engine, pairs)
         self._observed.clear()
 
-    def _count(self, agreement: Agreement, pairs) -> None:
+    def _count(self, agreement: Agreement, pairs: Sequence[_RoutePair]) -> None:
+        """Compare two tables of each micro-batch, where both hold a token's routes."""
         layers = self.policy.replay.layer_numbers
-        differs = []
-        for micro_batch, a, b, recorded in pairs:
+        parts = [np.zeros(0, dtype=bool)]
+        for micro_batch, one, other in pairs:
+            if one is None or other is None:
+                raise RuntimeError("routes that are compared were not recorded")
             rows = micro_batch.layout.is_real[micro_batch.layout.sequence_parallel_slice]
-            rows = rows if recorded is None else rows & recorded
-            differs.append(agreement.add(layers, a.experts[rows], b.experts[rows]))
-        differs = np.concatenate(differs) if differs else np.zeros(0, dtype=bool)
+            rows = rows if one.recorded is None else rows & one.recorded
+            parts.append(agreement.add(layers, one.experts[rows], other.experts[rows]))
+        differs = np.concatenate(parts)
         if self.rank_info.pipeline_size > 1:  # a token differs when it does in any stage's layers
             anywhere = torch.from_numpy(differs.astype(np.uint8)).to(self.rank_info.device)
             dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=pipeline_group())

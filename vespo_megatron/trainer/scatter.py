@@ -49,12 +49,12 @@ class Scatter:
         dist.all_gather_object(self._ranks, (self.rank_info, policy.moe_layers), group=self.group)
 
     def batch(self, batch: Batch | UserError | None) -> BatchShard:
-        """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its share."""
+        """Rank 0 gives the rollout batch (or the error that stops everyone), every rank gets its shard."""
         objects: list[Any] = [None] * self.rank_info.world_size
         if isinstance(batch, Batch):
-            shares = plan_shards(batch, self.recipe, self.rank_info.data_size, self.shape)
+            shards = plan_shards(batch, self.recipe, self.rank_info.data_size, self.shape)
             objects = [
-                self._for_rank(shares[rank_info.data_rank], rank_info, layers) for rank_info, layers in self._ranks
+                self._for_rank(shards[rank_info.data_rank], rank_info, layers) for rank_info, layers in self._ranks
             ]
         elif batch is not None:
             objects = [batch] * self.rank_info.world_size
@@ -64,14 +64,14 @@ class Scatter:
             raise received[0]
         return received[0]
 
-    def _for_rank(self, share: BatchShard, rank_info: RankInfo, moe_layers: list[int]) -> BatchShard:
+    def _for_rank(self, shard: BatchShard, rank_info: RankInfo, moe_layers: list[int]) -> BatchShard:
         """Cut the routes to what a rank uses, and send the samples without them."""
         with_routes = all(
-            sample.routes is not None for batches in share.mini_batches for b in batches for sample in b.samples
+            sample.routes is not None for batches in shard.mini_batches for b in batches for sample in b.samples
         )
         wanted = self.recipe.policy.router_replay
         if wanted.mode != "R3" and not (with_routes and wanted.measure_agreement):
-            tables = share.routes
+            tables = shard.routes
         else:
             tables = [
                 [
@@ -84,10 +84,10 @@ class Scatter:
                     )
                     for batch, layout in zip(micro_batches, layouts(micro_batches, rank_info), strict=True)
                 ]
-                for micro_batches in share.mini_batches
+                for micro_batches in shard.mini_batches
             ]
-        stripped = [[_without_routes(batch) for batch in micro_batches] for micro_batches in share.mini_batches]
-        return BatchShard(stripped, share.normalizers, tables)
+        stripped = [[_without_routes(batch) for batch in micro_batches] for micro_batches in shard.mini_batches]
+        return BatchShard(stripped, shard.normalizers, tables)
 
     def to_rank_zero(self, report: Any) -> list[Any]:
         """Every rank's report, in rank order, on rank 0; an empty list elsewhere."""

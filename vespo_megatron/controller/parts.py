@@ -1,0 +1,119 @@
+"""What both ways to get batches are made of: the parts that a controller is given, and what they do with samples."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vespo_megatron.controller.event_loop import EventLoopThread
+from vespo_megatron.controller.sampler import Sampler
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.sample import Sample
+from vespo_megatron.losses import Advantages, compute_advantages, resolve_estimator
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.rewards import RewardPool
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.run.records import RunLogger
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of a run's controller, on rank 0."""
+
+    recipe: Recipe
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptStream
+    validation: Sequence[PromptRecord]
+    rewards: RewardPool
+    logger: RunLogger
+    thread: EventLoopThread
+
+
+@dataclass
+class Rollout:
+    """One rollout batch, ready to train on, and its metrics."""
+
+    batch: Batch
+    metrics: dict[str, float]
+
+
+class BatchSource(Protocol):
+    """A way to get rollout batches: `SynchronousSource` draws when asked, `AsynchronousSource` beside training."""
+
+    sampler: Sampler
+
+    def collect(self, step: int) -> Rollout:
+        """The rollout batch of a step; whole groups only.
+
+        Raises:
+            WeightsNeeded: servers wait for weights; push them under the same version and call this again.
+            UserError: no usable group was drawn in a long time, or the engine or a reward failed.
+        """
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of the validation sets, or nothing yet. Raises WeightsNeeded as `collect` does."""
+
+    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Give the engine the streamed weights; it answers with a checksum both sides agree on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. Raises UserError when the prompts are not those it was taken with."""
+
+    def close(self) -> None:
+        """Give up what is under way."""
+
+
+async def answer_all(
+    engine: RolloutEngine,
+    requests: Sequence[GenerationRequest],
+    wait_for_weights: Callable[[WeightsNeeded], Awaitable[None]],
+) -> list[GenerationResult]:
+    """Results in the order of `requests`, every one drawn once, whatever happens to servers meanwhile.
+
+    Args:
+        wait_for_weights: returns when the servers that wait for weights have been given them.
+    """
+    arrived: dict[str, GenerationResult] = {}
+
+    def note(result: GenerationResult) -> None:
+        arrived[result.request_id] = result
+
+    while missing := [request for request in requests if request.request_id not in arrived]:
+        try:
+            for result in await engine.generate(missing, on_result=note):
+                note(result)
+        except WeightsNeeded as need:
+            await wait_for_weights(need)
+    return [arrived[request.request_id] for request in requests]
+
+
+def advantages_of(recipe: Recipe, samples: Sequence[Sample], groups: Sequence[Hashable]) -> Advantages:
+    """Advantages within groups; which samples to keep follows `on_bad_sample` and `use_dynamic_sampling`.
+
+    Args:
+        groups: the group of each sample.
+    """
+    schedule = recipe.grpo
+    return compute_advantages(
+        [sample.reward for sample in samples],
+        groups,
+        resolve_estimator(
+            schedule.advantage_estimator,
+            normalize_rewards=schedule.normalize_rewards,
+            use_leave_one_out_baseline=schedule.use_leave_one_out_baseline,
+        ),
+        drop_groups_without_signal=schedule.use_dynamic_sampling,
+        on_bad_sample=recipe.loss_fn.on_bad_sample,
+        sample_ids=[sample.sample_id for sample in samples],
+    )

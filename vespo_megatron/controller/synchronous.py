@@ -1,0 +1,110 @@
+"""Batches that are drawn when a step asks for them, in rounds until there are enough groups that carry signal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vespo_megatron.controller.evaluation import evaluate
+from vespo_megatron.controller.interruptible import Interruptible
+from vespo_megatron.controller.parts import Parts, Rollout, advantages_of, answer_all
+from vespo_megatron.controller.sampler import Sampler, describe
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.sample import Sample
+from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_SAMPLING_ROUNDS = 10
+"""Dynamic sampling gives up after so many rollouts without a full batch of groups that carry signal."""
+
+
+class SynchronousSource:
+    """See `BatchSource`. Its work runs in a thread that waits where it is when servers need weights."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate)
+        self._interruptible = Interruptible()
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """See `answer_all`; a rank that trains pushes the weights meanwhile."""
+
+        async def wait_for_weights(need: WeightsNeeded) -> None:
+            await asyncio.to_thread(self._interruptible.await_weights, need)
+
+        return await answer_all(self.parts.engine, requests, wait_for_weights)
+
+    def collect(self, step: int) -> Rollout:
+        """See `BatchSource.collect`."""
+        rollout = self._interruptible.run(lambda: self._collect(step))
+        rollout.metrics |= self.parts.engine.metrics()
+        return rollout
+
+    def _collect(self, step: int) -> Rollout:
+        recipe, schedule = self.parts.recipe, self.parts.recipe.grpo
+        samples: list[Sample] = []
+        prompts: set[str] = set()
+        advantages: list[np.ndarray] = []
+        sums: dict[str, float] = {}
+        generated: list[Sample] = []
+        for attempt in range(MAX_SAMPLING_ROUNDS):
+            records = self.parts.prompts.take(schedule.num_prompts_per_step - len(prompts))
+            label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
+            fresh, bad = self.parts.thread.run(self.sampler.sample(records, schedule.num_generations_per_prompt, label))
+            if not fresh:
+                raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
+            self.sampler.shape_rewards(fresh)
+            result = advantages_of(recipe, fresh, [sample.prompt_id for sample in fresh])
+            keep = result.keep.numpy()
+            samples += [sample for sample, kept in zip(fresh, keep, strict=True) if kept]
+            prompts = {sample.prompt_id for sample in samples}
+            advantages.append(result.values.numpy()[keep])
+            generated += fresh
+            sums["rollout/bad_samples"] = sums.get("rollout/bad_samples", 0.0) + bad
+            for name, value in result.metrics.items():
+                sums[name] = value if name in ("advantage/mean", "advantage/std") else sums.get(name, 0.0) + value
+            if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
+                break
+        else:
+            raise no_signal(recipe.rollout_batch_size, len(samples))
+        metrics = {**describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
+        return Rollout(Batch(samples, np.concatenate(advantages).astype(np.float32)), metrics)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
+        if not self.parts.validation:
+            return {}
+        return self._interruptible.run(lambda: self.parts.thread.run(evaluate(self.parts, self.sampler, step)))
+
+    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `BatchSource.update_weights`."""
+        self.parts.engine.update_weights(stream, version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the prompts."""
+        return {"prompts": self.parts.prompts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `BatchSource.load_state_dict`."""
+        self.parts.prompts.load_state_dict(state["prompts"])
+
+    def close(self) -> None:
+        """Let work that waits for weights go on to its end."""
+        self._interruptible.close()
+
+
+def no_signal(wanted: int, found: int) -> UserError:
+    """Dynamic sampling drew and drew, and no group of the last many carries signal."""
+    return UserError(
+        f"{MAX_SAMPLING_ROUNDS} rollouts gave {found} samples in groups whose rewards differ",
+        where="grpo.use_dynamic_sampling",
+        expected=f"{wanted}",
+        fix="the prompts are all solved or all hopeless: change them, or switch dynamic sampling off",
+    )

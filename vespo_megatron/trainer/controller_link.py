@@ -1,0 +1,79 @@
+"""What all ranks do together with rank 0's controller: calls that it answers, and weights that all of them stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from vespo_megatron.controller.controller import Controller
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+
+T = TypeVar("T")
+
+
+class ControllerLink:
+    """One rank's end of it; every method is a collective.
+
+    Args:
+        controller: rank 0's; None elsewhere.
+        group: of all ranks, with a deadline that fits what a controller waits for.
+    """
+
+    def __init__(self, policy: MegatronPolicy, controller: Controller | None, group: dist.ProcessGroup) -> None:
+        if (controller is None) != (policy.rank_info.rank != 0):
+            raise ValueError("rank 0 has the controller, the others have none")
+        self.policy, self.controller, self.group = policy, controller, group
+        self.weight_version = 0
+        """Of the weights that the engine has."""
+
+    def call(self, action: Callable[[Controller], T]) -> T | None:
+        """Run `action` on rank 0 while the others wait; its `UserError` ends every rank. Rank 0 gets the answer."""
+        answer, failure = None, None
+        if self.controller is not None:
+            try:
+                answer = action(self.controller)
+            except UserError as error:
+                failure = error
+        self._raise_everywhere(failure)
+        return answer
+
+    def call_with_servers(self, action: Callable[[Controller], T]) -> T | None:
+        """As `call`; servers that come back in the middle of it are given their weights, and it goes on."""
+        while True:
+            try:
+                return self.call(action)
+            except WeightsNeeded:
+                self.push_weights(self.weight_version)
+
+    def push_weights(self, version: int) -> None:
+        """Stream the policy's weights to the rollout engine, which answers with an agreed checksum.
+
+        Returns on every rank when the servers have them. An update in which a server fails is made again without it.
+        """
+        while True:
+            stream = self.policy.exporter.stream()
+            failure = None
+            if self.controller is not None:
+                try:
+                    self.controller.update_weights(stream, version)
+                except UserError as error:
+                    failure = error
+            for _ in stream:  # elsewhere all of it; here what a failed update has left, for which the others wait
+                pass
+            try:
+                self._raise_everywhere(failure)
+                break
+            except WeightsNeeded:
+                continue
+        self.weight_version = version
+
+    def _raise_everywhere(self, failure: UserError | None) -> None:
+        """Raise on every rank what rank 0 has met."""
+        shared = [failure]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        if shared[0] is not None:
+            raise shared[0]

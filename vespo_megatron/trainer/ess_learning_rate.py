@@ -1,0 +1,30 @@
+"""VCPO's rule on a step: the learning rate of an update follows the effective sample size of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.losses import learning_rate_scale
+from vespo_megatron.megatron.parallel import data_context_parallel_group
+from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.recipe.schema import LossConfig
+from vespo_megatron.trainer.objective import Objective
+
+
+def scale_by_ess(loss_fn: LossConfig, policy: MegatronPolicy, objective: Objective, reports: Sequence[Any]) -> None:
+    """Scale the coming update's learning rate by the ESS of W, as `loss_fn.ess_learning_rate` says; a collective."""
+    rule, rank_info = loss_fn.ess_learning_rate, policy.rank_info
+    if rule == "none":
+        return
+    ess = torch.zeros(1, device=rank_info.device)
+    if rank_info.is_last_stage:
+        metrics = objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
+        ess += metrics["vespo/ess"] / rank_info.tensor_size
+    # Ranks of other stages hold 0, replicas along DP, CP and TP the same value: the mean over the last stage's.
+    dist.all_reduce(ess)
+    share = ess.item() / (rank_info.data_size * rank_info.context_size)
+    policy.scale_learning_rate(learning_rate_scale(share, rule, loss_fn.ess_base))

@@ -1,0 +1,140 @@
+"""A training step on one rank: scatter → slice → log-probs → updates → reduce. It knows no schedule and no controller.
+
+The loops, `vespo-megatron mismatch` and `vespo-megatron replay-step` are made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vespo_megatron.data.batch import Batch
+from vespo_megatron.losses import Normalizer
+from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
+from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
+from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
+from vespo_megatron.trainer.scatter import Scatter
+from vespo_megatron.trainer.timers import Timers
+from vespo_megatron.trainer.update_metrics import reduce_updates
+
+
+@dataclass(frozen=True)
+class SlicedBatch:
+    """A rollout batch as this rank sees it."""
+
+    mini_batches: list[list[MicroBatch]]
+    """[mini-batch][micro-batch]"""
+    normalizers: list[Normalizer]
+    """Global counts of each mini-batch."""
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """All of them, in order."""
+        return [micro_batch for micro_batches in self.mini_batches for micro_batch in micro_batches]
+
+
+class TrainStep:
+    """See the module. Every method is a collective.
+
+    Args:
+        before_step: between gradients and optimizer, given the update's reports: may raise, or refuse the update.
+        timers: told of each phase.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: MegatronPolicy,
+        objective: Objective,
+        *,
+        before_step: Callable[[Sequence[Any]], bool] = lambda reports: True,
+        timers: Timers | None = None,
+    ) -> None:
+        self.recipe, self.policy, self.objective = recipe, policy, objective
+        self.scatter = Scatter(recipe, policy)
+        self.timers = timers or Timers()
+        self._before_step = before_step
+
+    def receive(self, batch: Batch | None) -> SlicedBatch:
+        """This rank's slices of the rollout batch, which rank 0 gives."""
+        shard = self.scatter.batch(batch)
+        for tables in shard.routes:
+            for table in filter(None, tables):
+                table.check(self.policy.shape.num_experts, where=f"rank {self.policy.rank_info.rank}")
+        mini_batches = [
+            prepare(
+                micro_batches,
+                self.policy.rank_info,
+                temperature=self.recipe.policy.generation.temperature,
+                log_prob_bytes=self.recipe.policy.megatron_cfg.logprob_memory_mb << 20,
+                routes=tables,
+            )
+            for micro_batches, tables in zip(shard.mini_batches, shard.routes, strict=True)
+        ]
+        return SlicedBatch(mini_batches, shard.normalizers)
+
+    def routes(self, batch: SlicedBatch) -> StepRoutes:
+        """What the recipe's routing replay does with the routes of this batch."""
+        replay = self.recipe.policy.router_replay
+        return StepRoutes(replay.mode, self.policy, batch.micro_batches, replay.measure_agreement)
+
+    def log_probs(self, batch: SlicedBatch, routes: StepRoutes) -> bool:
+        """Fill π_old and π_ref where the objective needs them; whether π_old's pass was run (R2 records there)."""
+        needs_pass = self.objective.needs_old_log_probs or routes.needs_log_prob_pass
+        if needs_pass:
+            with self.timers("old_log_probs"):
+                self._fill_old_log_probs(batch, routes)
+        if self.objective.needs_reference:
+            with self.timers("reference_log_probs"):
+                self._fill_reference_log_probs(batch)
+        return needs_pass
+
+    def updates(
+        self, batch: SlicedBatch, routes: StepRoutes, *, after_log_probs: bool, after_skip: Callable[[int], None]
+    ) -> list[UpdateResult]:
+        """One optimizer update per mini-batch.
+
+        Args:
+            after_log_probs: whether a pass over the data came before, in which routes were compared.
+            after_skip: called with the number of an update that `before_step` refused.
+        """
+        results: list[UpdateResult] = []
+        for index, (micro_batches, normalizer) in enumerate(zip(batch.mini_batches, batch.normalizers, strict=True)):
+            first = index == 0 and not after_log_probs
+            config = self.objective.mini_batch_config(self.policy, micro_batches, routes.extra_pass())
+            result = self.policy.update(
+                micro_batches,
+                self.objective.loss_function(normalizer, config),
+                routes=routes.update_pass(first=first),
+                before_step=self._before_step,
+            )
+            results.append(result)
+            routes.after_update(micro_batches, first=first)
+            if not result.succeeded:
+                after_skip(index)
+        return results
+
+    def reduce(self, results: Sequence[UpdateResult], routes: StepRoutes, batch: SlicedBatch) -> dict[str, Any]:
+        """Metrics of updates and routes over all ranks; complete on rank 0, empty elsewhere."""
+        metrics = reduce_updates(results, self.objective, self.policy.rank_info, self.scatter)
+        report = (routes.engine, routes.drift, *route_bytes(batch.micro_batches, self.policy.rank_info))
+        return metrics | route_metrics(self.scatter.to_rank_zero(report))
+
+    def _fill_old_log_probs(self, batch: SlicedBatch, routes: StepRoutes) -> None:
+        """π_old: log-probs by the training engine under the weights the rollout batch starts with."""
+        for micro_batches in batch.mini_batches:
+            outputs = self.policy.log_probs(micro_batches, routes=routes.log_prob_pass())
+            routes.after_log_probs(micro_batches)
+            if self.objective.needs_old_log_probs:
+                for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
+                    micro_batch.old_log_probs = output[0]
+
+    def _fill_reference_log_probs(self, batch: SlicedBatch) -> None:
+        """π_ref: log-probs under the weights the run started with."""
+        for micro_batches in batch.mini_batches:
+            outputs = self.policy.ref_log_probs(micro_batches)
+            for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
+                micro_batch.ref_log_probs = output[0]

@@ -1,0 +1,61 @@
+"""Metrics of a step's optimizer updates, over updates and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vespo_megatron.losses import MetricSums
+from vespo_megatron.megatron.parallel import RankInfo, data_context_parallel_group
+from vespo_megatron.megatron.policy import UpdateResult
+from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.scatter import Scatter
+
+
+def reduce_updates(
+    results: Sequence[UpdateResult], objective: Objective, rank_info: RankInfo, scatter: Scatter
+) -> dict[str, Any]:
+    """Metrics of the updates that were taken, over all ranks; complete on rank 0, empty elsewhere. A collective."""
+    skipped = sum(not result.succeeded for result in results)
+    last_rate = results[-1].learning_rate
+    results = [result for result in results if result.succeeded] or results[-1:]
+    merged: dict[str, float] = {}
+    histograms: dict[str, Any] = {}
+    if rank_info.is_last_stage:
+        group = data_context_parallel_group()
+        per_update = [objective.metrics(result.reports).all_reduce(group) for result in results]
+        finished = [sums.finalize() for sums in per_update]
+        whole = sum(per_update, start=MetricSums())
+        merged = whole.finalize() | first_and_last(finished)
+        histograms = {name: (edges, counts.cpu()) for name, (edges, counts) in whole.histograms.items()}
+    report = (merged, histograms) if rank_info.reports and merged else None
+    reports = [report for report in scatter.to_rank_zero(report) if report]
+    if not reports:
+        return {}
+    merged, histograms = reports[0]
+    terms = ("loss/policy", "loss/kl", "loss/entropy")  # shares of one mini-batch each, hence their mean
+    return (
+        merged
+        | {name: merged[name] / len(results) for name in terms if name in merged}
+        | {
+            "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
+            "loss/grad_norm_max": max(result.grad_norm for result in results),
+            "loss/skipped_updates": float(skipped),
+            "loss/learning_rate": last_rate,
+            "loss/updates": float(len(results)),
+            "histograms": histograms,
+        }
+    )
+
+
+def first_and_last(per_update: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What staleness does inside a rollout batch: W, φ, ESS and k3 of its first and last update."""
+    if len(per_update) < 2:
+        return {}
+    names = ("vespo/w_mean", "vespo/phi_mean", "vespo/ess", "mismatch/k3")
+    return {
+        f"{name}_{which}_update": metrics[name]
+        for which, metrics in (("first", per_update[0]), ("last", per_update[-1]))
+        for name in names
+        if name in metrics
+    }
