@@ -213,3 +213,17 @@ def test_r3_with_another_models_routes_fails_at_the_probe(shape, build):
 def test_evaluation_reports_each_set_by_name(build):
     metrics = build(scores=lambda n: 1.0, grpo__val_num_generations=2).evaluate(0)
     assert metrics["eval/sums/avg@2"] == 1.0
+
+
+def test_over_sampling_rounds_every_metric_is_that_of_the_whole_batch(build):
+    """Three rounds; the smallest advantage is not the sum of three."""
+    flat = {0, 1, 2, 3, 8, 9}
+    rollout = build(scores=lambda n: 1.0 if n in flat else float(n % 2), grpo__use_dynamic_sampling=True).collect(1)
+    metrics, advantages = rollout.metrics, rollout.batch.advantages
+    assert metrics["rollout/sampling_rounds"] == 3
+    assert metrics["advantage/min"] == pytest.approx(advantages.min()) and metrics["advantage/min"] > -1
+    assert metrics["advantage/max"] == pytest.approx(advantages.max())
+    assert metrics["advantage/mean"] == pytest.approx(advantages.mean(), abs=1e-7)
+    assert metrics["advantage/std"] == pytest.approx(advantages.std())
+    assert metrics["advantage/groups"] == 4 + 2 + 1 and metrics["advantage/groups_without_signal"] == 2 + 1
+    assert metrics["advantage/dropped_samples"] == 2 * 3

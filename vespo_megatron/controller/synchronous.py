@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.interruptible import Interruptible
@@ -15,11 +17,10 @@ from vespo_megatron.controller.sampler import Sampler, describe
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.advantages import spread
+from vespo_megatron.metrics.merging import merge_rows
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_SAMPLING_ROUNDS = 10
 """Dynamic sampling gives up after so many rollouts without a full batch of groups that carry signal."""
@@ -51,8 +52,8 @@ class SynchronousSource:
         recipe, schedule = self.parts.recipe, self.parts.recipe.grpo
         samples: list[Sample] = []
         prompts: set[str] = set()
-        advantages: list[np.ndarray] = []
-        sums: dict[str, float] = {}
+        advantages: list[Tensor] = []
+        rounds: list[dict[str, float]] = []
         generated: list[Sample] = []
         for attempt in range(MAX_SAMPLING_ROUNDS):
             records = self.parts.prompts.take(schedule.num_prompts_per_step - len(prompts))
@@ -65,17 +66,16 @@ class SynchronousSource:
             keep = result.keep.numpy()
             samples += [sample for sample, kept in zip(fresh, keep, strict=True) if kept]
             prompts = {sample.prompt_id for sample in samples}
-            advantages.append(result.values.numpy()[keep])
+            advantages.append(result.values[result.keep])
             generated += fresh
-            sums["rollout/bad_samples"] = sums.get("rollout/bad_samples", 0.0) + bad
-            for name, value in result.metrics.items():
-                sums[name] = value if name in ("advantage/mean", "advantage/std") else sums.get(name, 0.0) + value
+            rounds.append(result.metrics | {"rollout/bad_samples": float(bad), "rollout/sampling_rounds": 1.0})
             if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
                 break
         else:
             raise no_signal(recipe.rollout_batch_size, len(samples))
-        metrics = {**describe(generated), **sums, "rollout/sampling_rounds": float(attempt + 1)}
-        return Rollout(Batch(samples, np.concatenate(advantages).astype(np.float32)), metrics)
+        kept_advantages = torch.cat(advantages)
+        metrics = describe(generated) | merge_rows(rounds) | spread(kept_advantages)
+        return Rollout(Batch(samples, kept_advantages.numpy().astype(np.float32)), metrics)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""

@@ -184,11 +184,16 @@ def compute_advantages(
         "advantage/groups_without_signal": float((~signal).sum()),
         "advantage/dropped_samples": float((~keep).sum()),
     }
-    if len(kept):
-        metrics |= {
-            "advantage/mean": float(kept.mean()),
-            "advantage/std": float(kept.std(correction=0)),
-            "advantage/min": float(kept.min()),
-            "advantage/max": float(kept.max()),
-        }
-    return Advantages(values, keep, metrics)
+    return Advantages(values, keep, metrics | spread(kept))
+
+
+def spread(advantages: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and extremes of the advantages that are trained on: float64 [kept responses]."""
+    if not len(advantages):
+        return {}
+    return {
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std(correction=0)),
+        "advantage/min": float(advantages.min()),
+        "advantage/max": float(advantages.max()),
+    }

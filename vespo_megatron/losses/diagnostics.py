@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vespo_megatron.losses.metrics import MetricSums
 from vespo_megatron.losses.sequence import PackedSequences
+from vespo_megatron.metrics.table import metric
 
 EXTREME_TOKEN = 2.0
 """τ of the extreme-token fraction F(τ)."""
@@ -211,9 +212,11 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
     pairs, others = metrics.to_floats()
     out: dict[str, float] = {}
     for name, (total, count) in pairs.items():
-        if name.startswith("vespo/count_") or name in COUNTS:
+        if name.startswith("_"):
+            continue
+        if metric(name).shares:
             out[name] = total
-        elif count > 0 and not name.startswith("_"):
+        elif count > 0:
             out[name] = total / count
     out.update({n: v for n, v in others.items() if not n.startswith("_") and math.isfinite(v)})
     if math.isfinite(others.get("_negative_phi_min", math.inf)):
@@ -249,10 +252,6 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
                 variance_p * variance_q
             )
     return out
-
-
-COUNTS = frozenset({"vespo/negative_large_w_count", "loss/bad_samples", "loss/policy", "loss/kl", "loss/entropy"})
-"""Sums that are reported as they are; the loss terms are shares of one mini-batch, already over its denominator."""
 
 
 def log_histograms(writer: object, metrics: MetricSums, step: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from vespo_megatron.evaluation.record import write_problems
 from vespo_megatron.evaluation.scores import Problem
+from vespo_megatron.metrics.table import metric
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -120,7 +121,12 @@ class RunLogger:
             metrics: `area/name` → number, 0-d tensor or array; what is not finite is written as null.
             histograms: `area/name` → values of any shape, or `(edges [bins + 1], counts float64 [bins])` as in
                 `losses.metrics.MetricSums`; to TensorBoard alone.
+
+        Raises:
+            UserError: a name that the table of metrics does not have; nothing is written.
         """
+        for name in (*metrics, *(histograms or {})):
+            metric(name)
         record: dict[str, Any] = {"step": step, "wall_time": round(time.monotonic() - self._started, 3)}
         record.update({name: to_number(value) for name, value in metrics.items()})
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vespo_megatron.metrics.table import metric
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: every metric that matches one of `patterns`, over steps."""
+    """One picture: every metric that matches one of `patterns`, over steps. Title and caption are the first one's.
 
-    title: str
-    caption: str
+    Raises:
+        UserError: a pattern that is no row of the table of metrics.
+    """
+
     patterns: tuple[str, ...]
     share: bool = False
     """The values lie in 0…1: draw the axis so."""
@@ -23,35 +27,39 @@ class Panel:
     over: str = "step"
     """What is across: 'step', or 'layer', where metrics' names end in a layer's number (late means)."""
 
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            metric(pattern)
+
+    @property
+    def title(self) -> str:
+        """Of the picture."""
+        return metric(self.patterns[0]).title
+
+    @property
+    def caption(self) -> str:
+        """What is drawn."""
+        return metric(self.patterns[0]).meaning
+
 
 PANELS: tuple[Panel, ...] = (
-    Panel("Held-out accuracy", "Mean over the validation prompts.", ("eval/*/avg@*",), share=True),
-    Panel("Reward", "Mean reward of a rollout batch, before the step's updates.", ("reward/mean",), share=True),
-    Panel("Importance weight W", "Mean of W = π/μ of whole responses; 1 is on-policy.", ("vespo/w_mean",)),
-    Panel("Coefficient φ", "Mean of what multiplies A·∇log π; 1 at W = 1.", ("vespo/phi_mean",)),
-    Panel("Effective sample size", "(Σw)² / (n·Σw²) of unclipped W; 1 is on-policy.", ("vespo/ess",), share=True),
-    Panel("Entropy", "Nats per token, of the policy's own distribution.", ("policy/entropy",)),
-    Panel("KL", "Estimate of KL(μ‖π) per token: −log W over the length, mean of responses.", ("vespo/approx_kl",)),
-    Panel("KL to the reference", "Of the penalty, where there is one.", ("loss/kl",)),
-    Panel("Response length", "Tokens, mean of a rollout batch.", ("response/length_mean",)),
-    Panel("Gradient norm", "Before clipping.", ("loss/grad_norm",), log=True),
-    Panel("Train-inference mismatch", "k3 estimate of KL(μ‖π) per token.", ("mismatch/k3",), log=True),
-    Panel(
-        "Mismatch of the engines",
-        "The same over the first update of a rollout batch, which is not stale.",
-        ("mismatch/k3_first_update",),
-        log=True,
-    ),
-    Panel("Time per phase", "Seconds of each step.", ("time/*",), stacked=True),
-    Panel("Throughput", "Tokens per second.", ("throughput/*tokens_per_second*",)),
-    Panel("Staleness", "Weight versions between sampling and training.", ("staleness/lag_mean", "staleness/lag_max")),
-    Panel("Route agreement", "Experts that trainer and engine agree on.", ("routes/agreement",), share=True),
-    Panel(
-        "Route agreement by layer",
-        "The same, late in the run, layer by layer.",
-        ("routes/agreement_layer_*",),
-        over="layer",
-    ),
+    Panel(("eval/*/avg@*",), share=True),
+    Panel(("reward/mean",), share=True),
+    Panel(("vespo/w_mean",)),
+    Panel(("vespo/phi_mean",)),
+    Panel(("vespo/ess",), share=True),
+    Panel(("policy/entropy",)),
+    Panel(("vespo/approx_kl",)),
+    Panel(("loss/kl",)),
+    Panel(("response/length_mean",)),
+    Panel(("loss/grad_norm",), log=True),
+    Panel(("mismatch/k3",), log=True),
+    Panel(("mismatch/k3_first_update",), log=True),
+    Panel(("time/*",), stacked=True),
+    Panel(("throughput/tokens_per_second", "rollout/tokens_per_second")),
+    Panel(("staleness/lag_mean", "staleness/lag_max")),
+    Panel(("routes/agreement",), share=True),
+    Panel(("routes/agreement_layer_*",), over="layer"),
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from vespo_megatron.metrics.merging import merge_rows
 from vespo_megatron.run.heartbeat import Heartbeat
 
 
@@ -36,9 +37,9 @@ class Timers:
         finally:
             if self._heartbeat:
                 self._heartbeat.enter(around)
-            seconds, memory = f"time/{phase}", f"memory/{phase}"
-            self._measured[seconds] = self._measured.get(seconds, 0.0) + time.perf_counter() - started
-            self._measured[memory] = max(self._measured.get(memory, 0.0), self._memory() / 2**30)
+            once = {f"time/{phase}": time.perf_counter() - started, f"memory/{phase}": self._memory() / 2**30}
+            before = {name: self._measured[name] for name in once if name in self._measured}
+            self._measured |= merge_rows([before, once])
 
     def seconds(self, phase: str) -> float:
         """Of a phase since the last `pop`."""

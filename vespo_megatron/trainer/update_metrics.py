@@ -8,6 +8,8 @@ from typing import Any
 from vespo_megatron.losses import MetricSums
 from vespo_megatron.megatron.parallel import RankInfo, data_context_parallel_group
 from vespo_megatron.megatron.policy import UpdateResult
+from vespo_megatron.metrics.merging import merge_rows
+from vespo_megatron.metrics.table import Merge, metric
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.scatter import Scatter
 
@@ -33,18 +35,18 @@ def reduce_updates(
     if not reports:
         return {}
     merged, histograms = reports[0]
-    terms = ("loss/policy", "loss/kl", "loss/entropy")  # shares of one mini-batch each, hence their mean
+    # Shares of an update add up to its value; where updates are averaged, their sum is divided once more.
+    averaged = [name for name in merged if metric(name).shares and metric(name).merge is Merge.MEAN]
     return (
         merged
-        | {name: merged[name] / len(results) for name in terms if name in merged}
-        | {
-            "loss/grad_norm": sum(result.grad_norm for result in results) / len(results),
-            "loss/grad_norm_max": max(result.grad_norm for result in results),
-            "loss/skipped_updates": float(skipped),
-            "loss/learning_rate": last_rate,
-            "loss/updates": float(len(results)),
-            "histograms": histograms,
-        }
+        | {name: merged[name] / len(results) for name in averaged}
+        | merge_rows(
+            [
+                {"loss/grad_norm": result.grad_norm, "loss/grad_norm_max": result.grad_norm, "loss/updates": 1.0}
+                for result in results
+            ]
+        )
+        | {"loss/skipped_updates": float(skipped), "loss/learning_rate": last_rate, "histograms": histograms}
     )
 
 

@@ -1,0 +1,323 @@
+"""Every metric: name, meaning, unit, and how the values of several parts make one. Standard library alone.
+
+A `*` in a name stands for what is known at run time alone (a phase, a layer, a problem set, a reward's own parts).
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from vespo_megatron.errors import UserError
+
+
+class Merge(enum.Enum):
+    """How the values of a step's parts (sampling rounds, optimizer updates, repetitions of a phase) make the step's."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    """Weighted by the parts' sizes, where they have one."""
+    MIN = "min"
+    MAX = "max"
+    LAST = "last"
+    WHOLE = "of the whole"
+    """Not of the parts' values: computed of everything at once."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row, or a family of them."""
+
+    name: str
+    meaning: str
+    unit: str = ""
+    merge: Merge = Merge.MEAN
+    over: str = ""
+    """What a mean is over."""
+    shares: bool = False
+    """Micro-batches and ranks hold shares that add up to it; else they hold a sum and a count."""
+    title: str = ""
+    """In reports, where it has a panel."""
+
+
+SUM, MEAN, MIN, MAX, LAST, WHOLE = Merge.SUM, Merge.MEAN, Merge.MIN, Merge.MAX, Merge.LAST, Merge.WHOLE
+
+REWARDS = (
+    Metric(
+        "reward/mean",
+        "Mean reward of a rollout batch, before the step's updates.",
+        "",
+        WHOLE,
+        "responses",
+        title="Reward",
+    ),
+    Metric("reward/std", "Standard deviation of the rewards.", "", WHOLE, "responses"),
+    Metric(
+        "reward/*", "A part of the reward, by its name: the mean of responses that have it.", "", WHOLE, "responses"
+    ),
+    Metric(
+        "response/length_mean",
+        "Tokens, mean of a rollout batch.",
+        "tokens",
+        WHOLE,
+        "responses",
+        title="Response length",
+    ),
+    Metric("response/length_std", "Standard deviation of the lengths.", "tokens", WHOLE, "responses"),
+    Metric("response/length_max", "The longest response.", "tokens", WHOLE),
+    Metric("response/tokens", "Response tokens of the rollout batch.", "tokens", WHOLE),
+    Metric("response/truncated_fraction", "Responses cut off at their limit.", "", WHOLE, "responses"),
+)
+
+ADVANTAGES = (
+    Metric("advantage/mean", "Mean advantage.", "", WHOLE, "kept responses"),
+    Metric("advantage/std", "Standard deviation of the advantages.", "", WHOLE, "kept responses"),
+    Metric("advantage/min", "The smallest advantage.", "", MIN),
+    Metric("advantage/max", "The largest advantage.", "", MAX),
+    Metric("advantage/groups", "Groups that were drawn.", "groups", SUM),
+    Metric("advantage/groups_without_signal", "Groups whose rewards are all equal.", "groups", SUM),
+    Metric("advantage/dropped_samples", "Responses that are not trained on.", "responses", SUM),
+    Metric("advantage/bad_samples", "Responses whose reward is not finite.", "responses", SUM),
+)
+
+ROLLOUTS = (
+    Metric("rollout/bad_samples", "Responses whose numbers are not finite, left out.", "responses", SUM),
+    Metric("rollout/sampling_rounds", "Rollouts that dynamic sampling took for the batch.", "rounds", SUM),
+    Metric("rollout/queue_mean", "Requests that waited for a server when one was sent.", "requests"),
+    Metric("rollout/queue_max", "Most requests that waited for a server.", "requests", MAX),
+    Metric("rollout/in_flight_max", "Most requests at servers at a time.", "requests", MAX),
+    Metric("rollout/tokens_per_second", "Response tokens over the time in which servers had work.", "tokens/s"),
+    Metric("rollout/retries", "Calls repeated to the same server.", "calls", SUM),
+    Metric("rollout/redispatched", "Requests given to another server.", "requests", SUM),
+    Metric("rollout/faults", "Times that a server failed.", "", SUM),
+    Metric("rollout/readmitted", "Servers that serve again.", "servers", SUM),
+    Metric("rollout/servers", "Servers in service.", "servers", LAST),
+    Metric("rollout/latency_p*", "Percentile of a call's time, by requests.", "s", MAX),
+    Metric("rollout/server_*/requests", "Requests that one server answered.", "requests", SUM),
+    Metric("rollout/server_*/tokens_per_second", "Of one server.", "tokens/s"),
+    Metric("rollout/server_*/latency_p95", "Of one server.", "s", MAX),
+    Metric("rollout/server_*/in_flight_max", "Of one server.", "requests", MAX),
+    Metric("rollout/server_*/faults", "Of one server.", "", SUM),
+)
+
+STALENESS = (
+    Metric(
+        "staleness/lag_mean",
+        "Weight versions between sampling and training.",
+        "versions",
+        WHOLE,
+        "tokens",
+        title="Staleness",
+    ),
+    Metric("staleness/lag_max", "The largest lag of a token.", "versions", MAX),
+    Metric("staleness/partial_share", "Responses with tokens of several weight versions.", "", WHOLE, "responses"),
+    Metric("staleness/interruptions", "Responses that a weight update ended, to go on after it.", "", SUM),
+    Metric("staleness/under_way", "Groups that were sent and have not arrived.", "groups", LAST),
+    Metric("staleness/waiting", "Groups that have arrived and wait to be trained on.", "groups", LAST),
+    Metric("staleness/sent", "Groups sent since the run began.", "groups", LAST),
+    Metric("staleness/trained", "Groups trained on since the run began.", "groups", LAST),
+    Metric("staleness/aborted", "Groups given up, or without signal, since the run began.", "groups", LAST),
+    Metric("staleness/expired", "Groups too old to be trained on, since the run began.", "groups", LAST),
+    Metric("staleness/trainer_idle_seconds", "The trainer waited for a batch.", "s", SUM),
+    Metric("staleness/engine_idle_seconds", "Nothing was under way.", "s", SUM),
+    Metric("staleness/tokens_lag_*", "Tokens of that lag.", "tokens", SUM),
+    Metric("staleness/w_mean_lag_*", "W of responses of that lag.", "", MEAN, "responses of that lag"),
+    Metric("staleness/ess_lag_*", "(ΣW)²/(n·ΣW²) of responses of that lag.", "", WHOLE),
+)
+
+LOSS = (
+    Metric("loss/policy", "The policy term of the loss.", "", MEAN, "updates", shares=True),
+    Metric(
+        "loss/kl",
+        "Of the penalty, where there is one.",
+        "nats",
+        MEAN,
+        "updates",
+        shares=True,
+        title="KL to the reference",
+    ),
+    Metric("loss/entropy", "The entropy term, before its weight.", "nats", MEAN, "updates", shares=True),
+    Metric("loss/bad_samples", "Responses with a number that is not finite.", "responses", SUM, shares=True),
+    Metric(
+        "loss/zero_coefficient_fraction",
+        "φ·correction is 0 (token objectives, or per-token advantages).",
+        "",
+        over="tokens",
+    ),
+    Metric("loss/grad_norm", "Before clipping.", "", MEAN, "updates", title="Gradient norm"),
+    Metric("loss/grad_norm_max", "The largest of the updates, before clipping.", "", MAX),
+    Metric("loss/learning_rate", "Of the last update.", "", LAST),
+    Metric("loss/updates", "Optimizer updates that were taken.", "updates", SUM),
+    Metric("loss/skipped_updates", "Updates refused for numbers that are not finite.", "updates", SUM),
+    Metric(
+        "policy/entropy", "Nats per token, of the policy's own distribution.", "nats", over="tokens", title="Entropy"
+    ),
+)
+
+OBJECTIVE = (
+    Metric(
+        "vespo/approx_kl",
+        "Estimate of KL(μ‖π) per token: −log W over the length, mean of responses.",
+        "nats",
+        over="responses",
+        title="KL",
+    ),
+    Metric(
+        "vespo/w_mean",
+        "Mean of W = π/μ of whole responses; 1 is on-policy.",
+        over="responses",
+        title="Importance weight W",
+    ),
+    Metric("vespo/w_max", "The largest W.", "", MAX),
+    Metric("vespo/w_min", "The smallest W.", "", MIN),
+    Metric("vespo/w_std", "Standard deviation of W.", "", WHOLE, "responses"),
+    Metric("vespo/log_w_mean", "log W, unclamped.", over="responses"),
+    Metric("vespo/log_w_max", "The largest log W, unclamped.", "", MAX),
+    Metric("vespo/log_w_min", "The smallest log W, unclamped.", "", MIN),
+    Metric("vespo/w_mean_positive", "W where A ≥ 0.", over="responses of that sign"),
+    Metric("vespo/w_mean_negative", "W where A < 0.", over="responses of that sign"),
+    Metric("vespo/count_positive", "Responses with A ≥ 0.", "responses", SUM, shares=True),
+    Metric("vespo/count_negative", "Responses with A < 0.", "responses", SUM, shares=True),
+    Metric("vespo/negative_large_w_count", "Responses with A < 0 and W > 100.", "responses", SUM, shares=True),
+    Metric("vespo/negative_large_w_max", "The largest W of those.", "", MAX),
+    Metric("vespo/negative_large_w_phi_mean", "φ of those.", over="those"),
+    Metric(
+        "vespo/ess",
+        "(Σw)² / (n·Σw²) of unclipped W; 1 is on-policy.",
+        "",
+        WHOLE,
+        "responses",
+        title="Effective sample size",
+    ),
+    Metric("vespo/ess_clamped", "The same of W clamped to e^±20.", "", WHOLE, "responses"),
+    Metric(
+        "vespo/phi_mean",
+        "Mean of what multiplies A·∇log π; 1 at W = 1.",
+        over="responses (sequence objectives) or tokens",
+        title="Coefficient φ",
+    ),
+    Metric("vespo/phi_max", "The largest φ.", "", MAX),
+    Metric("vespo/phi_min", "The smallest φ.", "", MIN),
+    Metric("vespo/phi_mean_positive", "φ where A ≥ 0, of sequence objectives.", over="responses of that sign"),
+    Metric("vespo/phi_mean_negative", "φ where A < 0, of sequence objectives.", over="responses of that sign"),
+    Metric("vespo/phi_ess", "(E φ)²/E φ².", "", WHOLE, "as phi_mean"),
+    Metric("vespo/implied_c", "E[φW]/E[φ] = E_Q[W], of sequence objectives.", "", WHOLE, "responses"),
+    Metric("vespo/log_w", "Histogram of log W (TensorBoard).", "", SUM),
+    Metric("vespo/phi", "Histogram of φ (TensorBoard).", "", SUM),
+    *(
+        Metric(f"vespo/{name}_{which}_update", f"{name} of the {which} update of the rollout batch.", "", WHOLE)
+        for name in ("w_mean", "phi_mean", "ess")
+        for which in ("first", "last")
+    ),
+)
+
+MISMATCH = (
+    Metric("mismatch/k1", "−d: an estimate of KL(μ‖π).", "nats", over="tokens"),
+    Metric("mismatch/k2", "d²/2.", "nats", over="tokens"),
+    Metric("mismatch/k3", "k3 estimate of KL(μ‖π) per token.", "nats", over="tokens", title="Train-inference mismatch"),
+    Metric(
+        "mismatch/k3_first_update",
+        "The same over the first update of a rollout batch, which is not stale.",
+        "nats",
+        WHOLE,
+        title="Mismatch of the engines",
+    ),
+    Metric("mismatch/k3_last_update", "The same over the last update.", "nats", WHOLE),
+    Metric("mismatch/chi2_token", "e^(2d) − 1.", over="tokens"),
+    Metric("mismatch/chi2_seq", "e^(2·clamp(Σd, ±20)) − 1.", over="responses"),
+    Metric("mismatch/extreme_token_fraction", "max(e^d, e^−d) > 2.", over="tokens"),
+    Metric("mismatch/token_mult_prob_error", "e^|d|.", over="tokens"),
+    Metric("mismatch/prob_diff_mean", "|π − μ|.", over="tokens"),
+    Metric("mismatch/prob_diff_max", "The largest |π − μ|.", "", MAX),
+    Metric("mismatch/prob_diff_std", "Standard deviation of |π − μ|.", "", WHOLE, "tokens"),
+    Metric("mismatch/prob_correlation", "Pearson correlation of π and μ.", "", WHOLE, "tokens"),
+    Metric("mismatch/log_ppl_diff", "Mean of −d over a response.", "nats", over="responses"),
+    Metric("mismatch/log_ppl_abs_diff", "Its size.", "nats", over="responses"),
+    Metric("mismatch/log_ppl_diff_max", "The largest.", "nats", MAX),
+    Metric("mismatch/log_ppl_diff_min", "The smallest.", "nats", MIN),
+)
+
+ROUTES = (
+    Metric(
+        "routes/agreement", "Experts that trainer and engine agree on.", "", WHOLE, "tokens", title="Route agreement"
+    ),
+    Metric(
+        "routes/agreement_layer_*",
+        "The same, late in the run, layer by layer.",
+        "",
+        WHOLE,
+        "tokens",
+        title="Route agreement by layer",
+    ),
+    Metric("routes/differing_tokens", "Tokens that differ in any layer.", "", WHOLE, "tokens"),
+    Metric("routes/drift_agreement", "Experts of θ_old that θ would choose too (R2).", "", WHOLE, "tokens"),
+    Metric("routes/drift_agreement_layer_*", "The same, layer by layer.", "", WHOLE, "tokens"),
+    Metric("routes/drift_differing_tokens", "Tokens that differ in any layer from θ_old's.", "", WHOLE, "tokens"),
+    Metric("routes/bytes_per_token", "Host memory of the routes that are held.", "bytes", WHOLE),
+)
+
+EVALUATION = (
+    Metric("eval/*/avg@*", "Mean over the validation prompts.", "", LAST, "problems", title="Held-out accuracy"),
+    Metric("eval/*/pass@*", "Problems of which one of k answers is right.", "", LAST, "problems"),
+    Metric("eval/*/maj@*", "Problems whose most frequent of k answers is right.", "", LAST, "problems"),
+    Metric("eval/*/ci95", "Half the width of the 95% interval of the average.", "", LAST),
+    Metric("eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers"),
+    Metric("eval/begun_after_step", "The step after which an evaluation beside training began.", "", LAST),
+)
+
+MACHINE = (
+    Metric("time/*", "Seconds of each step.", "s", SUM, title="Time per phase"),
+    Metric("memory/*", "Of this process: on a GPU the most during the phase, on the host at its end.", "GiB", MAX),
+    Metric("throughput/tokens_per_second", "Tokens per second.", "tokens/s", WHOLE, title="Throughput"),
+    Metric("throughput/model_tflop", "Floating-point operations of the model in training.", "TFLOP", WHOLE),
+    Metric("throughput/tflops_per_device", "The same over time and devices.", "TFLOP/s", WHOLE),
+    Metric("throughput/mfu", "The same over the devices' peak.", "", WHOLE),
+    Metric("checkpoint/stall_seconds", "Training stood still to copy the state.", "s", SUM),
+    Metric("checkpoint/seconds", "From the copy to the published checkpoint.", "s", LAST),
+    Metric("checkpoint/bytes", "Size of the checkpoint.", "bytes", LAST),
+    Metric("checkpoint/failures", "Checkpoints that could not be written since the run began.", "", LAST),
+)
+
+AREAS: dict[str, tuple[Metric, ...]] = {
+    "Rewards and responses": REWARDS,
+    "Advantages": ADVANTAGES,
+    "Rollouts": ROLLOUTS,
+    "Staleness": STALENESS,
+    "Loss and updates": LOSS,
+    "Objective": OBJECTIVE,
+    "Mismatch": MISMATCH,
+    "Routes": ROUTES,
+    "Evaluation": EVALUATION,
+    "Machine": MACHINE,
+}
+METRICS: dict[str, Metric] = {metric.name: metric for area in AREAS.values() for metric in area}
+"""By name, in the order of the documentation."""
+_FAMILIES = [
+    (re.compile(re.escape(name).replace(r"\*", "[^/]+") + r"\Z"), metric)
+    for name, metric in METRICS.items()
+    if "*" in name
+]
+
+
+@cache
+def metric(name: str) -> Metric:
+    """The row of a metric, or of its family.
+
+    Raises:
+        UserError: the table has none; the nearest name is given.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, family in _FAMILIES:
+        if pattern.match(name):
+            return family
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.4)
+    raise UserError(
+        f"{name!r} is no metric" + (f"; the nearest is {near[0]!r}" if near else ""),
+        where="vespo_megatron/metrics/table.py",
+        expected="a row for everything that is logged",
+        fix="add one: what it means, its unit, and how its values merge",
+    )
