@@ -50,7 +50,7 @@ def inputs(num_sequences: int, length: int, device: str) -> SimpleNamespace:
     log_probs = behavior.clone().add_(0.01).requires_grad_()
     advantages = torch.randn(num_sequences, device=device, generator=generator)
     return SimpleNamespace(
-        log_probs=log_probs, behavior=behavior, advantages=advantages, n=num_sequences, length=length
+        log_probs=log_probs, behavior_log_probs=behavior, advantages=advantages, n=num_sequences, length=length
     )
 
 
@@ -61,7 +61,9 @@ def ours(data: SimpleNamespace, metrics: str) -> Step:
     cu_seqlens = torch.arange(0, data.n * data.length + 1, data.length)
 
     def step() -> torch.Tensor:
-        given = LossInputs(data.log_probs, data.behavior, data.advantages, cu_seqlens, advantage_level="sequence")
+        given = LossInputs(
+            data.log_probs, data.behavior_log_probs, data.advantages, cu_seqlens, advantage_level="sequence"
+        )
         return compute_policy_loss(given, config, normalizer).loss
 
     return step
@@ -69,8 +71,8 @@ def ours(data: SimpleNamespace, metrics: str) -> Step:
 
 def padded_formula(data: SimpleNamespace) -> Step:
     """The formula as one would write it on [sequences, length] with a mask."""
-    mask = torch.ones(data.n, data.length, device=data.behavior.device)
-    behavior = data.behavior.view(data.n, data.length)
+    mask = torch.ones(data.n, data.length, device=data.behavior_log_probs.device)
+    behavior = data.behavior_log_probs.view(data.n, data.length)
     advantages = data.advantages[:, None]
     c1 = torch.where(advantages >= 0, 2.0, 3.0)
     c2 = torch.where(advantages >= 0, 3.0, 2.0)
@@ -89,9 +91,9 @@ def trl(data: SimpleNamespace) -> tuple[Step, Step]:
     """TRL's loss, and the concatenations to take off it."""
     from trl import GRPOConfig, GRPOTrainer
 
-    device = data.behavior.device
+    device = data.behavior_log_probs.device
     shape = (data.n, data.length)
-    log_probs, behavior = data.log_probs.view(shape), data.behavior.view(shape)
+    log_probs, behavior = data.log_probs.view(shape), data.behavior_log_probs.view(shape)
     entropies = torch.zeros(1, 1, device=device).expand(shape)
     defaults = {f.name: f.default for f in GRPOConfig.__dataclass_fields__.values()}
     names = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "use_bias_correction_kl", "delta")
@@ -222,7 +224,7 @@ def main() -> None:
             f"| {case} | {took * 1e3:.2f} | {tokens / took / 1e6:.0f} | {time_of['TRL'] / took:.2f} "
             f"| {memory / 2**20:.1f} | {memory / memory_of['TRL']:.2f} |"
         )
-    source, target = torch.empty_like(data.behavior), torch.empty_like(data.behavior)
+    source, target = torch.empty_like(data.behavior_log_probs), torch.empty_like(data.behavior_log_probs)
     copy = seconds({"copy": lambda: target.copy_(source)}, arguments.device, arguments.repeats)["copy"]
     least = 12 * tokens  # read π and μ, write the gradient
     lines += [
@@ -239,11 +241,11 @@ def main() -> None:
             continue
         grown = inputs(tokens // length, length, arguments.device)
         cu_seqlens = torch.arange(0, grown.n * length + 1, length)
-        packed = PackedSequences(cu_seqlens, grown.n * length, grown.behavior.device)
+        packed = PackedSequences(cu_seqlens, grown.n * length, grown.behavior_log_probs.device)
         runs = {
             "loss": forward_backward(grown, ours(grown, "none")),
             "sums": lambda packed=packed, grown=grown: ratio_sums(
-                packed, grown.log_probs.detach(), grown.behavior, None, 20.0
+                packed, grown.log_probs.detach(), grown.behavior_log_probs, None, 20.0
             ),
         }
         took = seconds(runs, arguments.device, arguments.repeats)

@@ -17,8 +17,8 @@ class Batch:
     """float64 tensors; `[tokens]` but for `advantages [num_sequences]`."""
 
     log_probs: Tensor
-    behavior: Tensor
-    old: Tensor
+    behavior_log_probs: Tensor
+    old_log_probs: Tensor
     advantages: Tensor
     cu_seqlens: Tensor
     mask: Tensor
@@ -91,7 +91,7 @@ def make_batch(
     batch = Batch(log_probs, behavior, old, normal(len(lengths)), cu, mask, normal(num), positions)
     if len(lengths) == len(LENGTHS):
         batch.advantages[2], batch.advantages[5] = 1.0, -1.0
-    for tensor in (batch.log_probs, batch.behavior, batch.old, batch.token_advantages):
+    for tensor in (batch.log_probs, batch.behavior_log_probs, batch.old_log_probs, batch.token_advantages):
         tensor[~mask] = torch.nan
     return batch
 
@@ -103,8 +103,8 @@ def select_tokens(batch: Batch, tokens: list[Tensor]) -> Batch:
     return replace(
         batch,
         log_probs=batch.log_probs[index],
-        behavior=batch.behavior[index],
-        old=batch.old[index],
+        behavior_log_probs=batch.behavior_log_probs[index],
+        old_log_probs=batch.old_log_probs[index],
         mask=batch.mask[index],
         token_advantages=batch.token_advantages[index],
         positions=batch.positions[index],

@@ -40,12 +40,12 @@ def gradient(batch: Batch, config: PolicyLossConfig, normalizer: Normalizer, per
     output = compute_policy_loss(
         LossInputs(
             log_probs,
-            batch.behavior,
+            batch.behavior_log_probs,
             batch.token_advantages if per_token else batch.advantages,
             batch.cu_seqlens,
             mask=batch.mask,
-            old_log_probs=batch.old,
-            ref_log_probs=batch.old,
+            old_log_probs=batch.old_log_probs,
+            ref_log_probs=batch.old_log_probs,
             positions=batch.positions,
             group=group,
             advantage_level="token" if per_token else "sequence",

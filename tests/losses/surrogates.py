@@ -180,6 +180,8 @@ def surrogate_gradient(
         if len(index) == 0:
             continue
         a = batch.token_advantages[index] if per_token else batch.advantages[i].expand(len(index))
-        loss = loss - scale[i] * surrogate(log_probs[index], batch.behavior[index], batch.old[index], a)
+        loss = loss - scale[i] * surrogate(
+            log_probs[index], batch.behavior_log_probs[index], batch.old_log_probs[index], a
+        )
     (gradient,) = torch.autograd.grad(loss, log_probs)
     return gradient

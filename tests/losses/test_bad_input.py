@@ -23,7 +23,7 @@ from vespo_megatron.losses.sequence import PackedSequences
 def call(batch, **changes):
     given = {
         "log_probs": batch.leaf(),
-        "behavior_log_probs": batch.behavior,
+        "behavior_log_probs": batch.behavior_log_probs,
         "advantages": batch.advantages,
         "cu_seqlens": batch.cu_seqlens,
         "mask": batch.mask,
@@ -42,7 +42,7 @@ def poisoned(where, value):
     return batch
 
 
-@pytest.mark.parametrize("where", ["log_probs", "behavior", "advantages"])
+@pytest.mark.parametrize("where", ["log_probs", "behavior_log_probs", "advantages"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["vespo", "grpo"])
 def test_a_number_that_is_not_finite_is_an_error_naming_the_samples(where, value, name):
@@ -50,14 +50,14 @@ def test_a_number_that_is_not_finite_is_an_error_naming_the_samples(where, value
     with pytest.raises(UserError, match="sequence 3, sequence 6"):
         call(batch, name=name)
     output = compute_policy_loss(
-        LossInputs(batch.leaf(), batch.behavior, batch.advantages, batch.cu_seqlens, batch.mask),
+        LossInputs(batch.leaf(), batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, batch.mask),
         PolicyLossConfig(name),
     )
     with pytest.raises(UserError, match=r"sample a3, a6: has a log-prob or an advantage that is not finite"):
         output.raise_if_bad([f"a{i}" for i in range(batch.num_sequences)])
 
 
-@pytest.mark.parametrize("where", ["log_probs", "behavior", "advantages"])
+@pytest.mark.parametrize("where", ["log_probs", "behavior_log_probs", "advantages"])
 @pytest.mark.parametrize("name", [n for n in objective_names() if n not in ("minirl", "decoupled_ppo", "bapo")])
 def test_under_drop_the_bad_samples_are_left_out_and_counted_and_the_rest_is_as_if_they_were_not_there(where, name):
     clean, batch = make_batch(6), poisoned(where, torch.nan)
@@ -118,7 +118,7 @@ def test_advantages_that_could_be_either_are_an_error_until_the_level_is_said():
 
 def test_an_input_the_config_asks_for_is_named_when_missing():
     batch = make_batch(0)
-    inputs = LossInputs(batch.leaf(), batch.behavior, batch.advantages, batch.cu_seqlens, batch.mask)
+    inputs = LossInputs(batch.leaf(), batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, batch.mask)
     for config, name in (
         (PolicyLossConfig("grpo", behavior="recompute"), "old_log_probs"),
         (PolicyLossConfig(kl_coefficient=0.1), "ref_log_probs"),
@@ -135,7 +135,7 @@ def test_the_path_for_devices_gives_the_numbers_of_the_path_for_the_host(name, m
     for on_host in (True, False):
         monkeypatch.setattr(PackedSequences, "on_host", on_host)
         leaf = batch.leaf()
-        output = call(batch, log_probs=leaf, name=name, old_log_probs=batch.old)
+        output = call(batch, log_probs=leaf, name=name, old_log_probs=batch.old_log_probs)
         output.loss.backward()
         results.append((leaf.grad, output.coefficient))
     for found, expected in zip(*results, strict=True):
@@ -150,7 +150,7 @@ def half(ratios, *, weight: float = 0.5):
 def test_a_users_own_objective_is_loaded_by_module_and_function():
     batch = make_batch(0)
     output = call(batch, name="tests.losses.test_bad_input:half", weight=0.25)
-    expected = 0.25 * (batch.log_probs - batch.behavior).exp()
+    expected = 0.25 * (batch.log_probs - batch.behavior_log_probs).exp()
     torch.testing.assert_close(output.coefficient[batch.mask], expected[batch.mask])
     with pytest.raises(UserError, match="nearest is 'weight'"):
         call(batch, name="tests.losses.test_bad_input:half", wieght=0.25)

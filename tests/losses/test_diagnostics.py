@@ -17,11 +17,11 @@ def pieces(batch):
     for i in range(batch.num_sequences):
         at = ((batch.segment_ids == i) & batch.mask).nonzero().flatten()
         if len(at):
-            gap = batch.log_probs[at] - batch.behavior[at]
+            gap = batch.log_probs[at] - batch.behavior_log_probs[at]
             rows.append((float(batch.advantages[i]), len(at), float(gap.sum())))
             d.append(gap)
             p.append(batch.log_probs[at].exp())
-            q.append(batch.behavior[at].exp())
+            q.append(batch.behavior_log_probs[at].exp())
     return rows, torch.cat(d), torch.cat(p), torch.cat(q)
 
 
@@ -54,7 +54,7 @@ def test_mismatch_metrics_equal_their_formulas():
 def test_the_mismatch_is_between_the_training_engine_and_the_rollout_engine_where_both_are_known():
     batch = make_batch(4)
     found = run(batch, "grpo", behavior="recompute")[0].metrics.finalize()
-    d = (batch.old - batch.behavior)[batch.mask]
+    d = (batch.old_log_probs - batch.behavior_log_probs)[batch.mask]
     assert found["mismatch/k3"] == pytest.approx(float((d.exp() - 1 - d).mean()))
 
 

@@ -96,8 +96,8 @@ def padded_batch(batch: Batch) -> tuple[Batch, torch.Tensor]:
     return (
         Batch(
             pad(batch.log_probs, -7.0),
-            pad(batch.behavior, torch.inf),
-            pad(batch.old, torch.nan),
+            pad(batch.behavior_log_probs, torch.inf),
+            pad(batch.old_log_probs, torch.nan),
             batch.advantages,
             torch.arange(0, num + 1, width),
             pad(batch.mask, False),
@@ -113,13 +113,18 @@ def test_the_call_for_other_trainers_takes_the_global_token_count():
 
     batch = make_batch(1)
     whole = batch.leaf()
-    policy_loss(whole, batch.behavior, batch.advantages, batch.cu_seqlens, mask=batch.mask).loss.backward()
+    policy_loss(whole, batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, mask=batch.mask).loss.backward()
     total = torch.zeros_like(whole)
     for numbers in ([0, 1, 2, 3], [4, 5, 6, 7, 8]):
         part, at = select_sequences(batch, numbers)
         leaf = part.leaf()
         output = policy_loss(
-            leaf, part.behavior, part.advantages, part.cu_seqlens, mask=part.mask, num_tokens=int(batch.mask.sum())
+            leaf,
+            part.behavior_log_probs,
+            part.advantages,
+            part.cu_seqlens,
+            mask=part.mask,
+            num_tokens=int(batch.mask.sum()),
         )
         output.loss.backward()
         total[at] = leaf.grad

@@ -27,11 +27,11 @@ def run(batch, name, aggregation="token-mean", per_token=False, correction=None,
     output = compute_policy_loss(
         LossInputs(
             log_probs,
-            batch.behavior,
+            batch.behavior_log_probs,
             batch.token_advantages if per_token else batch.advantages,
             batch.cu_seqlens,
             mask=batch.mask,
-            old_log_probs=batch.old if behavior == "recompute" else None,
+            old_log_probs=batch.old_log_probs if behavior == "recompute" else None,
         ),
         PolicyLossConfig(
             name,
@@ -111,7 +111,7 @@ def test_bapo_moves_the_lower_bound_to_its_end_then_the_upper_until_the_share_is
         batch = make_batch(seed, scale=1.0)
         batch.advantages += (seed - 15) / 15
         index = batch.mask.nonzero().flatten()
-        ratio = (batch.log_probs - batch.behavior)[index].exp()
+        ratio = (batch.log_probs - batch.behavior_log_probs)[index].exp()
         a = batch.advantages[batch.segment_ids][index]
 
         def share(low, high, ratio=ratio, a=a):
@@ -140,7 +140,7 @@ def test_opsm_silences_negative_responses_the_policy_has_left_and_nothing_else()
         batch = make_batch(5)
         _, gradient = run(batch, name)
         _, masked = run(batch, name, opsm_delta=0.02)
-        d = torch.where(batch.mask, batch.behavior - batch.log_probs, 0.0)
+        d = torch.where(batch.mask, batch.behavior_log_probs - batch.log_probs, 0.0)
         mean = torch.zeros(batch.num_sequences).double().index_add_(0, batch.segment_ids, d)
         mean /= torch.tensor(batch.unmasked_lengths).clamp(min=1)
         silent = (batch.advantages < 0) & (mean > 0.02)
@@ -151,7 +151,7 @@ def test_opsm_silences_negative_responses_the_policy_has_left_and_nothing_else()
 
 def test_kl_and_entropy_terms_are_aggregated_like_the_loss():
     batch = make_batch(2)
-    ref = batch.behavior + 0.3
+    ref = batch.behavior_log_probs + 0.3
     for kind, function in (
         ("k1", lambda r: -r),
         ("k2", lambda r: r**2 / 2),
@@ -165,7 +165,7 @@ def test_kl_and_entropy_terms_are_aggregated_like_the_loss():
             output = compute_policy_loss(
                 LossInputs(
                     log_probs,
-                    batch.behavior,
+                    batch.behavior_log_probs,
                     batch.advantages * 0,
                     batch.cu_seqlens,
                     mask=batch.mask,

@@ -34,9 +34,9 @@ for rows, width in ((3, 1), (5, 1000), (2, 4096), (3, 9001)):
             found = {}
             for operations in (logit_tiles, triton_tiles):
                 statistics, target = torch.zeros(3, 7, rows, dtype=accurate), torch.full((rows,), 9.0, dtype=accurate)
-                operations.fold(logits.clone(), column, temperature, statistics[:, 3], target, kept=False)
+                operations.softmax_statistics(logits.clone(), column, temperature, statistics[:, 3], target, kept=False)
                 kept = logits.clone()
-                operations.fold(kept, column, temperature, statistics[:, 5], target, kept=True)
+                operations.softmax_statistics(kept, column, temperature, statistics[:, 5], target, kept=True)
                 assert torch.equal(kept, logits) and torch.equal(statistics[:, 3], statistics[:, 5])
                 found[operations] = statistics[:, 3], target
             for ours, host in zip(found[triton_tiles], found[logit_tiles], strict=True):
@@ -47,13 +47,13 @@ for rows, width in ((3, 1), (5, 1000), (2, 4096), (3, 9001)):
                 turned = {}
                 for operations in (logit_tiles, triton_tiles):
                     turned[operations] = logits.clone()
-                    operations.turn_(turned[operations], column, temperature, log_sum, slopes, entropy)
+                    operations.logit_gradient_(turned[operations], column, temperature, log_sum, slopes, entropy)
                 same(turned[triton_tiles], turned[logit_tiles], dtype)
 
 logits = torch.randn(2, 10, generator=generator)
 logits[1, 3] = float("nan")
 statistics = torch.zeros(3, 2)
-triton_tiles.fold(logits, torch.zeros(2, dtype=torch.long), 1.0, statistics, torch.zeros(2), kept=True)
+triton_tiles.softmax_statistics(logits, torch.zeros(2, dtype=torch.long), 1.0, statistics, torch.zeros(2), kept=True)
 assert statistics[:, 0].isfinite().all() and statistics[1, 1].isnan()
 
 with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +90,6 @@ def test_kernels_compile_for_an_h100(tmp_path):
         turn = {"tile": f"*{element}", "column": "*i64", "log_sum": exact, "slopes": exact, "entropy": exact}
         turn |= {"width": "i32", "between_slopes": "i32"}
         constants = {"TEMPERATURE": 0.7, "BLOCK": 2048, "DTYPE": f"float{accurate[2:]}"}
-        kernels.append(("_fold_kernel", fold, constants))
-        kernels += [("_turn_kernel", turn, constants | {"WITH_ENTROPY": wanted}) for wanted in (True, False)]
+        kernels.append(("_softmax_statistics_kernel", fold, constants))
+        kernels += [("_logit_gradient_kernel", turn, constants | {"WITH_ENTROPY": wanted}) for wanted in (True, False)]
     compile_for_h100("vespo_megatron.megatron.triton_tiles", kernels, str(tmp_path))

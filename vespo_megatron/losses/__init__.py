@@ -1,4 +1,4 @@
-"""Every off-policy objective of the field as one family: one φ each, one loss −Σ φ·A·log π.
+"""Policy losses: every off-policy objective of the field as one φ each, in one loss −Σ φ·A·log π.
 
 A library of its own: needs torch alone, knows tensors and a process group. Start at `policy_loss`.
 """

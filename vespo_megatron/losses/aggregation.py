@@ -1,4 +1,4 @@
-"""From per-token terms to one number, with a denominator fixed before the batch is split.
+"""Aggregation of per-token terms to one loss, with a denominator fixed before the batch is split.
 
 loss = (Σ over every rank and micro-batch of scale_t·ℓ_t), where scale depends on global counts only. A mini-batch
 therefore has the same gradient however it is cut into micro-batches, data parallel or context parallel shares.

@@ -1,4 +1,4 @@
-"""`PolicyLossConfig`: one objective and what is around it; what means nothing is refused with the reason."""
+"""Configuration of the policy loss, checked: a combination that means nothing is refused with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMON_HYPERPARAMETERS = ("opsm_delta",)
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """One objective and what is around it; checked when made.
+    """An objective, its hyperparameters, and the parts of the loss around it; checked when made.
 
     Raises:
         UserError: an unknown name (the nearest is given), or a combination that means nothing (the reason is given).

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.losses.metrics import MetricSums
-from vespo_megatron.losses.sequence import PackedSequences
 from vespo_megatron.metrics.table import metric
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 EXTREME_TOKEN = 2.0
 """τ of the extreme-token fraction F(τ)."""
@@ -104,7 +107,6 @@ def sequence_metrics(view: SequenceView) -> MetricSums:
 
 
 def token_metrics(
-    sequences: PackedSequences,
     train_log_probs: Tensor,
     behavior_log_probs: Tensor,
     valid: Tensor | None,
@@ -124,8 +126,10 @@ def token_metrics(
     scratch = train_log_probs.new_empty(3, min(CHUNK_TOKENS, len(train_log_probs)))
     for start in range(0, max(len(train_log_probs), 1), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
-        pieces = [None if t is None else t[part] for t in (valid, phi, coefficient)]
-        total = total + _token_chunk(train_log_probs[part], behavior_log_probs[part], *pieces, scratch)
+        valid_here, phi_here, coefficient_here = (None if t is None else t[part] for t in (valid, phi, coefficient))
+        total = total + _token_chunk(
+            train_log_probs[part], behavior_log_probs[part], valid_here, phi_here, coefficient_here, scratch
+        )
     return total
 
 
@@ -140,8 +144,9 @@ def _token_chunk(
     """`token_metrics` of one chunk; `scratch [3, ≥ tokens]` is overwritten (fresh memory costs more than the sums)."""
     metrics = MetricSums()
     d, p, q = scratch[:, : len(train)]
+    masked: Tensor | float = 0.0
     if valid is None:
-        count, masked = torch.tensor(float(len(train)), dtype=torch.float64), 0.0
+        count = torch.tensor(float(len(train)), dtype=torch.float64)
     else:
         count, masked = valid.sum(), (~valid).sum()
         zero = train.new_zeros(())
@@ -254,7 +259,7 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
     return out
 
 
-def log_histograms(writer: object, metrics: MetricSums, step: int) -> None:
+def log_histograms(writer: SummaryWriter, metrics: MetricSums, step: int) -> None:
     """Write the histograms (log W and φ) to a TensorBoard `SummaryWriter`, from counts alone."""
     for name, (edges, counts) in metrics.histograms.items():
         counts_list = counts.tolist()

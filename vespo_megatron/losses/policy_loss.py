@@ -176,7 +176,6 @@ def _metrics(
     if not given.sequences.is_first_rank:
         per_sequence = per_sequence.empty_like()
     tokens = token_metrics(
-        given.sequences,
         given.log_probs if given.old_log_probs is None else given.old_log_probs,
         given.behavior_log_probs,
         corrected.valid_tokens(),

@@ -1,4 +1,4 @@
-"""What a sequence objective needs of the tokens, in one pass over them: sums of log-probs and of log-ratios.
+"""Sums of log-probs and of log-ratios over each sequence, in one pass over the tokens.
 
 An objective whose φ is one number per sequence looks at no token again: forward reads log π and log μ once, backward
 writes the gradient once, and nothing of the tokens' size is kept in between.
@@ -35,7 +35,7 @@ def ratio_sums(
     """See `RatioSums`. `log_probs` and `anchor` are float32 or float64 [tokens], `mask` bool [tokens]."""
     if sequences.on_host and numpy_or_none() is not None:
         return _by_blocks(sequences, log_probs, anchor, mask, bound)
-    if sequences.has_kernels:
+    if sequences.uses_triton:
         from vespo_megatron.losses import triton_sums
 
         return RatioSums(*triton_sums.sums(log_probs, anchor, mask, sequences.offsets, sequences.longest, bound))
@@ -48,7 +48,7 @@ def ratio_sums(
 
 def expand(sequences: PackedSequences, values: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Give every unmasked token its sequence's value, the others 0: [num_sequences] → [tokens] of `dtype`."""
-    if sequences.has_kernels:
+    if sequences.uses_triton:
         from vespo_megatron.losses import triton_sums
 
         return triton_sums.expand(values, mask, sequences.offsets, sequences.longest, sequences.num_tokens, dtype)

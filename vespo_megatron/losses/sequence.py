@@ -1,4 +1,4 @@
-"""Sums over packed sequences, complete on every context parallel rank after one all-reduce.
+"""Packed sequences, and sums over them that one all-reduce completes on every context parallel rank.
 
 Tensors are packed: the sequences' tokens one after another, `[tokens]`, with offsets `cu_seqlens [num_sequences + 1]`.
 With context parallelism the offsets are into this rank's own pieces; a rank may hold no token of a sequence.
@@ -77,7 +77,7 @@ class PackedSequences:
         return self.device.type == "cpu" and self.cu_seqlens.is_cpu
 
     @property
-    def has_kernels(self) -> bool:
+    def uses_triton(self) -> bool:
         """Whether the tokens are on a GPU with Triton and the offsets in host memory, as `triton_sums` needs them."""
         return has_triton(self.device.type) and self.cu_seqlens.is_cpu
 

@@ -1,6 +1,6 @@
-"""What a φ is, seen as a distribution: surrogate f, implicit proposal Q ∝ μ·φ(W), its moments, and VESPO's bound.
+"""Theory of a φ: surrogate f, implicit proposal Q ∝ μ·φ(W), its moments, and VESPO's bound.
 
-Everything is float64 and pure. Q, Z, C and K are as in arXiv 2602.10693 v3. For c1 > 1 (so for both deployed kernels,
+Everything is float64 and pure. Q, Z, C and K are as in arXiv 2602.10693 v3. For c1 > 1 (so for both pairs of constants,
 α = c1 > 1) Q is *not* an interpolation between μ and π.
 """
 
@@ -112,7 +112,7 @@ class Proposal:
     z: float
     """Z = E_μ[φ]."""
     mean_w: float
-    """C = E_Q[W] = E_μ[φ·W]/E_μ[φ]: the constraint the kernel implies."""
+    """C = E_Q[W] = E_μ[φ·W]/E_μ[φ]: the constraint that φ implies."""
     ess: float
     """(E φ)²/E[φ²], in (0, 1]."""
     second_moment: float

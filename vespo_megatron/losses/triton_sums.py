@@ -1,4 +1,6 @@
-"""`ratio_sums` and its gradient's expansion as one Triton kernel each: 8 bytes read and 4 written per float32 token.
+"""`ratio_sums` on a GPU: one Triton kernel for the sums, one for their gradient.
+
+Per float32 token 8 bytes are read and 4 written.
 
 Checked in Triton's interpreter on a CPU (`make test-triton`); it has not run on a GPU yet. Imported only where a GPU
 and Triton are (PyTorch's CUDA builds bring it).

@@ -1,4 +1,4 @@
-"""VCPO (arXiv 2602.17616): a learning rate scaled by the effective sample size; beside the loss, not in it."""
+"""Learning rate scaled by the effective sample size: VCPO (arXiv 2602.17616), beside the loss, not in it."""
 
 from __future__ import annotations
 

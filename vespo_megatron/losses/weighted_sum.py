@@ -1,4 +1,4 @@
-"""−Σ weight·log π, the one differentiable step of every objective; its gradient is −weight.
+"""Weighted sum −Σ weight·log π, the one differentiable step of every objective; its gradient is −weight.
 
 Terms with weight 0 do not count, whatever the log-prob (NaN, −inf).
 """
@@ -19,6 +19,7 @@ class TokenWeighted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, weight: Tensor) -> Tensor:
+        """[]: the sum."""
         ctx.save_for_backward(weight)
         ctx.dtype = log_probs.dtype
         values = log_probs.detach()
@@ -30,6 +31,7 @@ class TokenWeighted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient of `log_probs`: [tokens]."""
         (weight,) = ctx.saved_tensors
         return (weight * -grad).to(ctx.dtype), None
 
@@ -45,11 +47,13 @@ class SequenceWeighted(torch.autograd.Function):
     def forward(
         ctx: Any, log_probs: Tensor, weight: Tensor, sums: Tensor, sequences: PackedSequences, mask: Tensor | None
     ) -> Tensor:
+        """[]: the sum."""
         ctx.save_for_backward(weight, mask)
         ctx.sequences, ctx.dtype = sequences, log_probs.dtype
         return -torch.where(weight == 0, 0.0, weight * sums).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of `log_probs`: [tokens]."""
         weight, mask = ctx.saved_tensors
         return expand(ctx.sequences, weight * -grad, mask, ctx.dtype), None, None, None, None

@@ -1,4 +1,4 @@
-"""A policy's state on disk by megatron-core's `dist_checkpointing`: any parallel layout saves, any other loads.
+"""Policy checkpoints by megatron-core's `dist_checkpointing`: any parallel layout saves, any other loads.
 
 Weights, the optimizer's float32 weights and moments, and the schedule. Every rank writes its own shards; a tensor that
 several ranks hold is written by one of them. Loading into the same layout is exact to the last bit.

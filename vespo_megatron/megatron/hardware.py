@@ -1,4 +1,4 @@
-"""GPUs by what their makers publish, and how much of it training and generation reach."""
+"""GPU data sheets, and the assumed share of them that training and generation reach."""
 
 from __future__ import annotations
 

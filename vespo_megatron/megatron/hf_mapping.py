@@ -27,6 +27,7 @@ class Rule:
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
         """HF tensors → shard `index` of `count`."""
+        del index, count  # every rank holds all of it
         return tensors[0]
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -42,9 +43,11 @@ class Split(Rule):
     is_sharded = True
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
+        """See `Rule`."""
         return tensors[0].chunk(count, dim=self.dim)[index]
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Rule`."""
         return [torch.cat(list(shards), dim=self.dim)]
 
 
@@ -56,12 +59,14 @@ class Vocabulary(Rule):
     is_sharded = True
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
+        """See `Rule`."""
         rows = -(-self.vocab_size // count)
         shard = tensors[0][index * rows : (index + 1) * rows]
         padding = shard.new_zeros(rows - shard.shape[0], shard.shape[1])
         return torch.cat([shard, padding]) if len(padding) else shard
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Rule`."""
         return [torch.cat(list(shards))[: self.vocab_size]]
 
 
@@ -72,9 +77,11 @@ class GateUp(Rule):
     is_sharded = True
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
+        """See `Rule`."""
         return torch.cat([tensor.chunk(count)[index] for tensor in tensors])
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Rule`."""
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
 
@@ -88,10 +95,12 @@ class GroupedQKV(Rule):
     is_sharded = True
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
+        """See `Rule`."""
         grouped = [tensor.unflatten(0, (self.num_groups, -1)) for tensor in tensors]
         return torch.cat(grouped, dim=1).chunk(count)[index].flatten(0, 1)
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Rule`."""
         grouped = torch.cat(list(shards)).unflatten(0, (self.num_groups, -1))
         query_rows = grouped.shape[1] - 2 * self.head_dim
         parts = grouped.split([query_rows, self.head_dim, self.head_dim], dim=1)
@@ -107,10 +116,12 @@ class Stacked(Rule):
 
     @staticmethod
     def of(parts: Sequence[Rule]) -> Stacked:
+        """The rule of a stack of these."""
         names = tuple(name for part in parts for name in part.names)
         return Stacked(names, is_expert=True, parts=tuple(parts))
 
     def shard(self, tensors: Sequence[torch.Tensor], index: int, count: int) -> torch.Tensor:
+        """See `Rule`."""
         width = len(self.parts[0].names)
         return torch.stack(
             [
@@ -120,6 +131,7 @@ class Stacked(Rule):
         )
 
     def merge(self, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Rule`."""
         return [
             tensor
             for number, part in enumerate(self.parts)

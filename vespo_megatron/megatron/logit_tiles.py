@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 
 _HOST_BLOCK = 1 << 18
-"""Numbers of a tile that the host turns at a time: what is made of them on the way stays in its cache."""
+"""Numbers of a tile that the host works on at a time: what is made of them on the way stays in its cache."""
 
 
-def fold(
+def softmax_statistics(
     tile: torch.Tensor,
     column: torch.Tensor,
     temperature: float,
@@ -22,7 +22,7 @@ def fold(
     *,
     kept: bool,
 ) -> None:
-    """Fold a tile into a few numbers per row.
+    """Reduce a tile to a few numbers per row.
 
     Args:
         tile: logits [rows, columns], before the temperature; of no use afterwards unless `kept`.
@@ -44,7 +44,7 @@ def fold(
         torch.sum(z.mul_(e), dim=-1, out=weighted)
 
 
-def turn_(
+def logit_gradient_(
     tile: torch.Tensor,
     column: torch.Tensor,
     temperature: float,
@@ -52,11 +52,11 @@ def turn_(
     slopes: torch.Tensor,
     entropy: torch.Tensor | None,
 ) -> None:
-    """Turn a tile, in place, into the gradient of its logits.
+    """Overwrite a tile with the gradient of its logits.
 
     Args:
         tile: logits [rows, columns], before the temperature.
-        column: int64 [rows], as `fold` takes it.
+        column: int64 [rows], as `softmax_statistics` takes it.
         log_sum: [rows], log Σ exp z over the whole vocabulary.
         slopes: [2, rows], ∂loss/∂log-prob and ∂loss/∂entropy, both over the temperature.
         entropy: [rows]; None where ∂loss/∂entropy is 0.
@@ -75,7 +75,7 @@ def turn_(
 
 
 def _blocks(tile: torch.Tensor) -> Iterator[slice]:
-    """Rows of a tile that are turned together."""
+    """Rows of a tile that are worked on together."""
     rows = max(_HOST_BLOCK // tile.shape[1], 1) if tile.device.type == "cpu" else max(len(tile), 1)
     return (slice(start, min(start + rows, len(tile))) for start in range(0, len(tile), rows))
 

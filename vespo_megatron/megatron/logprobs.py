@@ -1,7 +1,7 @@
 """Token log-probs (and entropy) from hidden states, vocab-parallel, without ever keeping tokens × vocabulary.
 
-The logits are made a tile at a time, [rows, some of the vocabulary], and folded into a few numbers per row. The
-backward makes each tile again and turns it, in place, into the gradient of the logits, from which both gradients are
+The logits are made a tile at a time, [rows, some of the vocabulary], and reduced to a few numbers per row. The
+backward makes each tile again and overwrites it with the gradient of the logits, from which both gradients are
 accumulated: one matrix product more than the plain form (4/3 of its work), a few tiles instead of tokens × vocabulary
 several times over. As many of the last tiles as the memory allows are kept for the backward and not made again. Tiles
 span all rows where they can, so that the weight's gradient is written once per tile, and straight into megatron-core's
@@ -111,7 +111,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 if is_kept:
                     ctx.kept[number, part] = tile
                 column, statistics = local[rows] - columns.start, strips[:, number, rows]
-                ctx.on_tile.fold(tile, column, temperature, statistics, target[rows], kept=is_kept)
+                ctx.on_tile.softmax_statistics(tile, column, temperature, statistics, target[rows], kept=is_kept)
         peak = strips[0].amax(dim=0)
         if group.size() > 1:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -152,7 +152,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 tile = ctx.kept.pop((number, part), None)
                 if tile is None:
                     tile = _logits(hidden, weight, rows, columns, ctx.first_id, ctx.logit_mask)
-                ctx.on_tile.turn_(
+                ctx.on_tile.logit_gradient_(
                     tile,
                     local[rows] - columns.start,
                     ctx.temperature,
@@ -204,7 +204,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def operations(device: torch.device) -> ModuleType:
-    """What folds and turns tiles there: `triton_tiles` where a GPU and Triton are, `logit_tiles` elsewhere."""
+    """The module that works on tiles there: `triton_tiles` where a GPU and Triton are, `logit_tiles` elsewhere."""
     if has_triton(device.type):
         from vespo_megatron.megatron import triton_tiles
 

@@ -1,4 +1,4 @@
-"""Parallel set-up: process group, megatron-core's parallel state, seeds; and `RankInfo`, what a process is in it."""
+"""Parallel set-up (process group, megatron-core's parallel state, seeds) and this process's place in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributes that megatron-core puts on parameters and looks for on them, as a type."""
+"""Type of the attributes that megatron-core sets on parameters and reads from them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`logit_tiles` as one Triton kernel each: a tile is read once to be folded, read and written once to be turned.
+"""`logit_tiles` on a GPU: one Triton kernel each, where PyTorch's operations go over a tile about a dozen times.
 
-PyTorch's operations go over it about a dozen times.
+A tile is read once for its statistics, and read and written once for its gradient.
 Checked in Triton's interpreter and compiled for an H100 on a CPU (`make test-triton`); it has not run on a GPU yet.
 Imported only where a GPU and Triton are (PyTorch's CUDA builds bring it).
 """
@@ -16,7 +16,7 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
-def _fold_kernel(
+def _softmax_statistics_kernel(
     tile,
     column,
     statistics,
@@ -56,7 +56,7 @@ def _fold_kernel(
 
 
 @triton.jit
-def _turn_kernel(
+def _logit_gradient_kernel(
     tile,
     column,
     log_sum,
@@ -82,7 +82,7 @@ def _turn_kernel(
     tl.store(place, turned.to(tile.dtype.element_ty), mask=here)
 
 
-def fold(
+def softmax_statistics(
     tile: torch.Tensor,
     column: torch.Tensor,
     temperature: float,
@@ -91,10 +91,11 @@ def fold(
     *,
     kept: bool,
 ) -> None:
-    """See `logit_tiles.fold`; the tile stays as it is, `kept` or not."""
+    """See `logit_tiles.softmax_statistics`."""
+    del kept  # the kernel leaves the tile as it is
     rows, width = tile.shape
     if rows:
-        _fold_kernel[(rows,)](
+        _softmax_statistics_kernel[(rows,)](
             tile,
             column,
             statistics,
@@ -107,7 +108,7 @@ def fold(
         )
 
 
-def turn_(
+def logit_gradient_(
     tile: torch.Tensor,
     column: torch.Tensor,
     temperature: float,
@@ -115,11 +116,11 @@ def turn_(
     slopes: torch.Tensor,
     entropy: torch.Tensor | None,
 ) -> None:
-    """See `logit_tiles.turn_`."""
+    """See `logit_tiles.logit_gradient_`."""
     rows, width = tile.shape
     if rows:
         block = _block(width)
-        _turn_kernel[(rows, triton.cdiv(width, block))](
+        _logit_gradient_kernel[(rows, triton.cdiv(width, block))](
             tile,
             column,
             log_sum,

@@ -1,4 +1,4 @@
-"""This rank's experts as two stacked weights and one grouped SwiGLU, instead of a module per expert.
+"""Experts of one rank as two stacked weights and one grouped SwiGLU, instead of a module per expert.
 
 Tokens come sorted by expert. On a GPU the products are `torch._grouped_mm`; on the host they are one `mm` per expert
 into its rows of one output (measured no slower there than `_grouped_mm` or padded `bmm`, and it pads nothing). The
@@ -170,6 +170,7 @@ class GroupedExperts(MegatronModule):
 
         Gate and up are sharded apart, so that expert parallel and expert tensor parallel sizes may change.
         """
+        del metadata  # these two weights are stored one way
         axis = len(sharded_offsets)
         experts = (axis, self.ep_group.rank(), self.ep_group.size())
         rank, size = self.tp_group.rank(), self.tp_group.size()

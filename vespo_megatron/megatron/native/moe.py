@@ -1,4 +1,4 @@
-"""The MoE layer of the native spec: megatron-core's own, made right for TP without sequence parallelism.
+"""MoE layer of the native spec: megatron-core's own, which also trains with TP without sequence parallelism.
 
 megatron-core refuses to train MoE with TP > 1 and no sequence parallelism (moe_layer.py:398): every tensor parallel
 rank would dispatch the same tokens, and experts would count them TP times. Here the tokens are sharded for the length

@@ -1,4 +1,4 @@
-"""RMSNorm that knows sequence parallelism (megatron-core's torch norm asserts it off: torch_norm.py:32)."""
+"""RMSNorm for sequence parallelism, which megatron-core's own for PyTorch refuses (torch_norm.py:32)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer specs a policy can be built from: `native`, or Transformer Engine's where it is really there."""
+"""Layer specs of the policy: `native`, or Transformer Engine's where it can be used."""
 
 from __future__ import annotations
 
