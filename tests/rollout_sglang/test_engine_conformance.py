@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from dataclasses import replace
 from itertools import count
@@ -14,9 +15,10 @@ from rollout_helpers import generate, make_requests
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.conversation import Conversation
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, RolloutEngine, SamplingParams
 
 TOLERANCE = 1e-4
+PROTOCOL = [name for name, value in vars(RolloutEngine).items() if callable(value) and not name.startswith("_")]
 _seeds = count(1)
 
 
@@ -25,6 +27,20 @@ def fresh_weights(engine, reference, scale=0.1):
     seed, version = next(_seeds), engine.weight_version + 1
     engine.update_weights(reference.named_tensors(scale, seed), version)
     return reference.with_weights(reference.named_tensors(scale, seed)), version
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_an_engine_takes_what_the_protocol_says(engine, name):
+    """Parameters, their kinds and defaults, and whether it is a coroutine."""
+    promised, given = getattr(RolloutEngine, name), getattr(type(engine), name)
+    assert list(inspect.signature(given).parameters.values()) == list(inspect.signature(promised).parameters.values())
+    assert inspect.iscoroutinefunction(given) is inspect.iscoroutinefunction(promised)
+
+
+def test_an_engine_tells_what_it_is_and_holds(engine):
+    assert set(RolloutEngine.__annotations__) == {"description", "weight_version", "context_length"}
+    assert isinstance(engine.description, str) and engine.description
+    assert isinstance(engine.weight_version, int) and engine.context_length == 128
 
 
 def test_results_come_in_order_with_one_number_of_each_kind_per_token(engine):

@@ -105,7 +105,7 @@ def test_log_probs_and_routes_are_those_of_a_plain_transformers_forward(engine, 
 def test_experts_of_few_rows_and_of_many_are_transformers_own(engine, tokens):
     from vespo_megatron.rollout_sglang.in_process.experts import run_experts
 
-    mlp = engine.model.model.layers[0].mlp
+    mlp = engine._model.model.model.layers[0].mlp
     hidden = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
     _, gates, chosen = mlp.gate(hidden)
     actual = run_experts(mlp.experts, hidden, chosen, gates)
@@ -261,13 +261,40 @@ def test_a_faulty_weight_update_names_the_tensor_and_stops_generation_until_a_go
     engine.close()
 
 
+def test_an_update_in_place_is_refused_and_changes_nothing(model_folder):
+    engine = InProcessEngine(model_folder)
+    before = engine.weight_checksum()
+    with pytest.raises(UserError, match=r"in place.*\n.*\n.*on_weight_update"):
+        engine.update_weights(disk_tensors(model_folder).items(), 1, in_place=True)
+    assert engine.weight_version == 0 and engine.weight_checksum() == before
+    assert len(generate(engine, make_requests(2))) == 2
+    engine.close()
+
+
+def test_a_call_of_several_batches_is_drawn_under_one_version(model_folder):
+    engine, versions = InProcessEngine(model_folder, max_batch_size=2), set()
+    tensors = disk_tensors(model_folder)
+
+    async def scenario():
+        drawing = asyncio.create_task(engine.generate(make_requests(20, max_new_tokens=30)))
+        while not engine._generation_lock.has_readers:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.update_weights, tensors.items(), 1)
+        return await drawing
+
+    for result in asyncio.run(scenario()):
+        versions |= set(result.weight_versions.tolist())
+    assert versions == {0}
+    engine.close()
+
+
 def test_pause_ends_running_requests_as_aborts_whose_tokens_are_whole(engine, reference):
     # A context of 64 leaves too little time to pause in: pause from the first finished response instead.
     requests = make_requests(30, stop=(STOP,), max_new_tokens=34)
 
     async def scenario():
         task = asyncio.ensure_future(engine.generate(requests))
-        while not engine._lock.locked():
+        while not engine._generation_lock.has_readers:
             await asyncio.sleep(0)
         await engine.pause()
         results = await task

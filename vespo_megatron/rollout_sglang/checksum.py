@@ -20,7 +20,7 @@ def tensor_checksum(name: str, tensor: torch.Tensor) -> int:
 
     host = tensor.detach().cpu().contiguous()
     digest = xxhash.xxh3_64(f"{name} {str(host.dtype).removeprefix('torch.')} {tuple(host.shape)}".encode())
-    digest.update(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+    digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
     return digest.intdigest()
 
 

@@ -85,6 +85,10 @@ class RolloutEngine(Protocol):
 
     description: str
     """For people: name, version, device; for instance 'SGLang 0.5.23 at 127.0.0.1:31000 (cpu)'."""
+    weight_version: int
+    """Of the weights that it holds."""
+    context_length: int
+    """Prompt and response tokens at most."""
 
     async def generate(
         self,
@@ -98,24 +102,35 @@ class RolloutEngine(Protocol):
         `faults.WeightsNeeded` when it cannot go on without a weight update (what arrived was given to `on_result`).
         """
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
+    ) -> str:
         """Take a complete set of HF-named tensors, one at a time (the stream is consumed once, never collected).
 
-        Returns the checksum both sides agree on; raises `UserError` when they do not, and `faults.WeightsNeeded`
-        when a server failed and the same update can be made without it.
+        Args:
+            in_place: requests that run are not waited for: they stand still meanwhile, and go on with the new weights
+                and the cache of the old ones.
+
+        Returns the checksum both sides agree on; raises `UserError` when they do not, or for `in_place` where the
+        engine cannot, and `faults.WeightsNeeded` when a server failed and the same update can be made without it.
         """
 
     def release_memory(self) -> None:
         """Give device memory to the trainer until the next weight update, which brings everything back."""
 
-    async def pause(self) -> None: ...
+    async def pause(self) -> None:
+        """End running requests as 'abort' and hold new ones back; returns when all have ended."""
 
-    async def resume(self) -> None: ...
+    async def resume(self) -> None:
+        """Let requests run again."""
 
-    async def health(self) -> bool: ...
+    async def health(self) -> bool:
+        """Whether it can generate now: open, and with whole weights."""
+        ...
 
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, by metric name (`rollout/…`)."""
+        ...
 
     def close(self) -> None:
         """Release connections and process groups; idempotent."""

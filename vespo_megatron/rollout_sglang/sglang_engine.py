@@ -13,7 +13,7 @@ from vespo_megatron.rollout_sglang.api_key import api_key
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
 from vespo_megatron.rollout_sglang.client.reply import check_request
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
@@ -104,14 +104,11 @@ class SGLangEngine:
         """
         for request in requests:
             check_request(request, self.shape, self.context_length)
-        await self._generation_lock.acquire_read()
-        try:
+        async with self._generation_lock.reading():
             self._check_usable()
             return await self.pool.generate(
                 requests, version=self.weight_version, newest=lambda: self._newest_version, on_result=on_result
             )
-        finally:
-            self._generation_lock.release_read()
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
@@ -263,3 +260,7 @@ class SGLangEngine:
         thread.join()
         if failure:
             raise failure[0]
+
+
+if TYPE_CHECKING:
+    _: type[RolloutEngine] = SGLangEngine

@@ -195,7 +195,7 @@ def _short(value: Any) -> str:
 def _finish_reason(value: Any, check: _Check) -> str:
     reason = value.get("type") if isinstance(value, dict) else value
     check.that(reason in FINISH_REASONS, f"finish_reason {_short(value)}", f"one of {FINISH_REASONS}")
-    return reason
+    return str(reason)
 
 
 def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:

@@ -11,21 +11,18 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from vespo_megatron.data.sample import smallest_int_dtype
-from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
-from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe, weight_views
-from vespo_megatron.rollout_sglang.in_process.sampling import RowSampler
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
+from vespo_megatron.rollout_sglang.in_process.batch import Batch
+from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe, load_model, weight_views
+from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
-_COMPACT_BELOW = 0.75
-"""Finished rows are dropped from the batch once fewer than this share of its rows is unfinished."""
+_POLL_S = 0.002
 
 
 class InProcessEngine:
@@ -54,18 +51,17 @@ class InProcessEngine:
     ) -> None:
         import transformers
 
-        self.model = _load(Path(model_folder), dtype, torch.device(device))
-        config = self.model.config
+        model = load_model(Path(model_folder), dtype, torch.device(device))
+        config = model.config
         self.context_length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
         self.vocab_size = config.vocab_size
         self.max_batch_size = max_batch_size
         self.return_routes = return_routes
         self.weight_version = 0
         self.description = f"in-process transformers {transformers.__version__} ({device}, {str(dtype)[6:]})"
-        self._forward = CachedQwen3Moe(self.model, self.context_length)
-        self._route_dtype = smallest_int_dtype(config.num_experts)
-        self._views = weight_views(self.model)
-        self._lock = threading.Lock()
+        self._model: CachedQwen3Moe | None = CachedQwen3Moe(model, self.context_length)
+        self._views = weight_views(model)
+        self._generation_lock = ReadersWriterLock()
         # One thread for good: a new one per call would start its own OpenMP workers each time (three times slower).
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="in-process-engine")
         self._paused = threading.Event()
@@ -82,12 +78,12 @@ class InProcessEngine:
 
         A response is cut at the context length with finish reason 'length'. While the engine is paused, what runs
         ends as 'abort' with what it has, and what is asked for anew waits for `resume`; during a weight update it waits
-        for the update's end.
+        for the update's end. All of one call is drawn under one version.
         """
         for request in requests:
             self._check(request)
         while self._paused.is_set() and not self._closed:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(_POLL_S)
         loop = asyncio.get_running_loop()
 
         def emit(result: GenerationResult) -> None:
@@ -98,13 +94,23 @@ class InProcessEngine:
         await asyncio.sleep(0)  # lets the last scheduled on_result calls run before the caller goes on
         return results
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+    def update_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
+    ) -> str:
         """Take a complete set of tensors under their names on disk, cast to the engine's dtype; waits for what runs.
 
         Returns the `WeightChecksum` of the weights as they now are. Raises `UserError` for an unknown, repeated,
-        misshapen or missing tensor; the engine then refuses to generate until an update succeeds.
+        misshapen or missing tensor; the engine then refuses to generate until an update succeeds. It refuses
+        `in_place`, and is then as it was.
         """
-        with self._lock, torch.inference_mode():
+        if in_place:
+            raise UserError(
+                "cannot take weights in place, under requests that run",
+                where=self.description,
+                expected="an update that waits for them",
+                fix="set grpo.async_grpo.on_weight_update=abort_and_continue or drain, or use the sglang backend",
+            )
+        with self._generation_lock.write(), torch.inference_mode():
             self._broken = f"the weights of version {version} did not arrive whole"
             sent = WeightChecksum()
             missing = dict.fromkeys(self._views)
@@ -149,8 +155,8 @@ class InProcessEngine:
     async def pause(self) -> None:
         """End running requests as 'abort' and hold new ones back; returns when none is running."""
         self._paused.set()
-        while self._lock.locked():
-            await asyncio.sleep(0.002)
+        while self._generation_lock.has_readers:
+            await asyncio.sleep(_POLL_S)
 
     async def resume(self) -> None:
         """Let requests run again."""
@@ -168,16 +174,15 @@ class InProcessEngine:
         """Let go of the model; idempotent."""
         self._closed = True
         self._worker.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            self.model = self._forward = None
-            self._views = {}
+        self._model, self._views = None, {}
 
-    def _check_usable(self) -> None:
-        """Under the lock: an update that is under way has not failed yet."""
-        if self._closed:
+    def _usable_model(self) -> CachedQwen3Moe:
+        """The model, to be asked for under the lock: an update that is under way has not failed yet."""
+        if self._closed or self._model is None:
             raise UserError("is closed", where=self.description)
         if self._broken:
             raise UserError(self._broken, where=self.description, fix="update the weights again before generating")
+        return self._model
 
     def _check(self, request: GenerationRequest) -> None:
         where = f"request {request.request_id}"
@@ -194,160 +199,21 @@ class InProcessEngine:
         self, requests: list[GenerationRequest], emit: Callable[[GenerationResult], None]
     ) -> list[GenerationResult]:
         results: list[GenerationResult] = []
-        for start in range(0, len(requests), self.max_batch_size):
-            with self._lock, torch.inference_mode():
-                self._check_usable()
-                batch = _Batch(self, requests[start : start + self.max_batch_size], emit)
+        with self._generation_lock.read(), torch.inference_mode():
+            model = self._usable_model()
+            for start in range(0, len(requests), self.max_batch_size):
+                some = requests[start : start + self.max_batch_size]
+                batch = Batch(
+                    model,
+                    some,
+                    [min(each.sampling.max_new_tokens, self.context_length - len(each.prompt_ids)) for each in some],
+                    weight_version=self.weight_version,
+                    return_routes=self.return_routes,
+                    emit=emit,
+                )
                 results += batch.run(self._paused.is_set)
         return results
 
 
-class _Batch:
-    """Requests generated side by side, one token of each per step; every unfinished row is at the same step."""
-
-    def __init__(
-        self, engine: InProcessEngine, requests: list[GenerationRequest], emit: Callable[[GenerationResult], None]
-    ) -> None:
-        self.engine, self.requests, self.emit = engine, requests, emit
-        self.forward = engine._forward
-        self.device = self.forward.device
-        self.results: list[GenerationResult | None] = [None] * len(requests)
-        self.limits = [
-            min(request.sampling.max_new_tokens, engine.context_length - len(request.prompt_ids))
-            for request in requests
-        ]
-        # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
-        self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
-        self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
-        self.sampling_mask: list[list[np.ndarray]] = [[] for _ in requests]
-        self.routes = np.zeros((len(requests), 0, len(self.forward.sparse_layers), self._topk), self._route_dtype)
-
-    @property
-    def _topk(self) -> int:
-        return self.forward.config.num_experts_per_tok
-
-    @property
-    def _route_dtype(self) -> np.dtype:
-        return self.engine._route_dtype
-
-    def run(self, stopped: Callable[[], bool]) -> list[GenerationResult]:
-        """Generate until every row is finished, or until `stopped()`: the rest is then an abort."""
-        prompts = {request.prompt_ids: None for request in self.requests}
-        unique = {prompt: index for index, prompt in enumerate(prompts)}
-        lengths = torch.tensor([len(prompt) for prompt in unique], device=self.device)
-        width = int(lengths.max())
-        ids = torch.zeros(len(unique), width, dtype=torch.int64, device=self.device)
-        for prompt, index in unique.items():
-            ids[index, : len(prompt)] = torch.tensor(prompt, device=self.device)
-        # Requests of one group share a prompt: it is run once, and its cache rows are repeated.
-        cache = self.forward.new_cache(len(unique), width + min(max(self.limits), 64))
-        logits, prompt_routes = self.forward.prefill(ids, lengths, cache)
-        self.prompt_routes = self._pack_routes(prompt_routes)
-        self.prompt_index = [unique[request.prompt_ids] for request in self.requests]
-        rows = torch.tensor(self.prompt_index, device=self.device)
-        cache.select(rows)
-        logits, positions = logits[rows], lengths[rows]
-
-        sampler = RowSampler(self.requests, self.limits, self.device)
-        stops = self._stop_tokens()
-        limits = torch.tensor(self.limits, device=self.device)
-        origin = torch.arange(len(self.requests), device=self.device)
-        alive = torch.ones(len(self.requests), dtype=torch.bool, device=self.device)
-        longest, step = width, 0
-        while True:
-            tokens, log_probs, sampling_mask = sampler.sample(logits, step)
-            self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), sampling_mask)
-            stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
-            ended = alive & (stop | (limits == step + 1))
-            if bool(ended.any()):
-                for row, by_stop in zip(origin[ended].tolist(), stop[ended].tolist(), strict=True):
-                    self._finish(row, step + 1, "stop" if by_stop else "length")
-                alive = alive & ~ended
-                num_alive = int(alive.sum())
-                if num_alive == 0:
-                    break
-                if num_alive < _COMPACT_BELOW * len(alive):
-                    keep = alive.nonzero()[:, 0]
-                    cache.select(keep)
-                    sampler.select(keep)
-                    tokens, positions, limits, origin, alive = (
-                        part[keep] for part in (tokens, positions, limits, origin, alive)
-                    )
-                    stops = stops[keep] if len(stops) > 1 else stops
-                    longest = int(positions.max())
-            if stopped():
-                for row in origin[alive].tolist():
-                    self._finish(row, step + 1, "abort")
-                break
-            longest += 1
-            logits, routes = self.forward.decode(tokens, positions, longest, cache)
-            self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
-            positions, step = positions + 1, step + 1
-        return [result for result in self.results if result is not None]
-
-    def _stop_tokens(self) -> torch.Tensor:
-        """bool [rows or 1, vocabulary]: the tokens that end a row; one row when all requests agree."""
-        wanted = [request.sampling.stop_token_ids for request in self.requests]
-        wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
-        table = torch.zeros(len(wanted), self.engine.vocab_size, dtype=torch.bool, device=self.device)
-        for row, stop_token_ids in enumerate(wanted):
-            table[row, list(stop_token_ids)] = True
-        return table
-
-    def _pack_routes(self, routes: torch.Tensor) -> np.ndarray:
-        return routes.cpu().numpy().astype(self._route_dtype)
-
-    def _write(
-        self, step: int, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray, sampling_mask: SamplingMask | None
-    ) -> None:
-        if step == self.tokens.shape[1]:
-            more = min(max(64, step), max(self.limits) - step)
-            self.tokens = np.pad(self.tokens, ((0, 0), (0, more)))
-            self.log_probs = np.pad(self.log_probs, ((0, 0), (0, more)))
-            self.routes = np.pad(self.routes, ((0, 0), (0, more), (0, 0), (0, 0)))
-        self.tokens[rows, step] = tokens
-        self.log_probs[rows, step] = log_probs
-        if sampling_mask is not None:
-            for row, ids in zip(rows, sampling_mask.lists(), strict=True):
-                self.sampling_mask[row].append(ids)
-
-    def _finish(self, row: int, length: int, reason: str) -> None:
-        request, version = self.requests[row], self.engine.weight_version
-        routes = None
-        if self.engine.return_routes:
-            prompt = self.prompt_routes[self.prompt_index[row], : len(request.prompt_ids)]
-            routes = np.concatenate([prompt, self.routes[row, : length - 1]])
-        result = GenerationResult(
-            request_id=request.request_id,
-            output_ids=self.tokens[row, :length].copy(),
-            behavior_log_probs=self.log_probs[row, :length].copy(),
-            weight_versions=np.full(length, version, dtype=np.int64),
-            finish_reason=reason,
-            routes=routes,
-            routes_version=version if routes is not None else None,
-            sampling_mask=SamplingMask.of(self.sampling_mask[row][:length]) if request.wants_sampling_mask else None,
-        )
-        self.results[row] = result
-        self.emit(result)
-
-
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The folder's `Qwen3MoeForCausalLM`, ready to generate."""
-    from transformers import AutoConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    where = str(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError("no config.json", where=where, expected="a Hugging Face model folder")
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen3_moe":
-        raise UserError(f"model_type {config.model_type!r}", where=where, expected="'qwen3_moe'")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=dtype)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    model.set_experts_implementation("grouped_mm")
-    return model.to(device).eval().requires_grad_(False)
+if TYPE_CHECKING:
+    _: type[RolloutEngine] = InProcessEngine

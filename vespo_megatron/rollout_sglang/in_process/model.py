@@ -8,6 +8,7 @@ every token returned, and logits only where a token is sampled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ from torch.nn import functional as F
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.in_process.experts import run_experts
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The folder's `Qwen3MoeForCausalLM`, ready to generate; raises `UserError` when it is another model's."""
+    from transformers import AutoConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    where = str(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError("no config.json", where=where, expected="a Hugging Face model folder")
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3_moe":
+        raise UserError(f"model_type {config.model_type!r}", where=where, expected="'qwen3_moe'")
+    model: Any
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=dtype)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    model.set_experts_implementation("grouped_mm")
+    return model.to(device).eval().requires_grad_(False)
 
 
 class KeyValueCache:

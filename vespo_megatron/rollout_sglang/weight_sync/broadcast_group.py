@@ -22,12 +22,16 @@ import torch.distributed as dist
 
 from vespo_megatron.errors import UserError
 
+Backend = Any
+"""torch's ProcessGroupGloo or ProcessGroupNCCL; its stubs know neither their collectives nor gloo's `_Options`."""
+
 
 class BroadcastGroup:
     """Rank 0 of a group that broadcasts to servers. Create it with `join`, from the thread that will use it."""
 
-    def __init__(self, backend: Any, store: dist.Store, name: str, world_size: int, timeout_s: float) -> None:
-        self._backend, self._store = backend, store
+    def __init__(self, backend: Backend, store: dist.Store, name: str, world_size: int, timeout_s: float) -> None:
+        self._backend: Backend | None = backend
+        self._store: dist.Store | None = store
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
 
     @classmethod
@@ -83,6 +87,7 @@ class BroadcastGroup:
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
         """Start sending `tensor` to all; it must not change until the returned work is waited for."""
+        assert self._backend is not None, "not after `close`"
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self.timeout_s)
@@ -125,17 +130,14 @@ def _open_store(address: str, world_size: int, timeout_s: float) -> dist.TCPStor
     )
 
 
-def _make_backend(backend: str, store: dist.Store, world_size: int, timeout_s: float, address: str) -> Any:
+def _make_backend(backend: str, store: dist.Store, world_size: int, timeout_s: float, address: str) -> Backend:
     device = next(iter(dist.BackendConfig(dist.Backend(backend)).get_device_backend_map()))
     store = dist.PrefixStore(f"{device}/", store)
+    kind: Backend = dist.ProcessGroupGloo if backend == "gloo" else dist.ProcessGroupNCCL
+    options = kind._Options() if backend == "gloo" else kind.Options()
+    options._timeout = timedelta(seconds=timeout_s)
     if backend == "gloo":
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        result = dist.ProcessGroupGloo(store, 0, world_size, options)
-    else:
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        result = dist.ProcessGroupNCCL(store, 0, world_size, options)
+        options._devices = [kind.create_device(hostname=address)]
+    result = kind(store, 0, world_size, options)
     result._set_sequence_number_for_group()
     return result

@@ -112,7 +112,7 @@ def write_safetensors(path: Path, bucket: Bucket) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        rest = memoryview(bucket.flat.numpy())
+        rest = bucket.flat.numpy().data
         while rest:  # one write takes 2 GiB at most
             rest = rest[file.write(rest) :]
 

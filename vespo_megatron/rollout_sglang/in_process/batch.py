@@ -1,0 +1,152 @@
+"""One batch of the in-process engine: each prompt prefilled once, then a token of every row per step until all end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from vespo_megatron.data.sample import smallest_int_dtype
+from vespo_megatron.data.sampling_mask import SamplingMask
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe
+from vespo_megatron.rollout_sglang.in_process.sampling import RowSampler
+
+_COMPACT_BELOW = 0.75
+"""Finished rows are dropped from the batch once fewer than this share of its rows is unfinished."""
+
+
+class Batch:
+    """Requests generated side by side, one token of each per step; every unfinished row is at the same step.
+
+    Args:
+        model: holds the weights; not to change while the batch runs.
+        limits: tokens to draw at most, per request.
+        weight_version: of the model's weights, stamped on every token.
+        return_routes: keep the experts of every token.
+        emit: called with each result as its row finishes.
+    """
+
+    def __init__(
+        self,
+        model: CachedQwen3Moe,
+        requests: list[GenerationRequest],
+        limits: list[int],
+        *,
+        weight_version: int,
+        return_routes: bool,
+        emit: Callable[[GenerationResult], None],
+    ) -> None:
+        self.model, self.requests, self.limits, self.emit = model, requests, limits, emit
+        self.weight_version, self.return_routes = weight_version, return_routes
+        self.device = model.device
+        self.results: list[GenerationResult | None] = [None] * len(requests)
+        # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
+        self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
+        self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
+        self.sampling_mask: list[list[np.ndarray]] = [[] for _ in requests]
+        config = model.config
+        self._route_dtype = smallest_int_dtype(config.num_experts)
+        shape = (len(requests), 0, len(model.sparse_layers), config.num_experts_per_tok)
+        self.routes = np.zeros(shape, self._route_dtype)
+
+    def run(self, stopped: Callable[[], bool]) -> list[GenerationResult]:
+        """Generate until every row is finished, or until `stopped()`: the rest is then an abort."""
+        prompts = {request.prompt_ids: None for request in self.requests}
+        unique = {prompt: index for index, prompt in enumerate(prompts)}
+        lengths = torch.tensor([len(prompt) for prompt in unique], device=self.device)
+        width = int(lengths.max())
+        ids = torch.zeros(len(unique), width, dtype=torch.int64, device=self.device)
+        for prompt, index in unique.items():
+            ids[index, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        # Requests of one group share a prompt: it is run once, and its cache rows are repeated.
+        cache = self.model.new_cache(len(unique), width + min(max(self.limits), 64))
+        logits, prompt_routes = self.model.prefill(ids, lengths, cache)
+        self.prompt_routes = self._pack_routes(prompt_routes)
+        self.prompt_index = [unique[request.prompt_ids] for request in self.requests]
+        rows = torch.tensor(self.prompt_index, device=self.device)
+        cache.select(rows)
+        logits, positions = logits[rows], lengths[rows]
+
+        sampler = RowSampler(self.requests, self.limits, self.device)
+        stops = self._stop_tokens()
+        limits = torch.tensor(self.limits, device=self.device)
+        origin = torch.arange(len(self.requests), device=self.device)
+        alive = torch.ones(len(self.requests), dtype=torch.bool, device=self.device)
+        longest, step = width, 0
+        while True:
+            tokens, log_probs, sampling_mask = sampler.sample(logits, step)
+            self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), sampling_mask)
+            stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
+            ended = alive & (stop | (limits == step + 1))
+            if bool(ended.any()):
+                for row, by_stop in zip(origin[ended].tolist(), stop[ended].tolist(), strict=True):
+                    self._finish(row, step + 1, "stop" if by_stop else "length")
+                alive = alive & ~ended
+                num_alive = int(alive.sum())
+                if num_alive == 0:
+                    break
+                if num_alive < _COMPACT_BELOW * len(alive):
+                    keep = alive.nonzero()[:, 0]
+                    cache.select(keep)
+                    sampler.select(keep)
+                    tokens, positions, limits, origin, alive = (
+                        part[keep] for part in (tokens, positions, limits, origin, alive)
+                    )
+                    stops = stops[keep] if len(stops) > 1 else stops
+                    longest = int(positions.max())
+            if stopped():
+                for row in origin[alive].tolist():
+                    self._finish(row, step + 1, "abort")
+                break
+            longest += 1
+            logits, routes = self.model.decode(tokens, positions, longest, cache)
+            self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
+            positions, step = positions + 1, step + 1
+        return [result for result in self.results if result is not None]
+
+    def _stop_tokens(self) -> torch.Tensor:
+        """bool [rows or 1, vocabulary]: the tokens that end a row; one row when all requests agree."""
+        wanted = [request.sampling.stop_token_ids for request in self.requests]
+        wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
+        table = torch.zeros(len(wanted), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        for row, stop_token_ids in enumerate(wanted):
+            table[row, list(stop_token_ids)] = True
+        return table
+
+    def _pack_routes(self, routes: torch.Tensor) -> np.ndarray:
+        return routes.cpu().numpy().astype(self._route_dtype)
+
+    def _write(
+        self, step: int, rows: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray, sampling_mask: SamplingMask | None
+    ) -> None:
+        if step == self.tokens.shape[1]:
+            more = min(max(64, step), max(self.limits) - step)
+            self.tokens = np.pad(self.tokens, ((0, 0), (0, more)))
+            self.log_probs = np.pad(self.log_probs, ((0, 0), (0, more)))
+            self.routes = np.pad(self.routes, ((0, 0), (0, more), (0, 0), (0, 0)))
+        self.tokens[rows, step] = tokens
+        self.log_probs[rows, step] = log_probs
+        if sampling_mask is not None:
+            for row, ids in zip(rows, sampling_mask.lists(), strict=True):
+                self.sampling_mask[row].append(ids)
+
+    def _finish(self, row: int, length: int, reason: str) -> None:
+        request, version = self.requests[row], self.weight_version
+        routes = None
+        if self.return_routes:
+            prompt = self.prompt_routes[self.prompt_index[row], : len(request.prompt_ids)]
+            routes = np.concatenate([prompt, self.routes[row, : length - 1]])
+        result = GenerationResult(
+            request_id=request.request_id,
+            output_ids=self.tokens[row, :length].copy(),
+            behavior_log_probs=self.log_probs[row, :length].copy(),
+            weight_versions=np.full(length, version, dtype=np.int64),
+            finish_reason=reason,
+            routes=routes,
+            routes_version=version if routes is not None else None,
+            sampling_mask=SamplingMask.of(self.sampling_mask[row][:length]) if request.wants_sampling_mask else None,
+        )
+        self.results[row] = result
+        self.emit(result)
