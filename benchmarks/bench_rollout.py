@@ -30,7 +30,7 @@ import psutil
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.rollout_sglang import connect, launch_servers
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-from vespo_megatron.rollout_sglang.server.flags import STUBS
+from vespo_megatron.rollout_sglang.server.environment import STUBS
 from vespo_megatron.rollout_sglang.sglang_engine import SGLangEngine
 
 RECIPE = "examples/tiny_moe/vespo.yaml"

@@ -62,7 +62,8 @@ sys.exit(worker.main(Path(sys.argv[1])))
 DRIVER = """
 import os, sys
 from vespo_megatron import cli
-from vespo_megatron.rollout_sglang.server.server_group import ServerGroup, ServerProcess
+from vespo_megatron.rollout_sglang.server.server_group import ServerGroup
+from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 from vespo_megatron.launch import launcher
 from vespo_megatron.launch import preflight
 

@@ -1,6 +1,6 @@
 """A pool whose servers fail: every prompt is answered exactly once, or the run stops soon and says which server it was.
 
-The servers are `FaultServer`s and the weight sync a stand-in that makes the same calls; `test_pool_real_servers.py` has
+The servers are `FaultServer`s and the weight sync a stand-in that makes the same calls; `test_real_pool.py` has
 the real ones.
 """
 

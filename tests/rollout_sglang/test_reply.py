@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.client.reply import build_body, check_request, parse_reply
+from vespo_megatron.rollout_sglang.client.reply import parse_reply
+from vespo_megatron.rollout_sglang.client.request import build_body, check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
 

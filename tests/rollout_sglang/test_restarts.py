@@ -10,7 +10,8 @@ import time
 import pytest
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.server.server_group import ServerGroup, ServerProcess
+from vespo_megatron.rollout_sglang.server.server_group import ServerGroup
+from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 
 
 @pytest.fixture

@@ -15,14 +15,11 @@ import pytest
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
-from vespo_megatron.rollout_sglang.server.flags import Environment, build_environment, build_flags, check_server_args
-from vespo_megatron.rollout_sglang.server.server_group import (
-    ServerProcess,
-    choose_ports,
-    log_tail,
-    probe_environment,
-    supervisor,
-)
+from vespo_megatron.rollout_sglang.server import supervisor
+from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
+from vespo_megatron.rollout_sglang.server.flags import build_flags, check_server_args
+from vespo_megatron.rollout_sglang.server.ports import choose_ports
+from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
 
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}
 
@@ -235,7 +232,7 @@ def test_nothing_of_a_server_outlives_its_launcher(tmp_path, end, forks):
     launcher = f"""
 import os, sys, time
 from pathlib import Path
-from vespo_megatron.rollout_sglang.server.server_group import ServerProcess
+from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 ServerProcess("http://127.0.0.1:1", [sys.executable, "-c", {STUBBORN!r}, sys.argv[1] + "/pids"], dict(os.environ),
               Path(sys.argv[1]) / "log")
 if {forks} and os.fork() == 0:

@@ -88,7 +88,7 @@ def check_files(recipe: Recipe) -> None:
 
 def check_ports(recipe: Recipe) -> None:
     """The ports that the recipe gives to SGLang servers are free. Raises UserError naming one that is not."""
-    from vespo_megatron.rollout_sglang.server.server_group import choose_ports
+    from vespo_megatron.rollout_sglang.server.ports import choose_ports
 
     generation = recipe.policy.generation
     config = generation.sglang_cfg

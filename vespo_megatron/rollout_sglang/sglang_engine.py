@@ -12,7 +12,7 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import api_key
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
-from vespo_megatron.rollout_sglang.client.reply import check_request
+from vespo_megatron.rollout_sglang.client.request import check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.model_shape import ModelShape

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.control import bearer, call, message_of
-from vespo_megatron.rollout_sglang.client.reply import build_body, parse_reply
+from vespo_megatron.rollout_sglang.client.reply import parse_reply
+from vespo_megatron.rollout_sglang.client.request import build_body
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
@@ -57,7 +58,7 @@ class SGLangClient:
     async def generate(
         self, session: aiohttp.ClientSession, requests: Sequence[GenerationRequest]
     ) -> list[GenerationResult]:
-        """Several requests in one call, answered together. They must have passed `reply.check_request`.
+        """Several requests in one call, answered together. They must have passed `request.check_request`.
 
         Repeated are only calls that the server did not take on (connection refused or lost before a reply, 429, 503):
         a response that was drawn and lost was never seen, so drawing again biases nothing.

@@ -1,4 +1,4 @@
-"""Which SGLang a server is, and whether it keeps the contract this package was written against.
+"""Check of a server's version and of the HTTP contract that this package was written against.
 
 The contract is that of 0.5.23, captured by running it. Another version is not refused for its number: it is asked for
 the endpoints and request fields that are used (its own `/openapi.json` lists them), and one token is drawn and checked.

@@ -1,16 +1,12 @@
-"""Inside the server: which part of every Hugging Face tensor its live parameters hold, and a checksum of it.
+"""Plugin inside SGLang: which part of every Hugging Face tensor a rank's live parameters hold, and its checksum.
 
 Why not SGLang's own `/weights_checker {"action": "checksum"}`: 0.5.23 hashes *its* parameters (query, key and value
 fused, all experts of a layer in one tensor, a tensor-parallel shard of each) with SHA-256 on CPU and a Triton hash
 on CUDA. A trainer that streams single tensors would have to hold whole layers back to rebuild those, and run the
 same GPU kernel. So this plugin (entry-point group `sglang.srt.plugins`, loaded by SGLang in every scheduler) adds
-three actions to the same endpoint:
-
-- `vespo_manifest`: Hugging Face name -> `"<dtype> <start>:<stop>,..."`, the slice this rank holds;
-- `vespo_checksum`: Hugging Face name -> hexadecimal `checksum.tensor_checksum` of that slice, read out of the *live*
-  parameters that the next forward pass uses, un-fused;
-- `vespo_sees <path>`: whether this rank sees a file, for transports that share memory or a filesystem. Only names that
-  the trainer makes up for it, `vespo-<random>.probe`, are looked for.
+three actions to the same endpoint (`actions`). Checksums are read out of the *live* parameters that the next forward
+pass uses, un-fused. Of files it sees only names that the trainer makes up for that, `vespo-<random>.probe`: for
+transports that share memory or a filesystem.
 
 The trainer hashes the same slices of what it streams (`weight_sync`). The two agree only if names, fusion, sharding,
 dtype, transport and loading were all right: nothing is assumed about how the bytes got there.

@@ -1,4 +1,4 @@
-"""Which server gets which requests: pure, no clocks, no network.
+"""Dispatch of calls to servers: pure, no clocks, no network.
 
 Invariants, which the tests assert:
 

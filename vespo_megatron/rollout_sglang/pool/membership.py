@@ -1,4 +1,4 @@
-"""Which servers are in service: out of it when they fail, and back with a weight update that included them.
+"""Membership in the pool: servers leave service when they fail, and come back with a weight update that included them.
 
 - A server that fails is FAULTY: it gets no more requests; the calls it still has may end. It is tried again with the
   next weight update, unless it has failed `MAX_FAULTS` times in a row.

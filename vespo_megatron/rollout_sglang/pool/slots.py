@@ -1,4 +1,4 @@
-"""Room for requests at the servers: who waits for it, who has it, and whether anything more is begun."""
+"""Slots for requests in flight: who waits for one, who has it, and whether anything more is begun."""
 
 from __future__ import annotations
 

@@ -1,17 +1,14 @@
-"""From a recipe to one SGLang server's command line and environment: pure, so that it is tested without a server."""
+"""The command line of one SGLang server, from a recipe: pure, so that it is tested without a server."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.model_shape import ModelShape
+from vespo_megatron.rollout_sglang.server.environment import Environment
 
-STUBS = Path(__file__).parents[1] / "plugin" / "stubs"
 _CPU_KV_BYTES = 512 * 2**20
 """KV cache of a CPU server when the recipe does not say: SGLang would take most of the machine's memory."""
 
@@ -56,17 +53,6 @@ _REFUSED = {
     "enable-custom-logit-processor": "it would change the distribution that μ is reported for",
     "weight-cache-mode": "a shared weight cache cannot be updated in place",
 }
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What was found in the interpreter that will run the server (`server.probe_environment`)."""
-
-    device: str
-    """cuda or cpu"""
-    sglang_folder: Path
-    has_torchvision: bool
-    has_plugin: bool
 
 
 def check_server_args(server_args: dict[str, Any]) -> None:
@@ -134,65 +120,6 @@ def context_length(recipe: Recipe, shape: ModelShape) -> int:
             fix="lower it, or use a model made for it",
         )
     return length
-
-
-def build_environment(
-    environment: Environment,
-    shape: ModelShape,
-    *,
-    base: dict[str, str],
-    threads: dict[str, str],
-    tensor_parallel_size: int,
-) -> dict[str, str]:
-    """Environment variables of the server; `threads` (`recipe.host_threads`) where it computes on the CPU.
-
-    What belongs to the launching process's own distributed job (`RANK`, `MASTER_PORT`, …) is left out, so that a
-    server started from inside one does not believe itself a member.
-    """
-    foreign = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "ROLE_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "OMP_NUM_THREADS",
-    )
-    result = {
-        name: value for name, value in base.items() if name not in foreign and not name.startswith("TORCHELASTIC_")
-    }
-    result["PYTHONUNBUFFERED"] = "1"
-    result["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the margin of the context
-    if environment.device != "cpu":
-        return result
-    result |= threads
-    result |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "SGLANG_USE_CPU_ENGINE": "0",
-        "SGLANG_PLATFORM": "vespo_cpu",
-        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(unused_model_files(environment.sglang_folder, shape.architecture)),
-        "GLOO_SOCKET_IFNAME": base.get("GLOO_SOCKET_IFNAME", "lo"),
-    }
-    if tensor_parallel_size > 1:
-        cores, share = sorted(os.sched_getaffinity(0)), int(threads["OMP_NUM_THREADS"])
-        groups = [cores[rank * share % len(cores) :][:share] for rank in range(tensor_parallel_size)]
-        result["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
-    if not environment.has_torchvision:
-        result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STUBS), base.get("PYTHONPATH", "")]))
-    return result
-
-
-def unused_model_files(sglang_folder: Path, architecture: str) -> list[str]:
-    """Stems of SGLang's model files that do not define `architecture`: importing all of them costs ~45 s of start.
-
-    Files that the needed one imports are still imported: this only keeps SGLang's registry from doing so. An empty
-    list when no file defines it, so that SGLang says itself what it supports.
-    """
-    files = sorted((sglang_folder / "srt" / "models").glob("*.py"))
-    needed = {file for file in files if f"class {architecture}(" in file.read_text(errors="replace")}
-    return [file.stem for file in files if file not in needed and file.stem != "__init__"] if needed else []
 
 
 def _cpu_kv_tokens(shape: ModelShape, dtype: str, context: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs one command and leaves nothing of it behind: `python supervisor.py GRACE_SECONDS COMMAND…`, stdlib only.
+"""Supervisor of one command, of which nothing is left over: `python supervisor.py GRACE_SECONDS COMMAND…`, stdlib only.
 
 The launching process starts it in a session of its own, so it leads a process group that everything the command
 starts belongs to, and holds the other end of its standard input. When that end closes, because the launcher asks or

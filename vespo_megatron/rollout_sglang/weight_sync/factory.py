@@ -1,4 +1,4 @@
-"""From a recipe's `sglang_cfg` to its `WeightSync`."""
+"""Factory of the weight sync that a recipe asks for."""
 
 from __future__ import annotations
 

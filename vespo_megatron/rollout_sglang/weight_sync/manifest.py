@@ -1,4 +1,4 @@
-"""What the servers hold of every tensor: their manifests, merged and compared.
+"""Manifests of the servers: which slice of every Hugging Face tensor each rank holds, merged and compared.
 
 `plugin/weights.py` makes a manifest in every rank of a server: Hugging Face name -> `"<dtype> <start>:<stop>,..."`.
 """

@@ -1,4 +1,4 @@
-"""Transport `tensor`: servers on this machine map the trainer's buckets and copy from them; nothing is sent.
+"""Transport `tensor`: memory shared with servers on this machine, which copy the trainer's buckets from it.
 
 On the host a bucket is a file of `/dev/shm` that torch's `file_system` sharing strategy makes (the default strategy
 passes a file descriptor over a socket that belongs to a process tree; an independent server dies of it). On a GPU it

@@ -1,4 +1,4 @@
-"""What the transports share: the steps a session takes them through."""
+"""Protocol of the transports, whose steps a session goes through, and what they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to the plugin inside every rank of a server (`plugin/weights.py`), by SGLang's `/weights_checker`."""
+"""Calls of SGLang's `/weights_checker`, where our plugin answers in every rank of a server (`plugin/weights.py`)."""
 
 from __future__ import annotations
 
