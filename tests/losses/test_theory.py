@@ -9,7 +9,6 @@ from scipy import integrate, optimize
 from tests.losses.surrogates import SURROGATES
 from vespo_megatron.losses import get_objective
 from vespo_megatron.losses.theory import (
-    VESPO_CONSTANTS,
     lambda_of_c,
     log_normal_w,
     objective_phi,
@@ -23,6 +22,8 @@ from vespo_megatron.losses.theory import (
     vespo_surrogate_limit,
 )
 
+VESPO_CONSTANTS = {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}
+"""(c1, c2) of the paper, by the sign of A."""
 CONSTANTS = list(VESPO_CONSTANTS.values())
 W = torch.logspace(-3, 2, 400, dtype=torch.float64)
 

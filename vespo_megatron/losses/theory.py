@@ -17,9 +17,6 @@ from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import get_objective
 from vespo_megatron.losses.sequence import PackedSequences
 
-VESPO_CONSTANTS = {"positive": (2.0, 3.0), "negative": (3.0, 2.0)}
-"""(c1, c2) by the sign of A."""
-
 
 def vespo_phi(w: Tensor, c1: float, c2: float) -> Tensor:
     """φ(W) = W^c1·e^(c2(1−W)); shape of `w`."""

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# isort: split  (parallel installs the CPU runtime before megatron-core is imported)
+from vespo_megatron.megatron.parallel import RankInfo
+
+# isort: split
+# parallel has installed the CPU runtime before megatron-core is imported
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -19,7 +22,6 @@ from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
-from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.recipe.schema import MegatronConfig
 
 if not hasattr(moe_utils, "te_general_gemm"):

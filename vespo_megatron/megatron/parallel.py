@@ -29,7 +29,6 @@ class RankInfo:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
-    virtual_pipeline_size: int
     context_rank: int
     context_size: int
     data_rank: int
@@ -98,7 +97,6 @@ def rank_info(device: torch.device) -> RankInfo:
         tensor_size=state.get_tensor_model_parallel_world_size(),
         pipeline_rank=state.get_pipeline_model_parallel_rank(),
         pipeline_size=state.get_pipeline_model_parallel_world_size(),
-        virtual_pipeline_size=state.get_virtual_pipeline_model_parallel_world_size() or 1,
         context_rank=state.get_context_parallel_rank(),
         context_size=state.get_context_parallel_world_size(),
         data_rank=state.get_data_parallel_rank(),

@@ -130,7 +130,7 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         width = config.moe_ffn_hidden_size // self.tp_group.size()
-        options = dict(dtype=config.params_dtype, device=torch.cuda.current_device())
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         fc1 = torch.empty(num_local_experts, 2 * width, config.hidden_size, **options)
         fc2 = torch.empty(num_local_experts, config.hidden_size, width, **options)
         self.linear_fc1_weight, self.linear_fc2_weight = torch.nn.Parameter(fc1), torch.nn.Parameter(fc2)
