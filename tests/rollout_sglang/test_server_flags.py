@@ -35,7 +35,7 @@ def shape(tiny_qwen3_moe_folder):
 
 
 def found(device="cpu", folder=Path("/nowhere"), torchvision=False):
-    return Environment(device, folder, torchvision, True)
+    return Environment(device, folder, torchvision)
 
 
 def flag(flags, name):

@@ -126,11 +126,9 @@ class RolloutEngine(Protocol):
 
     async def health(self) -> bool:
         """Whether it can generate now: open, and with whole weights."""
-        ...
 
     def metrics(self) -> dict[str, float]:
         """What happened since the last call, by metric name (`rollout/…`)."""
-        ...
 
     def close(self) -> None:
         """Release connections and process groups; idempotent."""

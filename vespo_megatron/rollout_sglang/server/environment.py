@@ -38,7 +38,6 @@ class Environment:
     """cuda or cpu"""
     sglang_folder: Path
     has_torchvision: bool
-    has_plugin: bool
 
 
 def probe_environment(python: str, device: str) -> Environment:
@@ -65,7 +64,7 @@ def probe_environment(python: str, device: str) -> Environment:
             where=where,
             fix=f"{python} -m pip install --no-deps <this repository>",
         )
-    return Environment(found["device"], Path(found["folder"]), found["torchvision"], found["plugin"])
+    return Environment(found["device"], Path(found["folder"]), found["torchvision"])
 
 
 def build_environment(

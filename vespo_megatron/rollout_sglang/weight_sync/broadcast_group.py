@@ -31,7 +31,7 @@ class BroadcastGroup:
 
     def __init__(self, backend: Backend, store: dist.Store, name: str, world_size: int, timeout_s: float) -> None:
         self._backend: Backend | None = backend
-        self._store: dist.Store | None = store
+        self._store: dist.Store | None = store  # the servers' ranks meet in it for as long as it is held
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
 
     @classmethod
