@@ -10,6 +10,7 @@ from fault_server import FaultServer
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
+from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.fan_out import PendingCall, raise_failures, replies
 from vespo_megatron.rollout_sglang.faults import (
     ChecksumMismatch,
@@ -116,6 +117,16 @@ def test_the_status_and_the_message_of_a_refusal_are_its_fields(tiny_recipe):
         400,
         "a session is open",
     )
+
+
+def test_a_server_that_is_not_there_is_gone_and_one_that_does_not_answer_is_at_fault():
+    with FaultServer("hangs") as server:
+        with pytest.raises(ServerFault, match="did not answer within 0.2 s") as late:
+            call(server.url, "/health", timeout_s=0.2)
+    with pytest.raises(ServerFault, match="cannot be reached") as gone:
+        call(server.url, "/health", timeout_s=0.2)
+    assert (late.type, gone.type) == (ServerFault, ServerGone)
+    assert late.value.url == gone.value.url == server.url
 
 
 def test_servers_that_fail_an_update_together_are_named_and_left_out_together(tiny_recipe):
