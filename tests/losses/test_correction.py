@@ -56,6 +56,18 @@ def test_sequence_truncation_enters_w_once_whatever_the_length():
     assert found == pytest.approx([1.5] * 4)
 
 
+def test_a_cap_below_one_does_not_reach_masked_tokens():
+    batch = make_batch(3)
+    correction = {"name": "tis", "cap": 0.5, "apply": "before_clip"}
+    output, _ = run(batch, "vespo", behavior="recompute", correction=correction)
+    ratio = (batch.log_probs - batch.old_log_probs) + (batch.old_log_probs - batch.behavior_log_probs).clamp(
+        max=math.log(0.5)
+    )
+    sums = torch.zeros(batch.num_sequences, dtype=torch.float64)
+    expected = sums.index_add(0, batch.segment_ids, torch.where(batch.mask, ratio, 0.0))
+    torch.testing.assert_close(output.sequence_log_ratio, expected, rtol=0, atol=1e-12)
+
+
 def test_token_truncation_enters_w_for_each_token():
     found = coefficient("vespo", [0.5, 0.1, -0.2, 0.9], {"name": "tis", "cap": 1.2})
     w = 1.2 * math.exp(0.1) * math.exp(-0.2) * 1.2

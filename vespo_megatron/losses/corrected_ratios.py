@@ -139,7 +139,7 @@ def _tokens_and_sums(given: CheckedInputs, correction: CorrectionConfig | None, 
         if correction.veto_threshold is not None:
             vetoed = local_sum(masked((mismatch.exp() < correction.veto_threshold).to(given.dtype)))
         if before_clip and weights.log_weight is not None:
-            log_ratio = log_ratio + weights.log_weight
+            log_ratio = masked(log_ratio + weights.log_weight)
         if weights.keep is not None:
             log_ratio = torch.where(weights.keep, log_ratio, 0.0)
             kept = local_sum(masked(weights.keep.to(given.dtype)))
