@@ -58,10 +58,11 @@ def recipe(tiny_recipe):
 def pool_of(recipe):
     with ExitStack() as stack:
 
-        def start(*servers):
+        def start(*servers, **settings):
             for server in servers:
                 stack.enter_context(server)
-            engine = connect(recipe, [server.url for server in servers])
+            changed = {f"policy.generation.sglang_cfg.{key}": value for key, value in settings.items()}
+            engine = connect(recipe.with_values(changed), [server.url for server in servers])
             engine.sync.close()
             engine.sync = Sync(engine.clients)
             stack.callback(engine.close)
@@ -102,19 +103,17 @@ def test_the_prompts_of_a_server_that_fails_are_answered_by_the_other_each_once(
     assert bad.calls["/generate"] == calls, "a server that failed gets no prompts"
 
 
-def test_a_server_that_stalls_is_left_at_the_deadline_of_its_request(pool_of, recipe):
-    recipe = recipe.with_values({"policy.generation.sglang_cfg.request_timeout": 1.0})
-    engine = pool_of(FaultServer("stalls"), FaultServer())
+def test_a_server_that_stalls_is_left_at_the_deadline_of_its_request(pool_of):
+    engine = pool_of(FaultServer("stalls"), FaultServer(), request_timeout=1.0)
     requests, seen = make_requests(8, max_new_tokens=3), []
     start = time.monotonic()
     check_each_once(requests, generate(engine, requests, on_result=seen.append), seen)
     assert time.monotonic() - start < 4
 
 
-def test_a_server_without_a_sign_of_life_is_left_long_before_its_requests_are_due(pool_of, recipe):
-    recipe = recipe.with_values({"policy.generation.sglang_cfg.request_timeout": 100.0})
+def test_a_server_without_a_sign_of_life_is_left_long_before_its_requests_are_due(pool_of):
     bad = FaultServer("hangs")
-    engine = pool_of(bad, FaultServer())
+    engine = pool_of(bad, FaultServer(), request_timeout=100.0)
     requests, seen = make_requests(8, max_new_tokens=3), []
     start = time.monotonic()
     check_each_once(requests, generate(engine, requests, on_result=seen.append), seen)
@@ -163,7 +162,7 @@ def test_a_server_that_is_down_at_an_update_is_left_out_of_it(pool_of):
     check_each_once(requests, generate(engine, requests, on_result=seen.append), seen)
 
 
-def test_when_the_last_server_comes_back_the_weights_are_asked_for_and_the_rest_is_drawn(pool_of, recipe):
+def test_when_the_last_server_comes_back_the_weights_are_asked_for_and_the_rest_is_drawn(pool_of):
     engine = pool_of(FaultServer(delay_s=0.1))
     engine.pool.membership.recovery_timeout_s = 20.0
     engine.pool.slots.dispatcher.limit = 4
@@ -277,16 +276,10 @@ def engine_seconds(metrics):
     return seconds
 
 
-def test_a_pause_ends_what_waits_for_room_and_what_came_too_late(pool_of, recipe):
+def test_a_pause_ends_what_waits_for_room_and_what_came_too_late(pool_of):
     """Four at a time on a server that keeps what reaches it, as a paused one does: nobody waits for either."""
-    recipe = recipe.with_values(
-        {
-            "policy.generation.sglang_cfg.max_concurrent_requests": 4,
-            "policy.generation.sglang_cfg.request_timeout": 60.0,
-        }
-    )
     server = FaultServer("stalls")
-    engine = pool_of(server)
+    engine = pool_of(server, max_concurrent_requests=4, request_timeout=60.0)
     requests = [replace(request, group_id=request.request_id) for request in make_requests(12, max_new_tokens=3)]
     began = time.monotonic()
 
