@@ -227,3 +227,16 @@ def test_over_sampling_rounds_every_metric_is_that_of_the_whole_batch(build):
     assert metrics["advantage/std"] == pytest.approx(advantages.std())
     assert metrics["advantage/groups"] == 4 + 2 + 1 and metrics["advantage/groups_without_signal"] == 2 + 1
     assert metrics["advantage/dropped_samples"] == 2 * 3
+
+
+def test_bad_samples_of_every_sampling_round_are_counted(build):
+    """One in each of the first two rounds; what is left of their groups carries no signal."""
+
+    def spoil(number, result):
+        if number in (0, 8):
+            result.behavior_log_probs[1] = np.nan
+
+    rollout = build(spoil=spoil, loss_fn__on_bad_sample="drop", grpo__use_dynamic_sampling=True).collect(1)
+    assert len(rollout.batch) == 8 and rollout.metrics["rollout/sampling_rounds"] == 3
+    assert rollout.metrics["rollout/bad_samples"] == 2
+    assert rollout.metrics["reward/format"] == 1.0 and rollout.metrics["response/tokens"] == 3 * (7 + 1 + 2)

@@ -8,7 +8,7 @@ from tests.losses.test_surrogates import run
 from vespo_megatron.losses import get_objective, objective_names
 from vespo_megatron.losses.advantages import ESTIMATORS
 from vespo_megatron.losses.correction import CORRECTIONS
-from vespo_megatron.metrics.table import metric
+from vespo_megatron.metrics.table import Merge, metric
 
 TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
 
@@ -27,3 +27,14 @@ def test_every_metric_of_a_loss_has_a_row_in_the_table():
     for name in ("vespo", "grpo"):
         for found in run(make_batch(4), name)[0].metrics.finalize():
             assert metric(found).meaning
+
+
+def test_a_loss_adds_up_each_metric_as_the_table_says():
+    """`MetricSums` keeps sums, largest and smallest values apart; the table says which a metric is."""
+    for name in ("vespo", "grpo"):
+        parts = run(make_batch(4), name)[0].metrics
+        held = ((parts.sums, (Merge.MEAN, Merge.SUM)), (parts.maxima, (Merge.MAX,)), (parts.minima, (Merge.MIN,)))
+        for values, rules in held:
+            public = [found for found in values if not found.startswith("_")]
+            assert public
+            assert all(metric(found).merge in rules for found in public)

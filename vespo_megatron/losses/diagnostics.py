@@ -2,7 +2,7 @@
 
 Per-sequence metrics (`vespo/*` but φ of token objectives, `mismatch/log_ppl_*`, `mismatch/chi2_seq`, `mismatch/ess*`)
 come from sums that every context parallel rank holds, and only the first rank reports them. Per-token metrics
-(`mismatch/k*`, …) are each rank's own. See `docs/losses.md` for the table with normalisations.
+(`mismatch/k*`, …) are each rank's own. `metrics.table` says what each is over.
 """
 
 from __future__ import annotations

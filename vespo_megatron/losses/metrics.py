@@ -108,7 +108,7 @@ class MetricSums:
         return pairs, dict(zip(rest, everything[2 * len(pairs) :], strict=True))
 
     def finalize(self) -> dict[str, float]:
-        """Public metric names → numbers (see `diagnostics.METRICS`); names that had nothing to count are absent."""
+        """Public metric names → numbers (rows of `metrics.table`); names that had nothing to count are absent."""
         from vespo_megatron.losses.diagnostics import finalize
 
         return finalize(self)

@@ -1,6 +1,7 @@
 """Every metric: name, meaning, unit, and how the values of several parts make one. Standard library alone.
 
-A `*` in a name stands for what is known at run time alone (a phase, a layer, a problem set, a reward's own parts).
+A `*` in a name stands for what is known at run time alone (a phase, a layer, a problem set, a reward's own parts); it
+may hold slashes, as names that users give may.
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ AREAS: dict[str, tuple[Metric, ...]] = {
 METRICS: dict[str, Metric] = {metric.name: metric for area in AREAS.values() for metric in area}
 """By name, in the order of the documentation."""
 _FAMILIES = [
-    (re.compile(re.escape(name).replace(r"\*", "[^/]+") + r"\Z"), metric)
+    (re.compile(re.escape(name).replace(r"\*", ".+") + r"\Z"), metric)
     for name, metric in METRICS.items()
     if "*" in name
 ]

@@ -56,7 +56,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(("mismatch/k3",), log=True),
     Panel(("mismatch/k3_first_update",), log=True),
     Panel(("time/*",), stacked=True),
-    Panel(("throughput/tokens_per_second", "rollout/tokens_per_second")),
+    Panel(("throughput/tokens_per_second",)),
     Panel(("staleness/lag_mean", "staleness/lag_max")),
     Panel(("routes/agreement",), share=True),
     Panel(("routes/agreement_layer_*",), over="layer"),
