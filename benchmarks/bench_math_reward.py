@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.results import record  # noqa: E402
-from vespo_megatron.recipe.schema import EnvConfig  # noqa: E402
-from vespo_megatron.rewards import RewardPool, RewardRequest  # noqa: E402
-from vespo_megatron.rewards.functions import math as math_reward  # noqa: E402
+from benchmarks.results import record
+from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards.functions import math as math_reward
 
 
 def hostile(random_: random.Random, number: int) -> tuple[str, str]:

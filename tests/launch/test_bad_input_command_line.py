@@ -117,7 +117,7 @@ def test_a_fault_on_rank_0_in_the_midst_of_a_run_ends_the_other_rank_too(folder)
 def test_a_signal_in_the_midst_of_training_stops_everything(folder, signum, override, status):
     metrics = folder / "runs" / "bad" / "version_0" / "metrics.jsonl"
     with started(folder, override) as process:
-        assert wait_until(lambda: metrics.exists() and metrics.stat().st_size or process.poll() is not None, 150)
+        assert wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None, 150)
         assert process.poll() is None, (folder / "err").read_text()
         assert len(of_this_run(folder)) >= 4  # the launcher, torchrun and two workers
         asked = time.monotonic()

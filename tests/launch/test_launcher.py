@@ -218,7 +218,7 @@ def test_a_run_that_has_trained_saves_first_and_says_that_it_can_be_resumed(star
     run.wait_until_training()
     assert wait_until(lambda: len(read_rank_statuses(run.run_dir)) == 2, 20)
     run.process.send_signal(signum)
-    status, output, errors = run.finish(timeout=60)
+    status, _, errors = run.finish(timeout=60)
     assert status == 75
     assert errors == f"vespo-megatron: stopped by {signal.Signals(signum).name} after step 3: checkpoints/step_3\n"
     assert wait_until(lambda: not run.alive(), 20), run.alive()

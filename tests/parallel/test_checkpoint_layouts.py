@@ -36,7 +36,7 @@ def test_the_same_layout_goes_on_to_the_last_bit(saved, workers, checkpoint):
 
 @pytest.mark.parametrize("other", ["one", "pp2_cp2_ep2", "tp2_sp_etp2"])
 def test_another_layout_holds_the_same_weights_and_updates_alike(saved, other, workers, checkpoint):
-    name, folder, expected = saved
+    _, folder, expected = saved
     found = run(workers, checkpoint_work.load_and_go_on, other, checkpoint[0], checkpoint=str(folder))[0]
     assert all(torch.equal(found["weights"][key], tensor) for key, tensor in expected[0]["weights"].items())
     assert found["learning_rate"] == expected[0]["learning_rate"]

@@ -29,7 +29,7 @@ def test_value_and_gradients_are_those_of_the_definition():
     counts = torch.tensor([3, 0, 5, 1])
     leaves = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 6), (9,), (4, 10, 6), (4, 6, 5))
-    ]  # noqa: E501
+    ]
     weight = torch.randn(9, 6, dtype=torch.float64)
     expected = torch.autograd.grad((looped(*leaves, counts) * weight).sum(), leaves)
     found = torch.autograd.grad((grouped._GroupedSwiGLU.apply(*leaves, counts) * weight).sum(), leaves)

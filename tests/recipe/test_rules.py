@@ -269,7 +269,7 @@ def test_validate_reads_the_model_config(tmp_path):
                     "grpo__num_prompts_per_step": 24,
                 }
             )
-        )  # noqa: E501
+        )
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

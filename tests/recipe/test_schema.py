@@ -54,9 +54,9 @@ POSITIVE = """
 """.split()
 # Key → the largest value that is too low and the smallest that is too high; stated here and nowhere taken from.
 TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
-    **{name: (0, NOTHING) for name in COUNTS},
-    **{name: (-1e-300, NOTHING) for name in NOT_NEGATIVE},
-    **{name: (0.0, NOTHING) for name in POSITIVE},
+    **dict.fromkeys(COUNTS, (0, NOTHING)),
+    **dict.fromkeys(NOT_NEGATIVE, (-1e-300, NOTHING)),
+    **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
     "loss_fn.ess_base": (0.0, 1.0000001),
     "guard.length_drop": (0.0, 1.0000001),
     "guard.truncated_share": (0.0, 1.0000001),

@@ -69,7 +69,7 @@ def test_noise_about_a_trend_is_no_collapse():
 def test_a_rule_that_is_switched_off_says_nothing():
     config = GuardConfig(reward_drop=None, length_drop=None, truncated_share=None, entropy_drop=None, loss_spike=None)
     detectors = CollapseDetectors(config)
-    worst = {name: 0.0 for name in HEALTHY} | {"response/truncated_fraction": 1.0, "loss/grad_norm_max": 1e9}
+    worst = dict.fromkeys(HEALTHY, 0.0) | {"response/truncated_fraction": 1.0, "loss/grad_norm_max": 1e9}
     worst["reward/std"] = 0.1
     assert not [finding for metrics in [HEALTHY] * 30 + [worst] * 30 for finding in detectors.observe(metrics)]
 

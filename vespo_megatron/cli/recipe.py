@@ -72,7 +72,7 @@ def _keys(parsed: argparse.Namespace) -> None:
             print(f"{name}: {meaning}" if meaning else name)
 
 
-def _schema(parsed: argparse.Namespace) -> None:
+def _schema(_parsed: argparse.Namespace) -> None:
     from vespo_megatron.recipe.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

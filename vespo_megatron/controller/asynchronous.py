@@ -101,7 +101,7 @@ class AsynchronousSource:
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
-    def collect(self, step: int) -> Rollout:
+    def collect(self, step: int) -> Rollout:  # noqa: ARG002  (a batch is whichever is due)
         """The next batch that may be trained on."""
         return self.parts.thread.run(self._collect())
 

@@ -80,7 +80,7 @@ class SequenceLayout:
         chunk = 1 if cp == 1 else 2
         alignment = cp * chunk * self.tensor_parallel_size
         tail = round_up(max(sum(padded), self.pad_to), alignment) - sum(padded)
-        return np.array(padded + [tail] if tail else padded, dtype=np.int64)
+        return np.array([*padded, tail] if tail else padded, dtype=np.int64)
 
     @cached_property
     def cu_seqlens(self) -> np.ndarray:
@@ -105,8 +105,10 @@ class SequenceLayout:
         pieces = []
         for start, length in zip(self.cu_seqlens[:-1], self.segment_lengths, strict=True):
             chunk = length // (2 * cp)
-            for index in (context_parallel_rank, 2 * cp - 1 - context_parallel_rank):
-                pieces.append(np.arange(start + index * chunk, start + (index + 1) * chunk))
+            pieces += [
+                np.arange(start + index * chunk, start + (index + 1) * chunk)
+                for index in (context_parallel_rank, 2 * cp - 1 - context_parallel_rank)
+            ]
         return np.concatenate(pieces)
 
     @cached_property

@@ -88,7 +88,15 @@ def _consecutive_parts(total: int, parts: int) -> list[list[int]]:
     return [list(range(start, end)) for start, end in itertools.pairwise(bounds)]
 
 
-def _plan_one(members, sizes, work, data_parallel_size, token_budget, max_sequences, round_up_to):
+def _plan_one(
+    members: Sequence[int],
+    sizes: Sequence[int],
+    work: Sequence[float],
+    data_parallel_size: int,
+    token_budget: int | None,
+    max_sequences: int | None,
+    round_up_to: int,
+) -> list[list[list[int]]]:
     shares = _balance(members, work, data_parallel_size)
     packed = [_first_fit(share, sizes, token_budget, max_sequences) for share in shares]
     count = max(len(bins) for bins in packed)
@@ -134,7 +142,9 @@ def _balance_counts(members: Sequence[int], work: Sequence[float], parts: int) -
     return shares
 
 
-def _first_fit(share, sizes, token_budget, max_sequences) -> list[list[int]]:
+def _first_fit(
+    share: Sequence[int], sizes: Sequence[int], token_budget: int | None, max_sequences: int | None
+) -> list[list[int]]:
     """First-fit decreasing: close to the fewest micro-batches that keep the limits."""
     bins: list[list[int]] = []
     filled: list[int] = []

@@ -16,6 +16,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -98,7 +99,7 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
     return records
 
 
-def _read(path: Path):
+def _read(path: Path) -> datasets.Dataset:
     import datasets
 
     if path.suffix not in _LOADERS:
@@ -130,12 +131,14 @@ def _is_empty(path: Path) -> bool:
         return False
 
 
-def _tokenise(prompt: Any, tokenizer, chat_template: bool, where: str) -> list[int]:
+def _tokenise(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool, where: str) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, Sequence) and prompt and all(_is_message(part) for part in prompt):
         if chat_template and tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
         else:
             ids = tokenizer("\n".join(part["content"] for part in prompt))["input_ids"]
     else:

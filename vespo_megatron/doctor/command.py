@@ -13,7 +13,7 @@ from vespo_megatron.doctor.findings import FAIL, WARN, Check, Finding, run
 def examine(exp_dir: str = "runs") -> Iterator[Finding]:
     """Every finding on this machine."""
     disk: Check = partial(machine.disk, exp_dir)
-    disk.__name__ = "run directory"  # type: ignore[attr-defined]
+    disk.__name__ = "run directory"
     checks = [*software.CHECKS, machine.gpus, machine.memory, disk, *communication.CHECKS, *rewards.CHECKS]
     yield from run(checks)
 

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def summary(problems: Sequence[Problem]) -> dict[str, Score]:
     n = min(len(problem.rewards) for problem in problems)
     scores = {f"avg@{n}": score(problems, average)}
     if n > 1:
-        scores |= {f"pass@{k}": score(problems, lambda problem, k=k: pass_at(problem, k)) for k in powers_to(n)[1:]}
+        scores |= {f"pass@{k}": score(problems, partial(pass_at, k=k)) for k in powers_to(n)[1:]}
         if any(answer is not None for problem in problems for answer in problem.answers):
             scores[f"maj@{n}"] = score(problems, lambda problem: majority_at(problem, n))
     return scores

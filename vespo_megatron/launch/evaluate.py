@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vespo_megatron.controller.evaluation import draw_problems
 from vespo_megatron.controller.sampler import Sampler
@@ -25,6 +26,9 @@ from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
 from vespo_megatron.run.processes import stop_on_signals
 from vespo_megatron.run.run_directory import RECIPE_FILE, make_run_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBLEMS, TABLE, SCORES = "problems.jsonl", "table.md", "scores.json"
 
@@ -90,7 +94,7 @@ def _model_folder(checkpoint: Path, folder: Path) -> Path:
     return folder / "model"
 
 
-def _problems(recipe: Recipe, data: Sequence[str]):
+def _problems(recipe: Recipe, data: Sequence[str]) -> tuple[list[PromptRecord], PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(recipe)
     sets = [DatasetConfig(path=path) for path in data] or [recipe.data.validation]
     if not sets[0].path:
@@ -120,7 +124,7 @@ async def _draw(
     for record in records:
         sets.setdefault(record.data_source, []).append(record)
     if unknown := set(repeats) - {"", *sets}:
-        raise UserError(f"{sorted(unknown)[0]!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
+        raise UserError(f"{min(unknown)!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
     number = {name: repeats.get(name, repeats.get("", default)) for name in sets}
     answers = await asyncio.gather(
         *(draw_problems(sampler, members, number[name], "eval") for name, members in sets.items())

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -241,10 +241,8 @@ def _watch(agent: subprocess.Popen, tend: Sequence[Callable[[], None]]) -> None:
     while agent.poll() is None:
         for each in tend:
             each()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             agent.wait(_POLL_S)
-        except subprocess.TimeoutExpired:
-            pass
 
 
 def _failure(run_dir: Path, returncode: int) -> Exception:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +39,7 @@ class MetricSums:
         self.sums[name] = torch.stack([total, count])
 
     def __add__(self, other: MetricSums) -> MetricSums:
-        def merge(a: dict, b: dict, join) -> dict:
+        def merge(a: dict[str, Any], b: dict[str, Any], join: Callable[[Any, Any], Any]) -> dict[str, Any]:
             return {**a, **{name: join(a[name], value) if name in a else value for name, value in b.items()}}
 
         return MetricSums(
@@ -52,7 +54,7 @@ class MetricSums:
         """The global metrics, on every rank of `group` (None: all ranks). Two collectives, whatever the number."""
         extremes = list(self.maxima.values()) + [-value for value in self.minima.values()]
         extremes += list(self.log_sums.values())
-        counts = [value for value in self.sums.values()] + [value for _, value in self.histograms.values()]
+        counts = list(self.sums.values()) + [value for _, value in self.histograms.values()]
         if extremes:
             top = torch.stack(extremes)
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)

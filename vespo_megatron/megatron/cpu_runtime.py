@@ -84,8 +84,11 @@ class _NoStream:
 
 
 def _import_without_compiling() -> None:
-    """jit.py:`enable_jit_fuser` makes every fused helper a `torch.compile` as megatron-core is imported, which on CPU
-    loads dynamo and later starts a C++ compiler. Let the decorator do nothing during that import."""
+    """Let `torch.compile` do nothing while megatron-core is imported.
+
+    jit.py:`enable_jit_fuser` makes every fused helper a compiled one then, which on CPU loads dynamo and later starts a
+    C++ compiler.
+    """
     compile_function = torch.compile
     torch.compile = lambda function=None, **_kwargs: function  # type: ignore[assignment]
     try:
@@ -121,11 +124,11 @@ def _stand_in_for_cuda_functions() -> None:
     cuda.current_stream = lambda *_args: stream  # type: ignore[assignment]
     cuda.default_stream = lambda *_args: stream  # type: ignore[assignment]
     cuda.stream = lambda *_args: contextlib.nullcontext()  # type: ignore[assignment]
-    cuda.get_rng_state = lambda *_args: torch.get_rng_state()  # type: ignore[assignment]
+    cuda.get_rng_state = lambda *_args: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_args: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
-    torch.Tensor.record_stream = nothing()  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[assignment]
+    torch.Tensor.record_stream = nothing()  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
 
 
 class _ModuleWith(types.ModuleType):
@@ -218,8 +221,11 @@ def _stand_in_for_host_copies() -> None:
 
 
 def _accept_cpu_tensor_types() -> None:
-    """Optimizer code compares `param.type()` with 'torch.cuda.FloatTensor' (optimizer.py:671, distrib_optimizer.py:361
-    and 582, clip_grads.py:167). While those functions run, a CPU tensor's type is spelled the way they expect."""
+    """Spell a CPU tensor's type the way optimizer code expects, while its functions run.
+
+    They compare `param.type()` with 'torch.cuda.FloatTensor' (optimizer.py:671, distrib_optimizer.py:361 and 582,
+    clip_grads.py:167).
+    """
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

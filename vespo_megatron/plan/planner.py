@@ -150,8 +150,8 @@ def report(shape: Qwen3MoeShape, first: Plan, lengths: Lengths, *, mfu: float = 
         "",
         f"trainer process, GiB of {device.memory_gib:g}:",
     ]
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "routes"):
-        lines.append(f"  {name:12}{getattr(memory, name) / GIB:8.2f}")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "routes")
+    lines += [f"  {name:12}{getattr(memory, name) / GIB:8.2f}" for name in parts]
     lines.append(
         f"  {'together':12}{memory.device / GIB:8.2f}" + ("" if fits(memory.device, device) else "   too much")
     )

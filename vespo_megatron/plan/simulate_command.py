@@ -29,12 +29,12 @@ def report(
     """The forecast of the recipe, and with `device` a table of splits of its devices. One of runs, device is given."""
     if runs:
         pipeline = from_runs(recipe, runs)
-        return _text(recipe, replace(pipeline, steps=min(_STEPS, pipeline.steps)))
+        return _text(replace(pipeline, steps=min(_STEPS, pipeline.steps)))
     assert device is not None
     shape = shape_of(recipe.policy.model_name)
     first = plan(shape, recipe, device, lengths, mfu)
     pipeline = replace(from_plan(first, lengths), steps=min(_STEPS, recipe.grpo.max_num_steps))
-    lines = [_text(recipe, pipeline), ""]
+    lines = [_text(pipeline), ""]
     per_server = recipe.policy.generation.sglang_cfg.tensor_parallel_size
     total = recipe.world_size + pipeline.servers * per_server
     lines.append(f"splits of {total} {device.name}:")
@@ -64,7 +64,7 @@ def _row(forecast: Forecast) -> str:
     )
 
 
-def _text(recipe: Recipe, pipeline: Pipeline) -> str:
+def _text(pipeline: Pipeline) -> str:
     forecast = simulate(pipeline)
     total = sum(forecast.lag_tokens.values()) or 1.0
     shares = ", ".join(f"{lag}: {tokens / total:.0%}" for lag, tokens in sorted(forecast.lag_tokens.items()))

@@ -1,0 +1,1 @@
+"""Recipes: what they may say, how they are read, and what they may not ask for."""

@@ -38,7 +38,7 @@ def _key(facts: dict[str, Any]) -> dict[str, Any]:
     about = {name: facts.pop(name) for name in ("title", "description", "default") if name in facts}
     if facts.get("type") == "object":
         facts["properties"] = {"_override_": {"type": "boolean", "description": "Drop what was inherited."}}
-    return about | {"anyOf": [*(facts["anyOf"] if "anyOf" in facts else [facts]), _INTERPOLATION]}
+    return about | {"anyOf": [*facts.get("anyOf", [facts]), _INTERPOLATION]}
 
 
 def _section_of(schema: dict[str, Any], name: str) -> dict[str, Any]:

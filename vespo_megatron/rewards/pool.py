@@ -13,6 +13,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 from vespo_megatron.errors import UserError
@@ -147,7 +148,7 @@ class _Worker:
         self._process.join(5)
 
 
-def _serve(connection, env: EnvConfig) -> None:
+def _serve(connection: Connection, env: EnvConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     function = functions.of_recipe(env)

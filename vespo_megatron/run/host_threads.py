@@ -11,8 +11,9 @@ _SPINS = 20_000
 
 
 def core_shares(runs: int) -> list[set[int]]:
-    """Cores for each of so many runs beside each other: as many for each, one at least. No two have the same ones
-    unless there are more runs than cores.
+    """Cores for each of so many runs beside each other: as many for each, one at least.
+
+    No two have the same ones unless there are more runs than cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // runs)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def stop_on_signals() -> Iterator[None]:
     SIGHUP stays ignored under nohup. Does nothing outside the main thread, where Python lets no handler be set.
     """
 
-    def stop(signum: int, frame: object) -> None:
+    def stop(signum: int, _frame: object) -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise Stopped(signum)
@@ -129,7 +129,7 @@ def clear_failures(run_dir: Path) -> None:
 # ---- waiting -----------------------------------------------------------------------------------------------------
 
 
-def wait_until(condition, timeout_s: float, interval_s: float = 0.05) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.05) -> bool:
     """Poll until `condition()` is true; False at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not condition():

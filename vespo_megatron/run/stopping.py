@@ -62,7 +62,7 @@ class StopKeeper:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
-    def _on_signal(self, signum: int, frame: object) -> None:
+    def _on_signal(self, signum: int, _frame: object) -> None:
         begun = any(status.step > 0 for status in read_rank_statuses(self._run_dir).values())
         if self._signum is not None or not self._saves or not begun:
             for number in STOP_SIGNALS:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE, agent_environment
@@ -148,9 +149,8 @@ def _stopped_at_the_end(running: dict[Cell, RunProcess]) -> Iterator[None]:
             end(process, max(0.1, deadline - time.monotonic()))
 
 
-def _write(bar, text: str) -> None:
-    write: Callable[..., None] = bar.write
-    write(text, file=sys.stderr)
+def _write(bar: Any, text: str) -> None:
+    bar.write(text, file=sys.stderr)
 
 
 def _reason(log: Path) -> str:

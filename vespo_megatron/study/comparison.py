@@ -44,13 +44,14 @@ def compare_rows(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
     for outcome in outcomes:
         by_levels.setdefault(outcome.cell.levels, []).append(outcome)
     places = [(setting, variant) for setting in study.settings for variant in study.variants]
-    compared = [place for place in places if study.baseline_of(place[1]) is not None]
+    baselines = {variant: study.baseline_of(variant) for variant in study.variants}
+    compared = [(s, v, baseline) for s, v in places if (baseline := baselines[v]) is not None]
     differences: dict[tuple[tuple[str, ...], str], dict[str, Difference]] = {place: {} for place in places}
     for measure in (ACCURACY, *study.also):
-        pairs = [(by_levels[(v, *s)], by_levels[(study.baseline_of(v), *s)]) for s, v in compared]
+        pairs = [(by_levels[(v, *s)], by_levels[(baseline, *s)]) for s, v, baseline in compared]
         found = holm([_difference(variant, baseline, measure) for variant, baseline in pairs])
-        for place, difference in zip(compared, found, strict=True):
-            differences[place][measure] = difference
+        for (s, v, _), difference in zip(compared, found, strict=True):
+            differences[s, v][measure] = difference
     rows = []
     for setting, variant in places:
         runs = by_levels[(variant, *setting)]

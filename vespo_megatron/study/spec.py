@@ -168,7 +168,7 @@ class _Reader:
             self.fail("baseline", f"one of {', '.join(next(iter(axes.values())))}")
         baselines = {str(level): str(other) for level, other in self.take("baselines", Mapping, {}).items()}
         if unknown := {*baselines, *baselines.values()} - set(next(iter(axes.values()))):
-            self.fail("baselines", f"pairs of {', '.join(next(iter(axes.values())))}, not {sorted(unknown)[0]}")
+            self.fail("baselines", f"pairs of {', '.join(next(iter(axes.values())))}, not {min(unknown)}")
         seeds = tuple(self.take("seeds", list, [1, 2, 3]))
         if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
             self.fail("seeds", "different whole numbers")
@@ -190,7 +190,7 @@ class _Reader:
             baselines=baselines,
         )
         if unknown := set(study.also) - set(LATE):
-            self.fail("also", f"some of {', '.join(LATE)}, not {sorted(unknown)[0]}")
+            self.fail("also", f"some of {', '.join(LATE)}, not {min(unknown)}")
         if self.content:
             self.fail(next(iter(self.content)), "no such key; see vespo_megatron/study/spec.py")
         return study

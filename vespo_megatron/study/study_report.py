@@ -96,8 +96,8 @@ def tables(study: Study, rows: Sequence[Row]) -> str:
     lines += ["", "Means over the last quarter of the steps:", ""]
     lines += [f"| {' | '.join(study.axes)} | {' | '.join(shown)} |", f"|{'---|' * (len(study.axes) + len(shown))}"]
     for row in rows:
-        values = [f"{row.late[name].value:.4g}" if row.late[name].count else "-" for name in shown]
-        lines.append(f"| {' | '.join((row.variant, *row.setting))} | {' | '.join(values)} |")
+        late = [f"{row.late[name].value:.4g}" if row.late[name].count else "-" for name in shown]
+        lines.append(f"| {' | '.join((row.variant, *row.setting))} | {' | '.join(late)} |")
     return "\n".join([*lines, "", *(f"- {text}" for text in sentences(rows)), ""])
 
 

@@ -69,10 +69,7 @@ class Trainer:
             probe_routes(self.link)
         if schedule.val_at_start and schedule.val_period and not done:
             self.link.call_with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
-        for step in range(done + 1, schedule.max_num_steps + 1):
-            if not self.one_step(step):
-                return False
-        return True
+        return all(self.one_step(step) for step in range(done + 1, schedule.max_num_steps + 1))
 
     def one_step(self, step: int) -> bool:
         """A step with what the schedule puts around it; False when the run ends after it though it is not the last."""

@@ -25,8 +25,10 @@ def table(run_dir: Path) -> str:
         "| batch | replay | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "|---" * (len(names) + 2) + "|",
     ]
-    for row in rows:
-        lines.append(f"| {row['batch']} | {row['replay']} | " + " | ".join(f"{row[name]:.5g}" for name in names) + " |")
+    lines += [
+        f"| {row['batch']} | {row['replay']} | " + " | ".join(f"{row[name]:.5g}" for name in names) + " |"
+        for row in rows
+    ]
     for mode in ("none", "R3"):
         members = [row for row in rows if row["replay"] == mode]
         means = [sum(row[name] for row in members) / len(members) for name in names]

@@ -157,7 +157,7 @@ def _watched(policy: Any, trace: _Trace) -> Iterator[None]:
     """Within the block every module's output and its gradient are looked at."""
 
     def watch(name: str) -> Callable:
-        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             trace.look(f"forward: output of {name}", output)
             for each in output if isinstance(output, tuple) else (output,):
                 if isinstance(each, torch.Tensor) and each.requires_grad:

@@ -164,7 +164,10 @@ class GroupedExperts(MegatronModule):
         """megatron-core's delayed weight gradients: none are delayed."""
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
     ) -> ShardedStateDict:
         """Both weights as slices of [experts, …], under `SequentialMLP`'s keys and shapes (experts.py:935).
 

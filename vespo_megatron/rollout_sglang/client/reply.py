@@ -161,7 +161,7 @@ def _sampling_mask(value: Any, output_ids: np.ndarray, shape: ModelShape, check:
     expected = f"{len(output_ids)}, one per output token"
     check.that(len(rows) == len(output_ids), f"sampling masks of {len(rows)} tokens", expected)
     good = all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows)
-    good = good and all(0 <= min(row, default=-1) and max(row) < shape.vocab_size for row in rows)
+    good = good and all(min(row, default=-1) >= 0 and max(row) < shape.vocab_size for row in rows)
     check.that(good, "a sampling mask that is no list of token ids", f"ids from 0 to {shape.vocab_size - 1}")
     sampling_mask = SamplingMask.of(rows)
     inside = bool(sampling_mask.contains(output_ids).all())
