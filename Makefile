@@ -11,7 +11,7 @@
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-triton    GPU kernels in Triton's interpreter, and compiled for an H100; installs Triton (285 MB)
-#   make lint    ruff and the import contract
+#   make lint    ruff, its format, types (mypy), dead code (vulture), import contracts; each a target of its own
 #   make venv    install only
 
 VENV ?= .venv
@@ -28,7 +28,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly properties fuzz study-smoke lint venv example clean
+.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -81,8 +81,22 @@ fuzz: $(STAMP)
 		mkdir -p .fuzz/$$parser && $(BIN)/python tests/fuzz/fuzz_$$parser.py \
 		-max_total_time=$(FUZZ_SECONDS) -max_len=1024 .fuzz/$$parser || exit 1; done
 
-lint: $(STAMP)
+# `make lint` of one tool: ruff, format, types, dead-code or imports (as .pre-commit-config.yaml runs them).
+lint: ruff format types dead-code imports
+
+ruff: $(STAMP)
 	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+dead-code: $(STAMP)
+	$(BIN)/vulture
+
+imports: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 venv: $(STAMP)
@@ -101,4 +115,4 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.tx
 	touch $(STAMP)
 
 clean:
-	rm -rf $(EXAMPLE)/build .fuzz .hypothesis .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(EXAMPLE)/build .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

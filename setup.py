@@ -84,7 +84,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vespo_megatron", "vespo_megatron.*"]),
-    package_data={"vespo_megatron": ["rollout_sglang/plugin/stubs/**/*.py", "study/templates/*", "slurm/templates/*"]},
+    package_data={
+        "vespo_megatron": ["py.typed", "rollout_sglang/plugin/stubs/**/*.py", "study/templates/*", "slurm/templates/*"]
+    },
     install_requires=[
         "aiohttp",
         "datasets>=5",

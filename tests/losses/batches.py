@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LENGTHS = (5, 0, 1, 12, 7, 1, 4, 30, 3)
-EMPTY, ALL_MASKED = 1, 8
+ALL_MASKED = 8
 
 
 @dataclass

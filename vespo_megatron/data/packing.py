@@ -27,11 +27,6 @@ class StepPlan:
 
     mini_batches: list[list[list[list[int]]]]
 
-    @property
-    def num_micro_batches(self) -> list[int]:
-        """Micro-batches of each mini-batch, the same on every rank."""
-        return [len(mini_batch[0]) for mini_batch in self.mini_batches]
-
 
 def plan_mini_batches(
     lengths: Sequence[int],
