@@ -98,18 +98,19 @@ class FaultServer:
         self.calls[path] = self.calls.get(path, 0) + 1
         self.posts[path] = body
         if self.api_key and handler.headers.get("Authorization") != f"Bearer {self.api_key}":
-            return self._send(handler, 401, {"error": "Unauthorized"})
-        if path == "/health" and self.fault == "hangs":
-            return time.sleep(30)
-        if path == "/begin_weight_update" and self.fault == "refuses begin":
-            return self._send(handler, 400, {"success": False, "message": "a session is open"})
-        if path == "/update_weight_version":
-            self.settings["weight_version"] = body["new_version"]
-        if path == "/generate":
+            self._send(handler, 401, {"error": "Unauthorized"})
+        elif path == "/health" and self.fault == "hangs":
+            time.sleep(30)
+        elif path == "/begin_weight_update" and self.fault == "refuses begin":
+            self._send(handler, 400, {"success": False, "message": "a session is open"})
+        elif path == "/generate":
             self._generate(handler, body)
         elif path == "/server_info":
             info = {"version": "0.5.23", "device": "cpu", "context_length": 256, "enable_return_routed_experts": True}
             self._send(handler, 200, info | {"startup_time": self.startup_time} | self.settings)
+        elif path == "/update_weight_version":
+            self.settings["weight_version"] = body["new_version"]
+            self._send(handler, 200, {"success": True})
         elif path == "/model_info":
             self._send(handler, 200, {"weight_version": self.settings.get("weight_version", "default")})
         else:

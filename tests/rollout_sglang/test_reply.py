@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -177,7 +178,8 @@ def truncated(**meta):
 
 def test_a_truncated_reply_says_what_each_token_was_drawn_from():
     result = parse(truncated(), TRUNCATED)
-    assert result.sampling_mask.counts.tolist() == [2, 1, 2, 2] and result.sampling_mask.ids.tolist() == sum(MASKS, [])
+    assert result.sampling_mask.counts.tolist() == [2, 1, 2, 2]
+    assert result.sampling_mask.ids.tolist() == [*chain.from_iterable(MASKS)]
     assert result.behavior_log_probs.tolist() == pytest.approx([-1.0, 0.0, -1.0, -0.1])
     assert parse(reply(), replace(TRUNCATED, evaluation=True)).sampling_mask is None
 

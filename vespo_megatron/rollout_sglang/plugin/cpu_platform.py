@@ -61,7 +61,7 @@ def _platform_class() -> type:
         def get_dispatch_key_name(self) -> str:
             return "native"
 
-        def is_pin_memory_available(self, device: Any = None) -> bool:
+        def is_pin_memory_available(self, device: Any = None) -> bool:  # noqa: ARG002  (SGLang's signature)
             return False
 
         def init_backend(self) -> None:

@@ -154,7 +154,8 @@ class ServerPool:
         while True:
             server = await self.slots.acquire(wanted[0].group_id, len(wanted))
             if server is None:
-                return _not_begun(wanted, indices, arrived)
+                _not_begun(wanted, indices, arrived)
+                return
             start = time.monotonic()
             try:
                 answers = await self._reply_while_in_service(server, server.client.generate(session, wanted))
@@ -164,7 +165,8 @@ class ServerPool:
                 faults.append(fault)
                 self.membership.take_out_of_service(server, fault)
             except _Abandoned:
-                return _not_begun(wanted, indices, arrived)
+                _not_begun(wanted, indices, arrived)
+                return
             finally:
                 self.slots.release(server, len(wanted))
             if len(faults) == MAX_FAULTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,7 +51,5 @@ class PooledServer:
 def cancel_calls(calls: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel each in its own event loop; from any thread."""
     for call in calls:
-        try:
+        with contextlib.suppress(RuntimeError):  # that loop has ended, and its tasks with it
             call.get_loop().call_soon_threadsafe(call.cancel)
-        except RuntimeError:  # that loop has ended, and its tasks with it
-            pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 
@@ -25,10 +26,8 @@ class Waiters:
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for change in waiting:
-            try:
+            with contextlib.suppress(RuntimeError):  # that loop has ended, and whoever waited in it
                 change.get_loop().call_soon_threadsafe(_resolve, change)
-            except RuntimeError:  # that loop has ended, and whoever waited in it
-                pass
 
 
 def _resolve(change: asyncio.Future[None]) -> None:

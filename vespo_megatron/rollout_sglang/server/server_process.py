@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -97,14 +98,11 @@ class ServerProcess:
     def stop(self) -> None:
         """End every process of the server's group; idempotent, bounded by the grace and 10 s."""
         self.ask_to_stop()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_S + 5)
-        except subprocess.TimeoutExpired:
-            pass
-        try:  # the supervisor has done this, unless it was killed itself
+        # The supervisor has done this, unless it was killed itself.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process_group, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self._process.wait(5)
 
 

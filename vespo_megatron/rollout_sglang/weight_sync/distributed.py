@@ -6,6 +6,7 @@ thread: a server that refuses never joins the broadcast, and its refusal ends th
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -121,8 +122,6 @@ class DistributedTransport:
         if group is None:
             return
         for client in self._servers.clients:
-            try:
+            with contextlib.suppress(UserError):
                 client.call("/destroy_weights_update_group", {"group_name": group.name}, timeout_s=2.0)
-            except UserError:
-                pass
         group.close()

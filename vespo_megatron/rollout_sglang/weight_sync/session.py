@@ -17,6 +17,7 @@ recipe's `weight_bucket_bytes` is half of it all. Only a tensor larger than a bu
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -158,10 +159,8 @@ class WeightSync:
         servers = self._servers
         for client in servers.clients:
             for path in _ONCE:
-                try:
+                with contextlib.suppress(UserError):
                     client.call(path, {})
-                except UserError:
-                    pass
         self._manifests = servers.on_all(lambda client: ask_weights(client, MANIFEST, servers.timeout_s))
         self._served = merge_manifests(self._manifests, [client.url for client in servers.clients])
         self._connected = True  # before, so that a failure in it lets go of what it made
