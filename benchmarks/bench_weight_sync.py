@@ -157,8 +157,8 @@ def make_model(folder: Path) -> dict[str, torch.Tensor]:
     """Random weights by name, and the Hugging Face folder of them."""
     from safetensors.torch import save_file
 
-    from vespo_megatron.megatron.hf_config import read_shape
     from vespo_megatron.megatron.hf_mapping import expected_tensors
+    from vespo_megatron.recipe.model_shape import read_shape
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))

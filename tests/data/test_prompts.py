@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from model_config import write_config
 
 from vespo_megatron.data.prompts import PromptRecord, PromptStream, load_prompts
 from vespo_megatron.errors import UserError
@@ -32,7 +33,7 @@ def load(tmp_path):
     def load(rows, **settings):
         path = tmp_path / "train.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": settings.pop("vocab_size", 128)}))
+        write_config(tmp_path, vocab_size=settings.pop("vocab_size", 128))
         values = {f"data.{name}": value for name, value in settings.items()}
         recipe = Recipe().with_values({"policy.model_name": str(tmp_path)} | values)
         return load_prompts(DatasetConfig(path=str(path)), recipe, LetterTokenizer())

@@ -14,22 +14,26 @@ import atheris
 
 with atheris.instrument_imports(include=["vespo_megatron"]):
     from vespo_megatron.errors import UserError
+    from vespo_megatron.recipe.model_shape import shape_of_config
     from vespo_megatron.rollout_sglang.client.reply import parse_reply
     from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-    from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 import numpy as np
 
-SHAPE = ModelShape(
-    vocab_size=16,
-    max_position_embeddings=16,
-    num_layers=2,
-    sparse_layers=(0, 1),
-    num_experts=4,
-    topk=2,
-    tie_word_embeddings=False,
-    architecture="Qwen3MoeForCausalLM",
-    kv_values_per_token=8,
+SHAPE = shape_of_config(
+    {
+        "model_type": "qwen3_moe",
+        "vocab_size": 16,
+        "max_position_embeddings": 16,
+        "num_hidden_layers": 2,
+        "hidden_size": 4,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "intermediate_size": 4,
+        "moe_intermediate_size": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
 )
 REQUESTS = [GenerationRequest("r", (5, 6), SamplingParams(max_new_tokens=3, top_k=top_k)) for top_k in (-1, 2)]
 ROUTES = base64.b64encode(np.array([[[0, 1], [2, 3]]] * 3, dtype="<i4").tobytes()).decode()

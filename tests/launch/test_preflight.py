@@ -8,24 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_config import write_config
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch import preflight
 from vespo_megatron.recipe.schema import Recipe
 
-CONFIG = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 64,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "moe_intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-}
 ROW = {"prompt": "1 1", "data_source": "sums", "reward_model": {"ground_truth": "2"}}
 
 
@@ -41,7 +29,7 @@ def recipe(tmp_path) -> Recipe:
     tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(model)
-    (model / "config.json").write_text(json.dumps(CONFIG))
+    write_config(model, vocab_size=64, max_position_embeddings=256)
     save_file({"weight": np.zeros((16, 16), np.float32)}, model / "model.safetensors")
     recipe = Recipe().with_values(
         {
@@ -122,7 +110,7 @@ def test_a_model_folder_without_weights_or_of_another_kind_is_refused(recipe):
     with pytest.raises(UserError, match="holds no weights"):
         preflight.check(recipe)
     config = weights(recipe).with_name("config.json")
-    config.write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    write_config(config.parent, model_type="llama")
     with pytest.raises(UserError, match="llama"):
         preflight.check(recipe)
 

@@ -73,7 +73,7 @@ def test_evaluations_are_written_problem_by_problem(run_dir):
 
 def test_utilization_is_work_over_what_the_devices_could_have_done(run_dir, monkeypatch):
     from vespo_megatron.megatron import flops
-    from vespo_megatron.megatron.hf_config import read_shape
+    from vespo_megatron.recipe.model_shape import read_shape
 
     shape = read_shape(ROOT / "examples/tiny_moe/build/model")
     samples = [SimpleNamespace(num_tokens=40, response_ids=[0] * 30), SimpleNamespace(num_tokens=9, response_ids=[0])]

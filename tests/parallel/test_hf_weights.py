@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_layout_parity import TOLERANCE, worst
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.megatron.hf_config import read_shape
 from vespo_megatron.megatron.hf_weights import SafetensorsFolder
+from vespo_megatron.recipe.model_shape import read_shape
 
 
 def test_a_saved_folder_is_sharded_and_transformers_reads_it(workers, checkpoint, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 from random_checkpoint import make_checkpoint
 from test_layout_parity import LAYOUTS, VPP
 
-from vespo_megatron.megatron.hf_config import read_shape
 from vespo_megatron.plan import activations
 from vespo_megatron.plan.memory import local_parameters, optimizer_bytes
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from vespo_megatron.megatron import flops
-from vespo_megatron.megatron.hf_config import read_shape
+from vespo_megatron.recipe.model_shape import read_shape
 
 LENGTH = 48
 

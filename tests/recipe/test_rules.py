@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from model_config import shape, write_config
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_config import read_model_config
 from vespo_megatron.recipe.model_rules import model_problems
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.rules import problems, validate
 from vespo_megatron.recipe.schema import Recipe
-
-CONFIG = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "num_experts": 8,
-    "moe_intermediate_size": 64,
-    "intermediate_size": 128,
-    "vocab_size": 128,
-    "max_position_embeddings": 2048,
-}
 
 
 def changed(**values) -> Recipe:
@@ -225,25 +213,25 @@ def test_a_possible_recipe_is_let_through(values):
     ],
 )
 def test_a_layout_the_model_cannot_take_is_refused(values, config, where, advice):
-    found = [str(problem) for problem in model_problems(changed(**values), CONFIG | config)]
+    found = [str(problem) for problem in model_problems(changed(**values), shape(**config))]
     assert any(where in problem and advice in problem for problem in found), found
 
 
 def test_a_layout_the_model_can_take_is_let_through():
     values = {GPUS: 4, TP: 2, SP: True, PP: 2, EP: 2, ETP: 1, VPP: 2}
-    assert list(model_problems(changed(**values), CONFIG)) == []
+    assert list(model_problems(changed(**values), shape())) == []
 
 
 @pytest.mark.parametrize("more", [{G + "top_k": 4096}, {G + "backend": "in_process"}])
 def test_truncated_sampling_is_let_through_where_the_engine_tells_what_it_drew_from(more):
     values = {G + "top_p": 0.9} | more
-    assert list(model_problems(changed(**values), CONFIG | {"vocab_size": 151936})) == []
-    assert list(model_problems(changed(**{G + "top_p": 0.9}), CONFIG)) == [], "a small vocabulary is its own top-k"
+    assert list(model_problems(changed(**values), shape(vocab_size=151936))) == []
+    assert list(model_problems(changed(**{G + "top_p": 0.9}), shape())) == [], "a small vocabulary is its own top-k"
 
 
 @pytest.mark.parametrize("values", [{FIRST: 1}, {LAST: 2}, {FIRST: 1, LAST: 2}])
 def test_stages_of_unequal_size_are_let_through_when_they_are_given(values):
-    assert list(model_problems(changed(**values, **{GPUS: 2, PP: 2}), CONFIG | {"num_hidden_layers": 3})) == []
+    assert list(model_problems(changed(**values, **{GPUS: 2, PP: 2}), shape(num_hidden_layers=3))) == []
 
 
 def test_validate_tells_all_problems_at_once(tmp_path):
@@ -256,7 +244,7 @@ def test_validate_tells_all_problems_at_once(tmp_path):
 
 
 def test_validate_reads_the_model_config(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_config(tmp_path)
     validate(changed(policy__model_name=str(tmp_path)))
     with pytest.raises(UserError, match="8 experts"):
         validate(
@@ -277,4 +265,4 @@ def test_a_model_folder_without_a_readable_config_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
-        read_model_config(tmp_path)
+        read_shape(tmp_path)

@@ -314,7 +314,7 @@ def test_pause_ends_running_requests_as_aborts_whose_tokens_are_whole(engine, re
 
 
 def test_a_folder_that_is_not_a_qwen3_moe_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         InProcessEngine(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="'llama'"):

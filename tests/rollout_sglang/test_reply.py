@@ -9,24 +9,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from model_config import shape as shape_of
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.client.request import build_body, check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
-SHAPE = ModelShape(
-    vocab_size=100,
-    max_position_embeddings=64,
-    num_layers=3,
-    sparse_layers=(0, 1, 2),
-    num_experts=8,
-    topk=2,
-    tie_word_embeddings=False,
-    architecture="Qwen3MoeForCausalLM",
-    kv_values_per_token=192,
-)
+SHAPE = shape_of(num_hidden_layers=3, vocab_size=100, max_position_embeddings=64)
 REQUEST = GenerationRequest("step1/p/0", (5, 6, 7), SamplingParams(max_new_tokens=4))
 ROUTES = np.arange(6 * 3 * 2, dtype="<i4").reshape(6, 3, 2) % 8
 
@@ -72,7 +62,7 @@ def test_a_good_reply_becomes_a_result():
 
 
 def test_routes_of_dense_layers_are_left_out():
-    shape = ModelShape(**{**SHAPE.__dict__, "sparse_layers": (0, 2)})
+    shape = replace(SHAPE, is_moe_layer=(True, False, True))
     np.testing.assert_array_equal(parse(reply(), shape=shape).routes, ROUTES[:, [0, 2]])
 
 

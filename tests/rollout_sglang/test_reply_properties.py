@@ -7,11 +7,11 @@ import base64
 import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from model_config import shape as shape_of
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
@@ -28,16 +28,13 @@ def cases(draw):
     experts = draw(st.sampled_from([2, 8, 128, 300]))
     topk = draw(st.integers(1, min(experts, 4)))
     vocabulary = draw(st.integers(2, 200_000))
-    shape = ModelShape(
+    shape = shape_of(
         vocab_size=vocabulary,
         max_position_embeddings=64,
-        num_layers=layers,
-        sparse_layers=sparse,
+        num_hidden_layers=layers,
+        mlp_only_layers=sorted(set(range(layers)) - set(sparse)),
         num_experts=experts,
-        topk=topk,
-        tie_word_embeddings=False,
-        architecture="Qwen3MoeForCausalLM",
-        kv_values_per_token=8,
+        num_experts_per_tok=topk,
     )
     tokens = st.integers(0, vocabulary - 1)
     prompt = tuple(draw(st.lists(tokens, min_size=1, max_size=5)))
@@ -79,7 +76,7 @@ def test_a_right_reply_is_taken_as_it_is(case):
     expected = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
     assert result.weight_versions.tolist() == expected
     if len(spans) == 1:
-        np.testing.assert_array_equal(result.routes, routes[:, list(shape.sparse_layers)])
+        np.testing.assert_array_equal(result.routes, routes[:, list(shape.moe_layers)])
     else:
         assert result.routes is None and result.extra["routes_dropped"] == 1
 
@@ -104,8 +101,8 @@ def test_routes_that_name_an_expert_twice_or_one_that_is_not_there_never_pass(ca
     assume(len(reply["meta_info"]["weight_versions"]) == 1)
     routes = routes.copy()
     row = data.draw(st.integers(0, len(routes) - 1))
-    layer = data.draw(st.sampled_from(shape.sparse_layers))
-    slot = data.draw(st.integers(0, shape.topk - 1))
+    layer = data.draw(st.sampled_from(shape.moe_layers))
+    slot = data.draw(st.integers(0, shape.num_experts_per_tok - 1))
     wrong = [-1, shape.num_experts, 2**31 - 1, -(2**31), *(routes[row, layer, :slot].tolist())]
     routes[row, layer, slot] = data.draw(st.sampled_from(wrong))
     reply["meta_info"]["routed_experts"] = base64.b64encode(routes.tobytes()).decode()

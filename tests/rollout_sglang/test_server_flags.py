@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.rollout_sglang import launch_servers
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server import supervisor
 from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
 from vespo_megatron.rollout_sglang.server.flags import build_flags, check_server_args
@@ -31,7 +31,7 @@ def recipe(tiny_recipe):
 
 @pytest.fixture
 def shape(tiny_qwen3_moe_folder):
-    return ModelShape.from_folder(tiny_qwen3_moe_folder)
+    return read_shape(tiny_qwen3_moe_folder)
 
 
 def found(device="cpu", folder=Path("/nowhere"), torchvision=False):

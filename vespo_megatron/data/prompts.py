@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
 
 if TYPE_CHECKING:
@@ -160,10 +161,8 @@ def _ground_truth(row: dict[str, Any], where: str) -> Any:
 
 
 def _vocab_size(recipe: Recipe) -> int | None:
-    import json
-
-    config = Path(recipe.policy.model_name) / "config.json"
-    return json.loads(config.read_text()).get("vocab_size") if config.is_file() else None
+    folder = Path(recipe.policy.model_name)
+    return read_shape(folder).vocab_size if (folder / "config.json").is_file() else None
 
 
 class PromptStream:

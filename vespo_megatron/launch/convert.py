@@ -21,11 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE
 from vespo_megatron.megatron import checkpoint, hf_weights, parallel
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
 from vespo_megatron.recipe.dotted import leaves
 from vespo_megatron.recipe.loader import load_recipe, plain
+from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import MegatronConfig
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.run.checkpoint_store import POLICY, CheckpointStore
@@ -64,7 +64,8 @@ def convert(
         raise UserError("exists", where=str(goal), fix="name a folder that does not")
     partial = goal.with_name(goal.name + ".partial")
     with _joined(settings) as rank_info:
-        shape, dtype = read_shape(what.model), _dtype(what.model)
+        shape = read_shape(what.model)
+        dtype = _dtype(shape, what.model)
         weights = _Weights(
             build_model(shape, settings, rank_info, dtype=dtype, with_gradients=False), shape, rank_info, progress
         )
@@ -85,7 +86,7 @@ class _Weights:
     """The model in these processes; its methods are collectives and return (checksum read, checksum written)."""
 
     chunks: list[torch.nn.Module]
-    shape: Qwen3MoeShape
+    shape: ModelShape
     rank_info: parallel.RankInfo
     progress: bool
 
@@ -179,10 +180,7 @@ def _joined(layout: MegatronConfig) -> Iterator[parallel.RankInfo]:
             del os.environ[name]
 
 
-def _dtype(model: Path) -> torch.dtype:
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(model).dtype or torch.float32
-    if dtype not in DTYPES.values():
-        raise UserError(f"is {dtype}", where=f"dtype in {model}/config.json", expected=", ".join(DTYPES))
-    return dtype
+def _dtype(shape: ModelShape, model: Path) -> torch.dtype:
+    if shape.dtype not in DTYPES:
+        raise UserError(f"is {shape.dtype}", where=f"dtype in {model}/config.json", expected=", ".join(DTYPES))
+    return DTYPES[shape.dtype]

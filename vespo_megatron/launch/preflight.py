@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
 
 def check_model(model_folder: str) -> None:
     """A Qwen3-MoE whose weight files are whole. Raises UserError naming the file."""
-    from vespo_megatron.megatron.hf_config import read_shape
+    from vespo_megatron.recipe.model_shape import read_shape
 
     read_shape(model_folder)
     for path in weight_files(Path(model_folder)):

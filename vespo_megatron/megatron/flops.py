@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.recipe.model_shape import ModelShape
 
 
-def per_token(shape: Qwen3MoeShape) -> int:
+def per_token(shape: ModelShape) -> int:
     """Forward, one token through every layer, without attention's scores and without the output layer."""
     heads, kv, dim, hidden = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, shape.hidden_size
     attention = 2 * hidden * (heads + 2 * kv) * dim + 2 * heads * dim * hidden
@@ -21,29 +21,29 @@ def per_token(shape: Qwen3MoeShape) -> int:
     return shape.num_hidden_layers * attention + sparse * moe + (shape.num_hidden_layers - sparse) * dense
 
 
-def attention_scores(shape: Qwen3MoeShape, length: int, *, causal: bool = True) -> int:
+def attention_scores(shape: ModelShape, length: int, *, causal: bool = True) -> int:
     """Forward, all layers: queries times keys and weights times values of one sequence of `length` tokens."""
     pairs = length * (length + 1) // 2 if causal else length * length
     return shape.num_hidden_layers * 4 * shape.num_attention_heads * shape.head_dim * pairs
 
 
-def output_layer(shape: Qwen3MoeShape) -> int:
+def output_layer(shape: ModelShape) -> int:
     """Forward, one token's logits."""
     return 2 * shape.hidden_size * shape.vocab_size
 
 
-def forward(shape: Qwen3MoeShape, lengths: Iterable[int], response_tokens: int) -> int:
+def forward(shape: ModelShape, lengths: Iterable[int], response_tokens: int) -> int:
     """Forward of sequences of these lengths, with the logits of `response_tokens` of their tokens."""
     lengths = list(lengths)
     body = sum(lengths) * per_token(shape) + sum(attention_scores(shape, length) for length in lengths)
     return body + response_tokens * output_layer(shape)
 
 
-def training(shape: Qwen3MoeShape, lengths: Iterable[int], response_tokens: int) -> int:
+def training(shape: ModelShape, lengths: Iterable[int], response_tokens: int) -> int:
     """Model FLOPs of an update: forward and backward (twice the forward). What is recomputed does not count."""
     return 3 * forward(shape, lengths, response_tokens)
 
 
-def sequence_cost(shape: Qwen3MoeShape, length: int) -> int:
+def sequence_cost(shape: ModelShape, length: int) -> int:
     """Forward of one whole sequence through the layers: what balancing by work balances."""
     return length * per_token(shape) + attention_scores(shape, length)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.recipe.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ _STACK = re.compile(r"mlp\.experts\.(linear_fc[12])_weight")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))")
 
 
-def rule_for(name: str, shape: Qwen3MoeShape, *, layer: int | None, first_expert: int, num_local_experts: int) -> Rule:
+def rule_for(name: str, shape: ModelShape, *, layer: int | None, first_expert: int, num_local_experts: int) -> Rule:
     """The rule of a megatron-core parameter, local or Transformer Engine names.
 
     Args:
@@ -203,7 +203,7 @@ def _expert(prefix: str, linear: str) -> Rule:
     return Split((prefix + "down_proj.weight",), is_expert=True)
 
 
-def expected_tensors(shape: Qwen3MoeShape) -> dict[str, tuple[int, ...]]:
+def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of a complete HF checkpoint of this model, with its shape, in file order."""
     hidden, head = shape.hidden_size, shape.head_dim
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}

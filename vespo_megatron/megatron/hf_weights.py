@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
 from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
+from vespo_megatron.recipe.model_shape import ModelShape
 
 _INDEX = "model.safetensors.index.json"
 NamedTensor = tuple[str, torch.Tensor]
@@ -42,7 +42,7 @@ class SafetensorsFolder:
         UserError: no weights, a truncated or damaged file, a missing, extra or misshapen tensor.
     """
 
-    def __init__(self, folder: str | Path, shape: Qwen3MoeShape) -> None:
+    def __init__(self, folder: str | Path, shape: ModelShape) -> None:
         self.folder = Path(folder)
         self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
@@ -70,7 +70,7 @@ class SafetensorsFolder:
             return ["model.safetensors"]
         raise UserError("holds no weights", where=str(self.folder), expected=f"model.safetensors or {_INDEX}")
 
-    def _check(self, shape: Qwen3MoeShape) -> None:
+    def _check(self, shape: ModelShape) -> None:
         expected = expected_tensors(shape)
         found = set(self._file_of)
         if shape.tie_word_embeddings:
@@ -125,9 +125,7 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     return chunk
 
 
-def local_parameters(
-    chunks: Sequence[torch.nn.Module], shape: Qwen3MoeShape, rank_info: RankInfo
-) -> list[LocalParameter]:
+def local_parameters(chunks: Sequence[torch.nn.Module], shape: ModelShape, rank_info: RankInfo) -> list[LocalParameter]:
     """Every parameter of this rank's chunks with its rule; layers are known by their own number, not their order."""
     num_local_experts = shape.num_experts // rank_info.expert_size
     first_expert = rank_info.expert_rank * num_local_experts
@@ -149,7 +147,7 @@ def local_parameters(
 
 
 @torch.no_grad()
-def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: Qwen3MoeShape, rank_info: RankInfo) -> None:
+def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: ModelShape, rank_info: RankInfo) -> None:
     """Fill every parameter of this rank from a HF folder, one tensor at a time."""
     files = SafetensorsFolder(folder, shape)
     for local in local_parameters(chunks, shape, rank_info):
@@ -179,7 +177,7 @@ class WeightExporter:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
-        shape: Qwen3MoeShape,
+        shape: ModelShape,
         rank_info: RankInfo,
         *,
         bucket_bytes: int = 256 << 20,

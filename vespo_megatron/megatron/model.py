@@ -18,10 +18,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import moe_utils
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MegatronConfig
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -88,7 +88,7 @@ class PolicyModel(GPTModel):
         )
 
 
-def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of this model in this layout.
 
     NVIDIA's settings for RL throughout: router in fp32 (or fp64), no load balancing, no auxiliary loss, no bias update.
@@ -146,7 +146,7 @@ def transformer_config(shape: Qwen3MoeShape, megatron: MegatronConfig, *, dtype:
 
 
 def build_model(
-    shape: Qwen3MoeShape,
+    shape: ModelShape,
     megatron: MegatronConfig,
     rank_info: RankInfo,
     *,

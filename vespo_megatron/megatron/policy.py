@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
 from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
+from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
 from vespo_megatron.routing_replay.table import RouteTable
@@ -74,7 +74,7 @@ class MegatronPolicy:
         self.rank_info = rank_info
         self.config = config
         self.model_folder = Path(model_folder or config.model_name)
-        self.shape: Qwen3MoeShape = read_shape(self.model_folder)
+        self.shape: ModelShape = read_shape(self.model_folder)
         self.dtype = DTYPES[config.precision]
         self.chunks = build_model(self.shape, config.megatron_cfg, rank_info, dtype=self.dtype)
         hf_weights.load(self.chunks, self.model_folder, self.shape, rank_info)

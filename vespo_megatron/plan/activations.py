@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.plan.layers import stage_layers
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MegatronConfig, Recipe
 
 PADDING = 1.2
@@ -17,7 +17,7 @@ PADDING = 1.2
 _FLOAT32, _INT64 = 4, 8
 
 
-def peak(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, stage: int) -> int:
+def peak(shape: ModelShape, recipe: Recipe, tokens: int, stage: int) -> int:
     """The most that stage `stage` holds at a time: every micro-batch in flight, and a layer being recomputed."""
     megatron = recipe.policy.megatron_cfg
     held = in_flight(megatron, stage) * kept(shape, recipe, tokens, stage)
@@ -37,7 +37,7 @@ def in_flight(megatron: MegatronConfig, stage: int, micro_batches: float = math.
     return min(forwards, virtual * micro_batches) / virtual
 
 
-def kept(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, stage: int, padding: float = PADDING) -> int:
+def kept(shape: ModelShape, recipe: Recipe, tokens: int, stage: int, padding: float = PADDING) -> int:
     """By one micro-batch of `tokens` on this context parallel rank, from its forward to its backward."""
     megatron = recipe.policy.megatron_cfg
     local = tokens / megatron.tensor_model_parallel_size if megatron.sequence_parallel else tokens
@@ -55,7 +55,7 @@ def kept(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, stage: int, padding:
     return int(held)
 
 
-def layer(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, padding: float = PADDING) -> float:
+def layer(shape: ModelShape, recipe: Recipe, tokens: int, padding: float = PADDING) -> float:
     """By one sparse layer."""
     return _attention(shape, recipe, tokens, padding) + _experts(shape, recipe, tokens)
 
@@ -65,7 +65,7 @@ def element_size(recipe: Recipe) -> int:
     return 2 if recipe.policy.precision == "bfloat16" else 4
 
 
-def _attention(shape: Qwen3MoeShape, recipe: Recipe, tokens: int, padding: float) -> float:
+def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -> float:
     megatron, element, dim = recipe.policy.megatron_cfg, element_size(recipe), shape.head_dim
     tp, cp = megatron.tensor_model_parallel_size, megatron.context_parallel_size
     heads, kv = shape.num_attention_heads // tp, max(1, shape.num_key_value_heads // tp)
@@ -102,7 +102,7 @@ def _norm(recipe: Recipe, rows: float, width: int) -> float:
     return rows * (held + _FLOAT32)
 
 
-def _experts(shape: Qwen3MoeShape, recipe: Recipe, tokens: int) -> float:
+def _experts(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
     megatron, element = recipe.policy.megatron_cfg, element_size(recipe)
     tp, etp = megatron.tensor_model_parallel_size, megatron.expert_tensor_parallel_size
     local = tokens / tp if megatron.sequence_parallel else tokens

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 
-def stage_layers(shape: Qwen3MoeShape, recipe: Recipe) -> list[int]:
+def stage_layers(shape: ModelShape, recipe: Recipe) -> list[int]:
     """Layers of every pipeline stage."""
     megatron = recipe.policy.megatron_cfg
     stages = megatron.pipeline_model_parallel_size

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.plan import activations
 from vespo_megatron.plan.layers import stage_layers
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 
@@ -25,7 +25,7 @@ class Parameters:
         return self.dense + self.expert
 
 
-def parameters(shape: Qwen3MoeShape) -> Parameters:
+def parameters(shape: ModelShape) -> Parameters:
     """Of the whole model."""
     hidden, heads, kv, dim = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     sparse, layers = shape.num_moe_layers, shape.num_hidden_layers
@@ -37,7 +37,7 @@ def parameters(shape: Qwen3MoeShape) -> Parameters:
     return Parameters(dense, sparse * shape.num_experts * 3 * hidden * shape.moe_intermediate_size)
 
 
-def local_parameters(shape: Qwen3MoeShape, recipe: Recipe, stage: int = 0) -> Parameters:
+def local_parameters(shape: ModelShape, recipe: Recipe, stage: int = 0) -> Parameters:
     """Of one process of pipeline stage `stage` (0-based)."""
     megatron = recipe.policy.megatron_cfg
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
@@ -82,13 +82,13 @@ class TrainerMemory:
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
 
 
-def trainer_memory(shape: Qwen3MoeShape, recipe: Recipe) -> TrainerMemory:
+def trainer_memory(shape: ModelShape, recipe: Recipe) -> TrainerMemory:
     """Of the process that needs most."""
     stages = recipe.policy.megatron_cfg.pipeline_model_parallel_size
     return max((_stage_memory(shape, recipe, stage) for stage in range(stages)), key=lambda memory: memory.device)
 
 
-def _stage_memory(shape: Qwen3MoeShape, recipe: Recipe, stage: int) -> TrainerMemory:
+def _stage_memory(shape: ModelShape, recipe: Recipe, stage: int) -> TrainerMemory:
     policy, megatron = recipe.policy, recipe.policy.megatron_cfg
     local = local_parameters(shape, recipe, stage)
     element = activations.element_size(recipe)

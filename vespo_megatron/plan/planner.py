@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory
 from vespo_megatron.plan.timing import (
     Lengths,
@@ -19,6 +18,7 @@ from vespo_megatron.plan.timing import (
     sync_seconds,
     training_seconds,
 )
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 GIB = 2**30
@@ -60,7 +60,7 @@ class Plan:
         return layout_name(self.recipe)
 
 
-def plan(shape: Qwen3MoeShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU) -> Plan:
+def plan(shape: ModelShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU) -> Plan:
     """Memory and time of the recipe as it is."""
     server = server_speed(shape, recipe, device, lengths)
     servers = number_of_servers(recipe)
@@ -99,7 +99,7 @@ def layout_name(recipe: Recipe) -> str:
     return " ".join(parts)
 
 
-def alternatives(shape: Qwen3MoeShape, recipe: Recipe) -> Iterator[Recipe]:
+def alternatives(shape: ModelShape, recipe: Recipe) -> Iterator[Recipe]:
     """Other layouts of as many processes that the model can be split by, those nearest to the recipe's first."""
     world, mine = recipe.world_size, recipe.policy.megatron_cfg
     found = []
@@ -137,7 +137,7 @@ def alternatives(shape: Qwen3MoeShape, recipe: Recipe) -> Iterator[Recipe]:
     yield from (item[-1] for item in found)
 
 
-def report(shape: Qwen3MoeShape, first: Plan, lengths: Lengths, *, mfu: float = TRAINING_MFU, compare: int = 0) -> str:
+def report(shape: ModelShape, first: Plan, lengths: Lengths, *, mfu: float = TRAINING_MFU, compare: int = 0) -> str:
     """The plan as text: memory, time, what does not fit, the nearest layout that does, and a table of others."""
     recipe, memory, device = first.recipe, first.memory, first.device
     count = parameters(shape)

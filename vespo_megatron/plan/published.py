@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape, read_shape
+from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 
-_QWEN3_30B_A3B = Qwen3MoeShape(  # config.json of Qwen/Qwen3-30B-A3B-Base on the Hugging Face hub
+_QWEN3_30B_A3B = ModelShape(  # config.json of Qwen/Qwen3-30B-A3B-Base on the Hugging Face hub
     num_hidden_layers=48,
     hidden_size=2048,
     num_attention_heads=32,
@@ -25,7 +25,7 @@ _QWEN3_30B_A3B = Qwen3MoeShape(  # config.json of Qwen/Qwen3-30B-A3B-Base on the
     tie_word_embeddings=False,
     is_moe_layer=(True,) * 48,
 )
-_QWEN3_235B_A22B = Qwen3MoeShape(  # config.json of Qwen/Qwen3-235B-A22B
+_QWEN3_235B_A22B = ModelShape(  # config.json of Qwen/Qwen3-235B-A22B
     num_hidden_layers=94,
     hidden_size=4096,
     num_attention_heads=64,
@@ -46,7 +46,7 @@ _QWEN3_235B_A22B = Qwen3MoeShape(  # config.json of Qwen/Qwen3-235B-A22B
 PUBLISHED = {"Qwen3-30B-A3B": _QWEN3_30B_A3B, "Qwen3-235B-A22B": _QWEN3_235B_A22B}
 
 
-def shape_of(model: str) -> Qwen3MoeShape:
+def shape_of(model: str) -> ModelShape:
     """The folder's shape, or that of the published model its name contains. Raises UserError where there is neither."""
     if (Path(model) / "config.json").is_file():
         return read_shape(model)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hardware import DECODE_BANDWIDTH, GPU, TRAINING_MFU, USABLE_MEMORY
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.plan.activations import element_size
 from vespo_megatron.plan.memory import parameters
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 
@@ -43,7 +43,7 @@ class Server:
         return self.base + self.per_sequence * running
 
 
-def server_speed(shape: Qwen3MoeShape, recipe: Recipe, device: GPU, lengths: Lengths) -> Server:
+def server_speed(shape: ModelShape, recipe: Recipe, device: GPU, lengths: Lengths) -> Server:
     """Decoding is bound by memory bandwidth: with many sequences every expert is read each step."""
     config = recipe.policy.generation.sglang_cfg
     tp = config.tensor_parallel_size
@@ -63,9 +63,9 @@ def server_speed(shape: Qwen3MoeShape, recipe: Recipe, device: GPU, lengths: Len
     )
 
 
-def kv_bytes_per_token(shape: Qwen3MoeShape, element: int = 2) -> int:
+def kv_bytes_per_token(shape: ModelShape, element: int = 2) -> int:
     """Keys and values of one token in every layer."""
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * element
+    return shape.kv_values_per_token * element
 
 
 def generation_seconds(server: Server, servers: int, responses: int, lengths: Lengths) -> float:
@@ -79,7 +79,7 @@ def generation_seconds(server: Server, servers: int, responses: int, lengths: Le
 
 
 def training_seconds(
-    shape: Qwen3MoeShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU
+    shape: ModelShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU
 ) -> float:
     """Of one step: every update of the rollout batch, and the old-log-prob pass where the recipe has one."""
     responses = recipe.rollout_batch_size
@@ -106,7 +106,7 @@ def pipeline_bubble(recipe: Recipe) -> float:
     return (stages - 1) / (stages - 1 + micro_batches)
 
 
-def sync_seconds(shape: Qwen3MoeShape, recipe: Recipe, device: GPU) -> float:
+def sync_seconds(shape: ModelShape, recipe: Recipe, device: GPU) -> float:
     """Weights to every server: one broadcast over the network."""
     element = element_size(recipe)
     return parameters(shape).total * element / (device.network_gb * 1e9 * 0.7)

@@ -2,65 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS, MegatronConfig, Recipe
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
 
 
-def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserError]:
-    """What the recipe asks of its model that this model cannot do.
-
-    Args:
-        config: the model's `config.json`; keys that are not there are not checked.
-    """
+def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
+    """What the recipe asks of its model that this model cannot do."""
     megatron, folder = recipe.policy.megatron_cfg, recipe.policy.model_name
     tensor, expert, expert_tensor = (
         megatron.tensor_model_parallel_size,
         megatron.expert_model_parallel_size,
         megatron.expert_tensor_parallel_size,
     )
-    experts = config.get("num_experts", config.get("num_local_experts"))
-    vocab, groups = config.get("vocab_size"), config.get("num_key_value_heads")
     divisions = [
-        (config.get("num_attention_heads"), "attention heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
-        (groups, "key/value heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
-        (experts, "experts", expert, f"EP {expert}", "expert_model_parallel_size"),
+        (shape.num_attention_heads, "attention heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (shape.num_key_value_heads, "key/value heads", tensor, f"TP {tensor}", "tensor_model_parallel_size"),
+        (shape.num_experts, "experts", expert, f"EP {expert}", "expert_model_parallel_size"),
         (
-            config.get("moe_intermediate_size"),
+            shape.moe_intermediate_size,
             "channels of an expert",
             expert_tensor,
             f"ETP {expert_tensor}",
             "expert_tensor_parallel_size",
         ),
     ]
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        size = config.get("intermediate_size")
+    if shape.num_moe_layers < shape.num_hidden_layers:
+        size = shape.intermediate_size
         divisions.append((size, "channels of a dense MLP", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
     for count, what, parts, split, name in divisions:
-        if count is not None and count % parts:
+        if count % parts:
             divisors = ", ".join(str(size) for size in range(1, min(count, 64) + 1) if count % size == 0)
             yield UserError(
                 f"the {count} {what} of {folder} cannot be split into {split}",
                 where=f"{_MEGATRON}.{name}",
                 expected=f"a divisor of {count} ({divisors})",
             )
-    if config.get("num_hidden_layers") is not None:
-        yield from _layer_split(megatron, config["num_hidden_layers"], folder)
-    limit, longest = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
-    if limit is not None and longest > limit:
+    yield from _layer_split(megatron, shape.num_hidden_layers, folder)
+    limit, longest = shape.max_position_embeddings, recipe.policy.max_total_sequence_length
+    if longest > limit:
         yield UserError(
             f"is {longest}",
             where="policy.max_total_sequence_length",
             expected=f"at most {limit}, the context of {folder}",
         )
     generation = recipe.policy.generation
-    top_k = vocab if generation.top_k in (None, -1) else generation.top_k
+    top_k = shape.vocab_size if generation.top_k in (None, -1) else generation.top_k
     truncates = generation.top_p < 1 or generation.top_k not in (None, -1)
-    if generation.backend == "sglang" and truncates and top_k is not None and top_k > MAX_SAMPLING_MASK_TOKENS:
+    if generation.backend == "sglang" and truncates and top_k > MAX_SAMPLING_MASK_TOKENS:
         yield UserError(
             f"is {generation.top_k} with top_p {generation.top_p}; SGLang tells what a token was drawn from only where "
             f"that is at most {MAX_SAMPLING_MASK_TOKENS} tokens, and without it π cannot be taken over the same",
@@ -69,9 +62,11 @@ def model_problems(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[UserEr
             fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p, or top_p to 1.0 and top_k to null",
         )
     for token in generation.stop_token_ids:
-        if vocab is not None and not 0 <= token < vocab:
+        if not 0 <= token < shape.vocab_size:
             yield UserError(
-                f"holds {token}", where=f"{_GENERATION}.stop_token_ids", expected=f"ids below {folder}'s {vocab}"
+                f"holds {token}",
+                where=f"{_GENERATION}.stop_token_ids",
+                expected=f"ids below {folder}'s {shape.vocab_size}",
             )
 
 

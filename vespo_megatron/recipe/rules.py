@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_config import read_model_config
 from vespo_megatron.recipe.model_rules import model_problems
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.recipe.schema.problems import all_of
 
@@ -24,7 +24,7 @@ def validate(recipe: Recipe) -> None:
     """Raise `UserError` with everything that is wrong with the recipe and with what it asks of its model."""
     found = list(problems(recipe))
     if not found:
-        found = list(model_problems(recipe, read_model_config(recipe.policy.model_name)))
+        found = list(model_problems(recipe, read_shape(recipe.policy.model_name)))
     if found:
         raise all_of(found)
 

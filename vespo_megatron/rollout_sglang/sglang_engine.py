@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import api_key
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
@@ -15,10 +16,9 @@ from vespo_megatron.rollout_sglang.client.contract import check_contract, check_
 from vespo_megatron.rollout_sglang.client.request import check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
-from vespo_megatron.rollout_sglang.server.flags import context_length
+from vespo_megatron.rollout_sglang.server.flags import check_served, context_length
 from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
     config = recipe.policy.generation.sglang_cfg
     if not urls:
         raise UserError("no server", where="policy.generation.sglang_cfg.urls", fix="launch servers or give their URLs")
-    shape = ModelShape.from_folder(recipe.policy.model_name)
-    shape.check_served_by_sglang(recipe.policy.model_name)
+    shape = read_shape(recipe.policy.model_name)
+    check_served(shape, recipe.policy.model_name)
     context = context_length(recipe, shape)
     clients = [
         SGLangClient(

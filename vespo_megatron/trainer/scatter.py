@@ -15,10 +15,10 @@ from vespo_megatron.data.packing import plan_mini_batches
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import flops
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
 from vespo_megatron.megatron.micro_batch import layouts
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 
@@ -104,7 +104,7 @@ def _without_routes(batch: Batch) -> Batch:
     return Batch(samples, batch.advantages, batch.lags)
 
 
-def plan_shards(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Qwen3MoeShape) -> list[BatchShard]:
+def plan_shards(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: ModelShape) -> list[BatchShard]:
     """Cut a rollout batch into mini-batches and micro-batches of equal work for each data parallel rank. Pure."""
     policy, megatron = recipe.policy, recipe.policy.megatron_cfg
     packing = policy.sequence_packing

@@ -9,11 +9,11 @@ import torch
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hardware import peak_tflops
-from vespo_megatron.megatron.hf_config import Qwen3MoeShape
+from vespo_megatron.recipe.model_shape import ModelShape
 
 
 def utilization(
-    samples: Sequence[Sample], shape: Qwen3MoeShape, *, seconds: float, device: torch.device, devices: int
+    samples: Sequence[Sample], shape: ModelShape, *, seconds: float, device: torch.device, devices: int
 ) -> dict[str, float]:
     """Of updates on `samples` that took `seconds` on `devices`: forward and backward, experts as they are routed.
 

@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.client.control import bearer, call, message_of
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.client.request import build_body
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import aiohttp

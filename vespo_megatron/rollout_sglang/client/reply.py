@@ -13,8 +13,8 @@ import numpy as np
 from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 _LOG_PROB_SLACK = 1e-3
 """A log-prob above zero by rounding alone stays below this."""
@@ -194,9 +194,9 @@ def _routes(value: Any, rows: int, shape: ModelShape, check: _Check) -> np.ndarr
     except (binascii.Error, ValueError):
         check.that(False, "routed_experts that are not base64 of int32", "base64 of int32")
         raise
-    expected = (rows, shape.num_layers, shape.topk)
+    expected = (rows, shape.num_hidden_layers, shape.num_experts_per_tok)
     check.that(flat.size == np.prod(expected), f"routes of {flat.size} numbers", f"{expected}")
-    routes = flat.reshape(expected)[:, list(shape.sparse_layers)]
+    routes = flat.reshape(expected)[:, list(shape.moe_layers)]
     check.that(
         routes.size == 0 or (routes.min() >= 0 and routes.max() < shape.num_experts),
         "an expert that is not there",

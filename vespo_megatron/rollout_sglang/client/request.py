@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 
 
 def check_request(request: GenerationRequest, shape: ModelShape, context_length: int) -> None:

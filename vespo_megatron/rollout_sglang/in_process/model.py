@@ -15,20 +15,16 @@ import torch
 from torch.nn import functional as F
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.rollout_sglang.in_process.experts import run_experts
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The folder's `Qwen3MoeForCausalLM`, ready to generate; raises `UserError` when it is another model's."""
-    from transformers import AutoConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeForCausalLM
     from transformers.utils import logging
 
-    where = str(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError("no config.json", where=where, expected="a Hugging Face model folder")
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen3_moe":
-        raise UserError(f"model_type {config.model_type!r}", where=where, expected="'qwen3_moe'")
+    read_shape(folder)
     model: Any
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
+from vespo_megatron.recipe.model_shape import ModelShape
 
 STUBS = Path(__file__).parents[1] / "plugin" / "stubs"
 _PROBE = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server.environment import Environment
 
 _CPU_KV_BYTES = 512 * 2**20
@@ -120,6 +120,18 @@ def context_length(recipe: Recipe, shape: ModelShape) -> int:
             fix="lower it, or use a model made for it",
         )
     return length
+
+
+def check_served(shape: ModelShape, where: str) -> None:
+    """Raise `UserError` for a model that SGLang 0.5.23 would serve with other layers than it has."""
+    if shape.num_experts > 0 and shape.num_moe_layers != shape.num_hidden_layers:
+        dense = sorted(set(range(shape.num_hidden_layers)) - set(shape.moe_layers))
+        raise UserError(
+            f"layers {dense} are dense, and SGLang 0.5.23 gives every layer of a Qwen3-MoE experts",
+            where=where,
+            expected="no mlp_only_layers, and decoder_sparse_step 1",
+            fix="set policy.generation.backend=in_process, or use another model",
+        )
 
 
 def _cpu_kv_tokens(shape: ModelShape, dtype: str, context: int) -> int:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
-from vespo_megatron.rollout_sglang.model_shape import ModelShape
 from vespo_megatron.rollout_sglang.server.environment import build_environment, probe_environment
-from vespo_megatron.rollout_sglang.server.flags import build_flags, check_server_args
+from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args
 from vespo_megatron.rollout_sglang.server.ports import choose_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
 from vespo_megatron.run.host_threads import server_environment
@@ -115,8 +115,8 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         return ServerGroup([], [url.rstrip("/") for url in config.urls])
     recipe = hide_api_key(recipe)
     check_server_args(config.server_args)
-    shape = ModelShape.from_folder(recipe.policy.model_name)
-    shape.check_served_by_sglang(recipe.policy.model_name)
+    shape = read_shape(recipe.policy.model_name)
+    check_served(shape, recipe.policy.model_name)
     ports = choose_ports(config.host, config.port, config.num_servers)
     python = config.python or sys.executable
     found = probe_environment(python, device or recipe.cluster.device)
