@@ -12,9 +12,37 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.faults import ChecksumMismatch, WeightsNeeded, faults_of
+from vespo_megatron.rollout_sglang.weight_sync import factory
 
 pytestmark = pytest.mark.sglang
 TRANSPORTS = ("distributed", "tensor", "disk")
+
+
+class CountingTransport:
+    """A transport that is added: it counts what it sends, and leaves how to another."""
+
+    def __init__(self, inner):
+        self.inner, self.opens_session, self.bytes, self.versions = inner, inner.opens_session, 0, []
+
+    def connect(self, servers, ranks):
+        self.inner.connect(servers, ranks)
+
+    def begin(self, version):
+        self.versions.append(version)
+        self.inner.begin(version)
+
+    def allocate(self, num_bytes):
+        return self.inner.allocate(num_bytes)
+
+    def send(self, bucket):
+        self.bytes += bucket.flat.numel()
+        return self.inner.send(bucket)
+
+    def finish(self):
+        self.inner.finish()
+
+    def disconnect(self):
+        self.inner.disconnect()
 
 
 @pytest.fixture
@@ -87,6 +115,17 @@ def test_a_corrupted_bucket_is_caught_before_a_sample_is_drawn(transport, engine
         total.add(name, tensor)
     assert checksum == total.hexdigest()
     check_serves(engine, reference, 0.1, 5)
+
+
+def test_a_transport_is_added_by_a_row_of_the_table(engine_by, reference, monkeypatch):
+    make = factory.TRANSPORTS["distributed"]
+    monkeypatch.setitem(factory.TRANSPORTS, "disk", lambda config, device: CountingTransport(make(config, device)))
+    engine = engine_by("disk")
+    engine.update_weights(reference.named_tensors(0.1, seed=7), engine.weight_version + 1)
+    check_serves(engine, reference, 0.1, 7)
+    transport = engine.sync.transport
+    assert transport.versions == [engine.weight_version]
+    assert transport.bytes >= sum(tensor.nbytes for _, tensor in reference.named_tensors())
 
 
 def test_a_checksum_that_differs_twice_is_an_error(engine_by, reference, monkeypatch):
