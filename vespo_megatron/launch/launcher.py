@@ -144,7 +144,7 @@ class _NoServers:
     check = restart_dead
 
     def supervised(self) -> Any:
-        """Nothing to tend."""
+        """Nothing to watch."""
         return nullcontext()
 
 
@@ -236,11 +236,11 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
     return environment
 
 
-def _watch(agent: subprocess.Popen, tend: Sequence[Callable[[], None]]) -> None:
-    """Wait for torchrun; raises what one of `tend` raises: no server is left, a rank hangs, a stop took too long."""
+def _watch(agent: subprocess.Popen, checks: Sequence[Callable[[], None]]) -> None:
+    """Wait for torchrun; raises what one of `checks` raises: no server is left, a rank hangs, a stop took too long."""
     while agent.poll() is None:
-        for each in tend:
-            each()
+        for check in checks:
+            check()
         with suppress(subprocess.TimeoutExpired):
             agent.wait(_POLL_S)
 
