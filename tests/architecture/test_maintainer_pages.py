@@ -101,7 +101,7 @@ def test_every_thread_that_is_started_is_on_the_page():
         ("truncated sampling", "data/sampling_mask.py"),
         ("lock between generation", "rollout_sglang/readers_writer_lock.py"),
         ("Evaluation: answers", "controller/evaluation.py"),
-        ("Train-inference corrections", "losses/correction.py"),
+        ("Corrections of the gap", "losses/correction/__init__.py"),
         ("How stale a sample may be", "controller/staleness.py"),
         ("CPU platform", "rollout_sglang/plugin/cpu_platform.py"),
         ("Saving and resuming", "trainer/checkpoint.py"),

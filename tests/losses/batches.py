@@ -41,6 +41,11 @@ class Batch:
         return self.log_probs.clone().requires_grad_()
 
 
+def apart(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Two log-probs, none above 0, with this difference: shapes as given."""
+    return log_ratio.clamp(max=0.0), -log_ratio.clamp(min=0.0)
+
+
 def exact_log(value: float) -> float:
     """x with exp(x) == value to the last bit, or value's logarithm where there is none."""
     x = torch.tensor(value, dtype=torch.float64).log()
@@ -61,7 +66,7 @@ def make_batch(
 ) -> Batch:
     """Masked tokens hold NaN; some ratios are exactly on a clip bound; there are empty and one-token responses.
 
-    A ratio is exact where μ is 1, so π may exceed 1 there; `probabilities` keeps both below 1, and gives up exactness.
+    `probabilities` keeps every log-prob below 0, and gives up exactness.
     """
     generator = torch.Generator().manual_seed(seed)
     num = sum(lengths)
@@ -70,10 +75,8 @@ def make_batch(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     log_probs = -normal(num).abs() - 0.05
-    behavior = log_probs - scale * normal(num)
-    if probabilities:
-        behavior = behavior.clamp(max=-0.01)
-    old = behavior + 0.1 * normal(num)
+    behavior = (log_probs - scale * normal(num)).clamp(max=-0.01)
+    old = (behavior + 0.1 * normal(num)).clamp(max=0.0)
     mask = torch.rand(num, generator=generator) > 0.25
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     segment = torch.repeat_interleave(torch.arange(len(lengths)), cu.diff())
@@ -82,11 +85,11 @@ def make_batch(
         mask[segment == ALL_MASKED] = False
         for single in (2, 5):
             mask[cu[single]] = True
-        # Exact bounds: behaviour 0, so that the difference is the logarithm itself. One-token responses put
-        # sequence-level ratios on a bound too.
+        # Exact bounds: one of the two is 0, so that the difference is the logarithm itself, unless probabilities below
+        # one are asked for. One-token responses put sequence-level ratios on a bound too.
         spots = [int(cu[2]), int(cu[5]), *range(int(cu[7]), int(cu[7]) + len(BOUNDARIES))]
         for spot, value in zip(spots, [exact_log(1.25), exact_log(1 - 0.2), *BOUNDARIES], strict=True):
-            base = -2.0 if probabilities else 0.0
+            base = -2.0 if probabilities else min(0.0, -value)
             log_probs[spot], behavior[spot], old[spot], mask[spot] = base + value, base, base, True
     batch = Batch(log_probs, behavior, old, normal(len(lengths)), cu, mask, normal(num), positions)
     if len(lengths) == len(LENGTHS):

@@ -19,6 +19,7 @@ from vespo_megatron.losses import (
     Normalizer,
     PolicyLossConfig,
     compute_policy_loss,
+    correction_counts,
     get_objective,
     objective_names,
 )
@@ -26,35 +27,63 @@ from vespo_megatron.losses import (
 CORRECTED = ("vespo", "grpo", "gspo", "topr")
 """Objectives whose corrections and per-token advantages are tried on real processes too."""
 CORRECTIONS = (
-    {"name": "tis", "cap": 1.05},
-    {"name": "tis", "level": "sequence", "cap": 1.05},
-    {"name": "icepop", "low": 0.9, "high": 1.1, "veto_threshold": 0.8},
-    {"name": "mis", "low": 0.7, "high": 1.3},
-    {"name": "geometric", "low": 0.95, "high": 1.05},
+    {"weight": "tis", "high": 1.05},
+    {"weight": "tis", "level": "sequence", "high": 1.05, "low": 0.9},
+    {"weight": "mis", "level": "geometric", "low": 0.9, "high": 1.1},
+    {"weight": "icepop", "low": 0.9, "high": 1.1, "veto": 0.8},
+    {"reject": [{"level": "sum", "low": 0.7, "high": 1.3}]},
+    {
+        "reject": [
+            {"statistic": "k2", "level": "token", "high": 0.02},
+            {"statistic": "k3", "level": "max", "high": 0.03},
+        ]
+    },
+    {
+        "weight": "tis",
+        "high": 1.05,
+        "normalize": True,
+        "denominator": "kept",
+        "reject": [{"level": "mean", "low": 0.95, "high": 1.05}],
+    },
 )
+
+
+def loss_inputs(batch: Batch, log_probs: torch.Tensor, per_token: bool, group=None) -> LossInputs:
+    """The batch as the loss takes it."""
+    return LossInputs(
+        log_probs,
+        batch.behavior_log_probs,
+        batch.token_advantages if per_token else batch.advantages,
+        batch.cu_seqlens,
+        mask=batch.mask,
+        old_log_probs=batch.old_log_probs,
+        ref_log_probs=batch.old_log_probs,
+        positions=batch.positions,
+        group=group,
+        advantage_level="token" if per_token else "sequence",
+    )
 
 
 def gradient(batch: Batch, config: PolicyLossConfig, normalizer: Normalizer, per_token: bool, group=None):
     """(d loss / d log_probs [tokens], metrics) of one micro-batch on one rank."""
     log_probs = batch.leaf()
-    output = compute_policy_loss(
-        LossInputs(
-            log_probs,
-            batch.behavior_log_probs,
-            batch.token_advantages if per_token else batch.advantages,
-            batch.cu_seqlens,
-            mask=batch.mask,
-            old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.old_log_probs,
-            positions=batch.positions,
-            group=group,
-            advantage_level="token" if per_token else "sequence",
-        ),
-        config,
-        normalizer,
-    )
+    output = compute_policy_loss(loss_inputs(batch, log_probs, per_token, group), config, normalizer)
     output.loss.backward()
     return log_probs.grad, output.metrics
+
+
+def counted(
+    normalizer: Normalizer, config: PolicyLossConfig, pieces: list[tuple[Batch, object]], whole=None
+) -> Normalizer:
+    """With what the configuration's correction counts over pieces (with their group) on every rank of `whole`."""
+    if config.correction is None or not config.correction.needs_mini_batch:
+        return normalizer
+    total = torch.zeros(4, dtype=torch.float64)
+    for piece, group in pieces:
+        total += correction_counts(loss_inputs(piece, piece.log_probs, False, group), config)
+    if whole is not None:
+        dist.all_reduce(total, group=whole)
+    return normalizer.corrected(total, kept=config.correction.denominator == "kept")
 
 
 def configs():
@@ -66,11 +95,16 @@ def configs():
             behavior = "recompute" if needs_old else "rollout"
             yield PolicyLossConfig(name, common, aggregation, 16.0, behavior), False
         yield PolicyLossConfig(name, {**common, "opsm_delta": 0.01}, "token-mean", 16.0, "recompute"), True
-        if not get_objective(name).corrections:
-            for correction in CORRECTIONS:
-                for apply in ("before_clip", "after_clip")[: 1 if name == "vespo" else 2]:
-                    made = CorrectionConfig.from_mapping({**correction, "apply": apply})
-                    yield PolicyLossConfig(name, common, "seq-mean-token-mean", 16.0, "recompute", made), False
+        for correction in CORRECTIONS:
+            if get_objective(name).corrections and "weight" in correction:
+                continue
+            orders = ("before_clip", "after_clip")[: 1 if name == "vespo" else 2] if "weight" in correction else (None,)
+            for apply in orders:
+                made = CorrectionConfig.from_mapping({**correction, "apply": apply})
+                yield PolicyLossConfig(name, common, "seq-mean-token-mean", 16.0, "recompute", made), False
+    for correction in CORRECTIONS:
+        made = CorrectionConfig.from_mapping(correction)
+        yield PolicyLossConfig("reinforce", {}, "token-mean", None, "rollout", made), False
     yield PolicyLossConfig("vespo", kl_coefficient=0.1), False
     for normalization in ("sqrt", "linear"):
         yield PolicyLossConfig("vespo", {"normalization": normalization}), False
@@ -80,7 +114,9 @@ def configs():
 def label(config: PolicyLossConfig, per_token: bool) -> str:
     correction = config.correction
     parts = [config.name, str(config.hyperparameters), config.aggregation, config.behavior]
-    parts += [f"{correction.name}/{correction.level}/{correction.apply}"] if correction else []
+    if correction:
+        rules = "+".join(f"{rule.statistic}-{rule.level}" for rule in correction.rules)
+        parts += [f"{correction.weight}/{correction.level}/{correction.apply}/{rules}/{correction.denominator}"]
     return " ".join([*parts, "per-token advantages" if per_token else ""])
 
 
@@ -89,6 +125,17 @@ def difference(found: dict[str, float], expected: dict[str, float]) -> float:
     if set(found) != set(expected):
         return math.inf
     return max((abs(found[n] - expected[n]) / max(1.0, abs(expected[n])) for n in expected), default=0.0)
+
+
+def cut(batch: Batch, numbers: list[int], rank: int, size: int) -> tuple[Batch, torch.Tensor]:
+    """This context parallel rank's piece of some sequences, and where its tokens are in the batch."""
+    if not numbers:
+        return select_sequences(batch, [1])[0], torch.zeros(0, dtype=torch.long)
+    micro, at = select_sequences(batch, numbers)
+    if size == 1:
+        return micro, at
+    piece, inside = zigzag(micro, rank, size)
+    return piece, at[inside]
 
 
 def check_rank(rank: int, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> dict[str, float]:
@@ -101,7 +148,8 @@ def check_rank(rank: int, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> d
         with_metrics = config.aggregation in ("token-mean", "token-sum-norm")
         if not with_metrics:
             config = replace(config, metrics="none")
-        expected, metrics = gradient(batch, config, normalizer, per_token)
+        counts = counted(normalizer, config, [(batch, None)])
+        expected, metrics = gradient(batch, config, counts, per_token)
         expected_metrics = metrics.finalize()
         for dp, cp in ((1, 2), (1, 4), (2, 2), (4, 1)):
             if dp * cp < 4 and rank >= 2:
@@ -116,21 +164,13 @@ def check_rank(rank: int, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> d
             sums = MetricSums()
             micro_batches = [mine[i : i + 2] for i in range(0, len(mine), 2)]
             micro_batches += [[]] * (5 - len(micro_batches))
-            for numbers in micro_batches:
-                micro, at = (
-                    select_sequences(batch, numbers)
-                    if numbers
-                    else (select_sequences(batch, [1])[0], torch.zeros(0, dtype=torch.long))
-                )
-                if cp > 1:
-                    piece, inside = zigzag(micro, context_rank, cp)
-                    at = at[inside]
-                else:
-                    piece = micro
-                part, part_metrics = gradient(piece, config, normalizer, per_token, group)
+            pieces = [cut(batch, numbers, context_rank, cp) for numbers in micro_batches]
+            whole = groups[tuple(range(dp * cp))]
+            counts = counted(normalizer, config, [(piece, group) for piece, _ in pieces], whole)
+            for piece, at in pieces:
+                part, part_metrics = gradient(piece, config, counts, per_token, group)
                 total[at] += part
                 sums = sums + part_metrics
-            whole = groups[tuple(range(dp * cp))]
             dist.all_reduce(total, group=whole)
             case = f"dp{dp} cp{cp} {label(config, per_token)}"
             worst[f"gradient {case}"] = float((total - expected).abs().max())

@@ -85,7 +85,7 @@ def test_under_drop_the_bad_samples_are_left_out_and_counted_and_the_rest_is_as_
         ({"cu_seqlens": torch.tensor([0, 5, 4, 63])}, "no offsets of 63 packed tokens"),
         ({"cu_seqlens": torch.tensor([0, 5, 62])}, "no offsets of 63 packed tokens"),
         ({"cu_seqlens": torch.tensor([1, 63])}, "no offsets of 63 packed tokens"),
-        ({"cu_seqlens": torch.zeros(2, 2)}, "cu_seqlens: has shape"),
+        ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int64)}, "cu_seqlens: has shape"),
         ({"name": "vepso"}, "unknown objective 'vepso'; the nearest is 'vespo'"),
         ({"name": "grpo", "cliplow": 0.1}, "unknown hyperparameter 'cliplow'; the nearest is 'clip_low'"),
         ({"c1_poss": 0.1}, "nearest is 'c1_pos'"),
@@ -97,6 +97,28 @@ def test_under_drop_the_bad_samples_are_left_out_and_counted_and_the_rest_is_as_
         ({"name": "math:pi"}, "is no objective"),
         ({"aggregation": "seq-mean-token-sum", "num_tokens": 3}, "fixes the denominator of token-mean alone"),
         ({"on_bad_sample": "dropp"}, "nearest is 'drop'"),
+        ({"log_probs": [-1.0]}, "log_probs: is a list"),
+        ({"log_probs": torch.tensor(-1.0)}, r"log_probs: has shape \(\)"),
+        ({"log_probs": -torch.ones(3, 21)}, r"(?s)log_probs: has shape \(3, 21\).*losses.pack"),
+        ({"log_probs": -torch.ones(63, dtype=torch.int64)}, "log_probs: is of torch.int64"),
+        ({"behavior_log_probs": None}, "behavior_log_probs: is a NoneType"),
+        ({"behavior_log_probs": torch.full((63,), 0.5)}, "behavior_log_probs: holds 0.5"),
+        ({"behavior_log_probs": torch.zeros(63, device="meta")}, "behavior_log_probs: is on meta"),
+        ({"old_log_probs": torch.zeros(63, 1)}, r"old_log_probs: has shape \(63, 1\)"),
+        ({"advantages": [1.0] * 9}, "advantages: is a list"),
+        ({"advantages": None}, "advantages: is a NoneType"),
+        ({"advantages": torch.ones(9, dtype=torch.int64)}, "advantages: is of torch.int64"),
+        ({"cu_seqlens": [0, 63]}, "cu_seqlens: is a list"),
+        ({"cu_seqlens": torch.tensor([0.0, 63.0])}, "cu_seqlens: is of torch.float32"),
+        ({"cu_seqlens": torch.tensor(63)}, "cu_seqlens: has shape"),
+        ({"cu_seqlens": torch.tensor([0, 63], device="meta")}, "cu_seqlens: is on meta"),
+        ({"mask": torch.rand(63)}, "mask: is of torch.float32"),
+        ({"mask": torch.ones(63, dtype=torch.int64)}, "mask: is of torch.int64"),
+        ({"positions": torch.zeros(63)}, "positions: is of torch.float32"),
+        ({"num_tokens": 0}, "num_tokens: is 0"),
+        ({"num_tokens": -3}, "num_tokens: is -3"),
+        ({"advantage_level": "tokn"}, "nearest is 'token'"),
+        ({"aggregation": "token-sum-norm", "aggregation_length": 0}, "aggregation_length"),
     ],
 )
 def test_a_wrong_argument_is_named(change, message):
@@ -160,10 +182,10 @@ def test_the_recipe_becomes_a_config():
     schema = pytest.importorskip("vespo_megatron.recipe.schema")
     config = PolicyLossConfig.from_recipe(schema.LossConfig())
     assert config == PolicyLossConfig()
-    values = {"name": "grpo", "behavior": "recompute", "correction": {"name": "tis", "cap": 3.0}}
+    values = {"name": "grpo", "behavior": "recompute", "correction": {"weight": "tis", "high": 3.0}}
     values["hyperparameters"] = {"clip_high": 0.3, "opsm_delta": 0.1}
     made = PolicyLossConfig.from_recipe(schema.LossConfig().with_values(values))
-    assert made.correction.cap == 3.0 and made.hyperparameters["clip_high"] == 0.3
+    assert made.correction.high == 3.0 and made.hyperparameters["clip_high"] == 0.3
 
 
 def test_importing_the_losses_loads_torch_and_the_standard_library_alone():

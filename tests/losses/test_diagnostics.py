@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.losses.batches import make_batch
+from tests.losses.batches import apart, make_batch
 from tests.losses.test_surrogates import run
 from vespo_megatron.losses import policy_loss
 from vespo_megatron.losses.diagnostics import log_histograms
@@ -97,10 +97,8 @@ def test_vespo_metrics_equal_their_formulas():
 
 
 def test_effective_sample_size_is_of_unclipped_weights_even_where_they_overflow():
-    log_ratio = torch.tensor([800.0, 800.0, 0.0, -900.0], dtype=torch.float64)
-    output = policy_loss(
-        log_ratio.requires_grad_(), torch.zeros(4).double(), -torch.ones(4), torch.arange(5), on_bad_sample="error"
-    )
+    log_probs, behavior = apart(torch.tensor([800.0, 800.0, 0.0, -900.0], dtype=torch.float64))
+    output = policy_loss(log_probs, behavior, -torch.ones(4), torch.arange(5), on_bad_sample="error")
     metrics = output.metrics.finalize()
     assert metrics["vespo/ess"] == pytest.approx(0.5)
     assert metrics["vespo/negative_large_w_count"] == 2
@@ -109,8 +107,8 @@ def test_effective_sample_size_is_of_unclipped_weights_even_where_they_overflow(
 
 
 def test_effective_sample_size_is_not_that_of_clamped_weights():
-    log_ratio = torch.tensor([30.0, 25.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
-    metrics = policy_loss(log_ratio, torch.zeros(4).double(), -torch.ones(4), torch.arange(5)).metrics.finalize()
+    log_probs, behavior = apart(torch.tensor([30.0, 25.0, 0.0, 0.0], dtype=torch.float64))
+    metrics = policy_loss(log_probs, behavior, -torch.ones(4), torch.arange(5)).metrics.finalize()
     assert metrics["vespo/ess"] == pytest.approx((1 + math.exp(-5)) ** 2 / (4 * (1 + math.exp(-10))))
     assert metrics["vespo/ess_clamped"] == pytest.approx(0.5)
 

@@ -7,7 +7,7 @@ from tests.losses.batches import make_batch
 from tests.losses.test_surrogates import run
 from vespo_megatron.losses import get_objective, objective_names
 from vespo_megatron.losses.advantages import ESTIMATORS
-from vespo_megatron.losses.correction import CORRECTIONS
+from vespo_megatron.losses.correction.config import DEFAULT_BOUNDS
 from vespo_megatron.metrics.table import Merge, metric
 
 TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
@@ -20,7 +20,7 @@ def test_every_objective_is_documented_with_its_defaults_and_source():
         for key, value in objective.hyperparameters.items():
             assert f"{key} {value}" in rows[name]
         assert objective.source in rows[name] and objective.aggregation in rows[name]
-    assert all(f"`{name}`" in TEXT for name in [*ESTIMATORS, *CORRECTIONS])
+    assert all(f"`{name}`" in TEXT for name in [*ESTIMATORS, *DEFAULT_BOUNDS])
 
 
 def test_every_metric_of_a_loss_has_a_row_in_the_table():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.losses.batches import Batch, make_batch, select_sequences, zigzag
-from tests.losses.invariance_work import configs, difference, gradient, label, worker
+from tests.losses.invariance_work import configs, counted, difference, gradient, label, worker
 from vespo_megatron.losses import AGGREGATIONS, MetricSums, Normalizer, PolicyLossConfig, objective_names
 
 TOLERANCE = 1e-12
@@ -65,7 +65,7 @@ def everything():
 @pytest.mark.parametrize(("config", "per_token"), everything())
 def test_order_and_micro_batches_and_padding_change_nothing(config: PolicyLossConfig, per_token: bool):
     batch = make_batch(11)
-    normalizer = Normalizer.from_lengths(batch.unmasked_lengths, 16.0)
+    normalizer = counted(Normalizer.from_lengths(batch.unmasked_lengths, 16.0), config, [(batch, None)])
     expected, metrics = gradient(batch, config, normalizer, per_token)
     for parts in ([[8, 3, 1, 0, 7, 2, 6, 4, 5]], [[4], [7, 1], [0, 2, 3], [8], [5, 6]]):
         total, sums = torch.zeros_like(expected), MetricSums()

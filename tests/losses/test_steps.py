@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.losses.batches import make_batch
-from vespo_megatron.losses import CorrectionConfig, LossInputs, PolicyLossConfig, compute_policy_loss
+from vespo_megatron.losses import CorrectionConfig, LossInputs, PolicyLossConfig, Rejection, compute_policy_loss
 from vespo_megatron.losses.coefficient import coefficient
 from vespo_megatron.losses.corrected_ratios import corrected_ratios
 from vespo_megatron.losses.loss_inputs import check
@@ -24,8 +24,11 @@ CONFIGS = [
         for name in ("vespo", "gspo", "grpo")
         for correction in (
             CorrectionConfig("tis", apply="before_clip"),
-            CorrectionConfig("tis", level="sequence", cap=1.1, apply="before_clip"),
-            CorrectionConfig("icepop", low=0.9, high=1.1, veto_threshold=0.5, apply="before_clip"),
+            CorrectionConfig("tis", level="sequence", high=1.1, apply="before_clip"),
+            CorrectionConfig("icepop", low=0.9, high=1.1, veto=0.5, apply="before_clip"),
+            CorrectionConfig(
+                "tis", normalize=True, reject=(Rejection("k3", "mean", high=0.1), Rejection("k1", "token", 0.9))
+            ),
         )
     ),
 ]
@@ -63,7 +66,7 @@ def tensors(result):
             yield from tensors(value)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.correction and c.correction.name}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.correction and c.correction.weight}")
 def test_a_step_changes_nothing_it_was_given_and_its_result_cannot_be_changed(config):
     inputs = made_inputs()
     with torch.no_grad():
@@ -84,7 +87,7 @@ def test_a_step_changes_nothing_it_was_given_and_its_result_cannot_be_changed(co
             setattr(result, fields(result)[0].name, None)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.correction and c.correction.name}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.correction and c.correction.weight}")
 def test_a_loss_with_full_metrics_is_one_all_reduce(config, monkeypatch):
     reduced = []
     monkeypatch.setattr(dist, "all_reduce", lambda values, **_: reduced.append(tuple(values.shape)))

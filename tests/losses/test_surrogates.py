@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.losses.batches import make_batch
+from tests.losses.batches import apart, make_batch
 from tests.losses.surrogates import SURROGATES, VARIANTS, bapo, surrogate_gradient
 from vespo_megatron.losses import (
     AGGREGATIONS,
@@ -95,9 +95,10 @@ def test_a_bound_is_inclusive_and_the_next_number_is_outside():
         outward = edge + 1e-12 if value > 1 else edge - 1e-12
         pushes_out = (value > 1) == (advantage > 0)
         for log_ratio, expected in ((inward, kept), (outward, not pushes_out)):
+            log_probs, behavior = apart(log_ratio)
             output = policy_loss(
-                log_ratio.requires_grad_(),
-                torch.zeros(1).double(),
+                log_probs.requires_grad_(),
+                behavior,
                 torch.tensor([advantage]),
                 torch.tensor([0, 1]),
                 name="grpo",

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.losses.batches import apart
 from vespo_megatron.losses import LossInputs, PolicyLossConfig, compute_policy_loss, policy_loss
 
 NUM = 10_000
@@ -33,8 +34,8 @@ def test_vespo_equals_the_padded_reference_on_ten_thousand_sequences_extremes_in
     advantages = torch.randn(NUM, generator=generator, dtype=dtype)
     advantages[40:60] = 0.0
     cu = torch.arange(0, NUM * width + 1, width)
-    behavior = torch.full((NUM * width,), -1.0, dtype=dtype)
-    log_probs = torch.where(mask.flatten(), behavior + log_ratio.flatten(), torch.nan).requires_grad_()
+    log_probs, behavior = apart(log_ratio.flatten())
+    log_probs = torch.where(mask.flatten(), log_probs, torch.nan).requires_grad_()
     output = policy_loss(log_probs, behavior, advantages, cu, mask=mask.flatten())
     output.loss.backward()
     phi = reference((log_probs.detach() - behavior).view(NUM, width).nan_to_num(0, 0, 0), advantages, mask)
@@ -49,11 +50,9 @@ def test_vespo_equals_the_padded_reference_on_ten_thousand_sequences_extremes_in
 
 
 def phi_of(w, positive):
-    log_probs = torch.tensor([math.log(w)], dtype=torch.float64, requires_grad=True)
-    output = policy_loss(
-        log_probs, torch.zeros(1).double(), torch.tensor([1.0 if positive else -1.0]), torch.tensor([0, 1])
-    )
-    return float(output.coefficient)
+    log_probs, behavior = apart(torch.tensor([math.log(w)], dtype=torch.float64))
+    advantage = torch.tensor([1.0 if positive else -1.0])
+    return float(policy_loss(log_probs.requires_grad_(), behavior, advantage, torch.tensor([0, 1])).coefficient)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +69,15 @@ def test_phi_has_the_values_of_the_table(positive, table):
 
 def test_w_to_zero_and_to_infinity_give_zero_and_never_nan():
     for s in (-1e308, -1e5, -50.0, 50.0, 1e5, 1e308):
-        log_probs = torch.tensor([s], dtype=torch.float64, requires_grad=True)
+        log_probs, behavior = apart(torch.tensor([s], dtype=torch.float64))
         for advantage in (1.0, -1.0):
-            output = policy_loss(log_probs, torch.zeros(1).double(), torch.tensor([advantage]), torch.tensor([0, 1]))
+            output = policy_loss(log_probs, behavior, torch.tensor([advantage]), torch.tensor([0, 1]))
             assert 0 <= float(output.coefficient) < 1e-10
 
 
 def test_the_sign_of_the_advantage_is_taken_from_unmasked_tokens():
     log_probs = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    behavior = torch.full((3,), 0.3, dtype=torch.float64)
+    log_probs, behavior = (log_probs - 1).detach().requires_grad_(), torch.full((3,), -0.7, dtype=torch.float64)
     advantages = torch.tensor([-5.0, 1.0, 1.0])
     output = policy_loss(log_probs, behavior, advantages, torch.tensor([0, 3]), mask=torch.tensor([False, True, True]))
     w = math.exp(-0.6)
@@ -86,10 +85,10 @@ def test_the_sign_of_the_advantage_is_taken_from_unmasked_tokens():
 
 
 def test_constants_are_free_and_asymmetric():
-    log_probs = torch.tensor([-0.4, 0.2], dtype=torch.float64, requires_grad=True)
+    log_probs, behavior = apart(torch.tensor([-0.4, 0.2], dtype=torch.float64))
     constants = {"c1_pos": 1.3, "c2_pos": 0.7, "c1_neg": 2.1, "c2_neg": 4.9}
     output = policy_loss(
-        log_probs, torch.zeros(2).double(), torch.tensor([1.0, -1.0]), torch.tensor([0, 1, 2]), **constants
+        log_probs.requires_grad_(), behavior, torch.tensor([1.0, -1.0]), torch.tensor([0, 1, 2]), **constants
     )
     w1, w2 = math.exp(-0.4), math.exp(0.2)
     expected = [w1**1.3 * math.exp(0.7 * (1 - w1)), w2**2.1 * math.exp(4.9 * (1 - w2))]

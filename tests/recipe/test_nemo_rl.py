@@ -53,7 +53,7 @@ def test_their_switches_choose_the_objective(tmp_path):
     recipe, _ = translate(changed(tmp_path, f"loss_fn: {{{switches}}}"))
     assert (recipe.loss_fn.name, recipe.loss_fn.aggregation) == ("gspo", "seq-mean-token-mean")
     assert "dual_clip" not in recipe.loss_fn.hyperparameters
-    assert recipe.loss_fn.correction["name"] == "tis"
+    assert recipe.loss_fn.correction["weight"] == "tis"
 
 
 @pytest.mark.parametrize(

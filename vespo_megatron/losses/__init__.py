@@ -7,11 +7,11 @@ from vespo_megatron.losses import objectives as objectives  # registers the obje
 from vespo_megatron.losses.advantages import Advantages, compute_advantages, resolve_estimator
 from vespo_megatron.losses.aggregation import AGGREGATIONS, Normalizer
 from vespo_megatron.losses.config import PolicyLossConfig
-from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.correction import CorrectionConfig, Rejection
 from vespo_megatron.losses.loss_inputs import LossInputs
 from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.metrics import MetricSums
-from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratios, policy_loss
+from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratios, correction_counts, policy_loss
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Objective, get_objective, objective, objective_names
 from vespo_megatron.losses.vcpo import learning_rate_scale
@@ -27,9 +27,11 @@ __all__ = [
     "Objective",
     "PolicyLossConfig",
     "Ratios",
+    "Rejection",
     "compute_advantages",
     "compute_policy_loss",
     "compute_ratios",
+    "correction_counts",
     "get_objective",
     "learning_rate_scale",
     "objective",

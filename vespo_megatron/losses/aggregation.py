@@ -7,7 +7,7 @@ therefore has the same gradient however it is cut into micro-batches, data paral
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +31,27 @@ class Normalizer:
     """Sequences with at least one unmasked token."""
     length: float | None = None
     """The constant of token-sum-norm (Dr.GRPO), in tokens."""
+    mean_weight: float | Tensor | None = None
+    """What the weights of a correction with `normalize` are divided by; `correction_counts` gives its parts."""
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], length: float | None = None) -> Normalizer:
         """From the number of unmasked response tokens of every sequence of the mini-batch."""
         lengths = [int(value) for value in lengths]
         return cls(float(sum(lengths)), float(sum(value > 0 for value in lengths)), length)
+
+    def corrected(self, counts: Tensor, *, kept: bool) -> Normalizer:
+        """With what a correction counts over the mini-batch.
+
+        Args:
+            counts: [4], the sum of `correction_counts` over every micro-batch and rank.
+            kept: whether only what a correction keeps is divided by (`denominator: kept`).
+        """
+        tokens, sequences, total, number = counts.unbind()
+        mean = total / number.clamp(min=1)
+        if not kept:
+            return replace(self, mean_weight=mean)
+        return Normalizer(tokens, sequences, self.length, mean)
 
 
 def check_aggregation(mode: str) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses import objectives
-from vespo_megatron.losses.config import PolicyLossConfig
+from vespo_megatron.losses.config import COMMON_HYPERPARAMETERS, PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios
-from vespo_megatron.losses.correction import Weights
+from vespo_megatron.losses.correction.weights import Weights
+from vespo_megatron.losses.objectives import opsm_keep
+from vespo_megatron.losses.registry import Objective
 from vespo_megatron.losses.sequence import PackedSequences
 
 
@@ -27,7 +28,7 @@ class Coefficient:
     token_weights: Weights
     """[tokens]: what a correction does to tokens."""
     bad: Tensor
-    """bool [num_sequences]"""
+    """bool [num_sequences]: a number of the sequence, or φ of it, is not finite."""
     sequences: PackedSequences
     mask: Tensor | None
     """bool [tokens]"""
@@ -39,40 +40,62 @@ class Coefficient:
         factor = self.sequences.expand(self.sequence_factor)
         return self.of_tokens(torch.where(factor == 0, 0.0, self.phi * factor))
 
+    def valid_tokens(self) -> Tensor | None:
+        """bool [tokens]: neither masked nor of a bad sequence; None: every token (known without a wait)."""
+        if self.sequences.on_host and not self.bad.any():
+            return self.mask
+        good = self.sequences.expand(~self.bad)
+        return good if self.mask is None else good & self.mask
+
     def of_sequences(self, values: Tensor) -> Tensor:
         """`values [num_sequences]`, 0 in bad sequences even where they are NaN."""
         return torch.where(self.bad, 0.0, values)
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """`values [tokens]` with the correction's part per token, 0 where masked."""
-        if self.token_weights.keep is not None:
-            values = values * self.token_weights.keep
         if self.token_weights.log_weight is not None:
             values = values * self.token_weights.log_weight.exp()
+        values = self.token_weights.kept(values)
         return values if self.mask is None else torch.where(self.mask, values, 0.0)
 
 
 def coefficient(corrected: CorrectedRatios, config: PolicyLossConfig) -> Coefficient:
     """The coefficient of one micro-batch under `config.objective`."""
-    ratios, weights = corrected.ratios, corrected.sequence_weights
+    ratios, weights, objective = corrected.ratios, corrected.sequence_weights, config.objective
     hyperparameters = dict(config.hyperparameters)
-    opsm_delta = hyperparameters.pop("opsm_delta", None)
-    phi = config.objective.phi(ratios, **hyperparameters)
-    factor = (~corrected.bad).to(ratios.log_probs.dtype)
-    if weights.keep is not None:
-        factor = factor * weights.keep
+    common = {name: hyperparameters.pop(name) for name in COMMON_HYPERPARAMETERS if name in hyperparameters}
+    phi = objective.phi(ratios, **hyperparameters)
+    per_sequence = objective.level == "sequence"
+    bad = corrected.bad | (~phi.isfinite() if per_sequence else _bad_tokens(phi, corrected, objective))
+    factor = (~bad).to(ratios.log_probs.dtype)
     if weights.log_weight is not None:
         factor = factor * weights.log_weight.exp()
-    if opsm_delta is not None:
-        factor = factor * objectives.opsm_keep(
-            ratios.sequence_advantage, ratios.sequence_log_ratio, ratios.lengths, opsm_delta
-        )
+    factor = weights.kept(factor)
+    if (delta := common.get("opsm_delta")) is not None:
+        against = common.get("opsm_anchor", "behavior")
+        moved = corrected.log_w - (0.0 if against == "behavior" else corrected.mismatch)
+        factor = factor * opsm_keep(ratios.sequence_advantage, moved, corrected.lengths, delta)
     return Coefficient(
         phi=phi,
-        is_per_sequence=config.objective.level == "sequence",
-        sequence_factor=factor,
+        is_per_sequence=per_sequence,
+        sequence_factor=torch.where(bad, 0.0, factor),
         token_weights=corrected.token_weights,
-        bad=corrected.bad,
+        bad=bad,
         sequences=ratios.sequences,
         mask=ratios.mask,
     )
+
+
+def _bad_tokens(phi: Tensor, corrected: CorrectedRatios, objective: Objective) -> Tensor:
+    """bool [num_sequences]: where φ of a token that counts is not finite.
+
+    φ of the objectives here is finite wherever the log-probs are (`tests/losses/test_fuzz.py`), so what this finds is
+    known to every context parallel rank already. Of a φ of the user's own it is not: that costs a second all-reduce.
+    """
+    ratios = corrected.ratios
+    shared = ratios.sequences.group is not None and objective.is_users_own
+    if ratios.sequences.on_host and not shared and phi.sum().isfinite():
+        return torch.zeros_like(corrected.bad)
+    found = ratios.masked(corrected.token_weights.kept((~phi.isfinite()).to(ratios.log_probs.dtype)))
+    count = ratios.sequences.local_sum(found)
+    return (ratios.sequences.all_reduce(count) if shared else count) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,12 +12,13 @@ from vespo_megatron.losses.aggregation import check_aggregation
 from vespo_megatron.losses.correction import CorrectionConfig
 from vespo_megatron.losses.registry import Objective, get_objective, unknown
 
-BEHAVIORS = ("rollout", "recompute")
+BEHAVIORS = ("rollout", "recompute", "version")
 KL_TYPES = ("k1", "k2", "k3")
 METRIC_LEVELS = ("full", "none")
 BAD_SAMPLE = ("error", "drop")
-COMMON_HYPERPARAMETERS = ("opsm_delta",)
+COMMON_HYPERPARAMETERS = ("opsm_delta", "opsm_anchor")
 """Hyperparameters that compose with every objective."""
+OPSM_ANCHORS = ("behavior", "old")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PolicyLossConfig:
     aggregation_length: float | None = None
     """The constant of token-sum-norm; a `Normalizer` that has one takes precedence."""
     behavior: str = "rollout"
-    """rollout: ratio π_θ/μ. recompute: ratio π_θ/π_old, `LossInputs.old_log_probs` given, corrections apply."""
+    """rollout: ratio π_θ/μ, and a correction is of it. recompute, version: ratio π_θ/π_old, `LossInputs.old_log_probs`
+    given, and a correction is of π_old/μ."""
     correction: CorrectionConfig | None = None
     kl_coefficient: float = 0.0
     kl_type: str = "k3"
@@ -63,24 +66,40 @@ class PolicyLossConfig:
                 expected="recompute",
                 fix="set loss_fn.behavior=recompute, or loss_fn.name=grpo",
             )
-        if self.correction is not None:
-            self._check_correction(self.correction, objective)
-
-    def _check_correction(self, correction: CorrectionConfig, objective: Objective) -> None:
-        where = "loss_fn.correction"
-        if self.behavior == "rollout":
+        anchor = self.hyperparameters.get("opsm_anchor", "behavior")
+        if anchor not in OPSM_ANCHORS:
+            raise unknown("anchor", anchor, OPSM_ANCHORS, where="loss_fn.hyperparameters.opsm_anchor")
+        if anchor == "old" and self.behavior == "rollout":
             raise UserError(
-                "the ratio is already π_θ/μ; a correction π_old/μ would count the mismatch twice",
-                where=where,
-                expected="no correction with behavior: rollout",
-                fix="remove it, or set loss_fn.behavior=recompute",
+                "there is no π_old with behavior: rollout",
+                where="loss_fn.hyperparameters.opsm_anchor",
+                expected="behavior",
             )
+        for coefficient, key in (
+            (self.kl_coefficient, "reference_policy_kl_penalty"),
+            (self.entropy_coefficient, "entropy_coefficient"),
+        ):
+            if not 0 <= coefficient < math.inf:
+                raise UserError(f"is {coefficient}", where=f"loss_fn.{key}", expected="a finite number of at least 0")
+        if self.correction is not None and self.correction.weighs:
+            self._check_weight(self.correction, objective)
+
+    def _check_weight(self, correction: CorrectionConfig, objective: Objective) -> None:
+        """Rejections go with everything; a weight has to be of a ratio that φ has not in it."""
+        where = "loss_fn.correction.weight"
         if objective.corrections:
-            raise UserError(f"{objective.name}: {objective.corrections}", where=where, expected="no correction")
+            raise UserError(f"{objective.name}: {objective.corrections}", where=where, expected="none; reject works")
+        if self.behavior == "rollout" and objective.uses_ratio:
+            raise UserError(
+                f"φ of {self.name} has the ratio π_θ/μ in it; a weight of the same ratio would count it twice",
+                where=where,
+                expected="none with behavior: rollout; reject works",
+                fix="set loss_fn.behavior to recompute or version, or loss_fn.name=reinforce",
+            )
         if objective.correction_apply == "before_clip" and correction.apply == "after_clip":
             raise UserError(
                 f"in {objective.name} a correction enters W once, before φ; after φ it would act a second time",
-                where=f"{where}.apply",
+                where="loss_fn.correction.apply",
                 expected="before_clip, or nothing",
             )
 
@@ -92,7 +111,7 @@ class PolicyLossConfig:
     @property
     def correction_before_clip(self) -> bool:
         """Whether the correction's weights multiply the ratio, so that φ sees both; else they multiply φ."""
-        if self.correction is None:
+        if self.correction is None or not self.correction.weighs:
             return False
         return (self.correction.apply or self.objective.correction_apply) == "before_clip"
 

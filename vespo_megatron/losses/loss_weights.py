@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ def loss_weights(
 ) -> LossWeights:
     """The weights of one micro-batch; see `compute_policy_loss` for `normalizer`."""
     ratios, lengths = corrected.ratios, corrected.lengths
+    if config.correction is not None and config.correction.denominator == "kept":
+        lengths = corrected.kept_lengths
+    # What is bad counts in no denominator made here: the others are as if it were not there.
+    lengths = torch.where(factors.bad, 0.0, lengths) if normalizer is None else lengths
     scale = sequence_scale(config.aggregation, _normalizer(normalizer, config.aggregation_length, lengths), lengths)
     if factors.is_per_sequence and not ratios.per_token_advantage:
         product = factors.phi * factors.sequence_factor * ratios.sequence_advantage * scale
@@ -50,5 +54,5 @@ def _normalizer(given: Normalizer | None, length: float | None, lengths: Tensor)
     if given is None:
         return Normalizer(lengths.sum(), (lengths > 0).sum(), length)
     if given.length is None and length is not None:
-        return Normalizer(given.num_tokens, given.num_sequences, length)
+        return replace(given, length=length)
     return given

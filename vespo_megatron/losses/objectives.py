@@ -61,13 +61,12 @@ def vespo(
         c1_pos, c2_pos: for A ≥ 0. c1_neg, c2_neg: for A < 0.
         normalization: none; the paper's ablations put sqrt (S/√T) or linear (S/T) in place of S.
     """
-    if normalization == "none":
-        log_w = ratios.sequence_log_ratio
-    elif normalization == "sqrt":
-        log_w = ratios.sequence_log_ratio / ratios.safe_lengths.sqrt()
+    log_w = ratios.clamped_sequence_log_ratio
+    if normalization == "sqrt":
+        log_w = log_w / ratios.safe_lengths.sqrt()
     elif normalization == "linear":
-        log_w = ratios.sequence_log_ratio / ratios.safe_lengths
-    else:
+        log_w = log_w / ratios.safe_lengths
+    elif normalization != "none":
         raise unknown(
             "normalization", normalization, ("none", "sqrt", "linear"), where="loss_fn.hyperparameters of vespo"
         )
@@ -77,7 +76,7 @@ def vespo(
     return torch.exp(c2 + c1 * log_w - c2 * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-@objective("reinforce", level="token", aggregation="token-mean", source="Williams 1992")
+@objective("reinforce", level="token", aggregation="token-mean", source="Williams 1992", uses_ratio=False)
 def reinforce(ratios: Ratios) -> Tensor:
     """φ = 1: [tokens]. The on-policy gradient, whatever the ratio."""
     return torch.ones_like(ratios.log_ratio)
@@ -302,6 +301,8 @@ def bapo(
 def opsm_keep(sequence_advantage: Tensor, sequence_log_ratio: Tensor, lengths: Tensor, delta: float) -> Tensor:
     """Off-policy sequence mask (DeepSeek-V3.2, arXiv 2512.02556): bool [num_sequences], composes with any φ.
 
-    False where A < 0 and mean_t(log π_anchor − log π_θ) > δ: negatives the policy has already left.
+    False where A < 0 and mean_t(log μ − log π_θ) > δ: negatives the policy has already left. μ is the policy that drew
+    the tokens, so that staleness and the engines' mismatch both count (TRL's choice, said in its GRPO trainer);
+    `opsm_anchor: old` judges π_old. No correction is in it.
     """
     return ~((sequence_advantage < 0) & (-sequence_log_ratio / lengths.clamp(min=1) > delta))

@@ -9,7 +9,6 @@ same for people who train with something else.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios, corrected_ratios
 from vespo_megatron.losses.correction import CorrectionConfig
 from vespo_megatron.losses.diagnostics import SequenceView, sequence_metrics, token_metrics
-from vespo_megatron.losses.loss_inputs import CheckedInputs, LossInputs, check
+from vespo_megatron.losses.loss_inputs import CheckedInputs, LossInputs, check, check_log_probs
 from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.loss_weights import loss_weights
 from vespo_megatron.losses.metrics import MetricSums
@@ -45,7 +44,7 @@ def compute_policy_loss(
     """
     given = check(inputs, config)
     with torch.no_grad():
-        corrected = corrected_ratios(given, config)
+        corrected = corrected_ratios(given, config, normalizer)
         factors = coefficient(corrected, config)
         weights = loss_weights(corrected, factors, config, normalizer)
     if corrected.log_prob_sum is not None:
@@ -59,7 +58,7 @@ def compute_policy_loss(
         with torch.no_grad():
             metrics = _metrics(given, corrected, factors, weights.coefficient)
     metrics.add("loss/policy", loss.detach(), 0.0)
-    for name, factor, term in regularization_terms(inputs, config, corrected, weights.scale):
+    for name, factor, term in regularization_terms(inputs, config, factors, weights.scale):
         loss = loss + factor * term
         metrics.add(name, term.detach(), 0.0)
     # What makes φ [tokens] lives as long as the output: of token objectives that is φ alone.
@@ -67,7 +66,7 @@ def compute_policy_loss(
     return LossOutput(
         loss=loss,
         metrics=metrics,
-        bad_sequences=corrected.bad,
+        bad_sequences=factors.bad,
         sequence_log_ratio=corrected.ratios.sequence_log_ratio,
         config=config,
         _coefficient=factors.per_token if made is None else lambda: made,
@@ -80,8 +79,24 @@ def compute_ratios(inputs: LossInputs, config: PolicyLossConfig) -> Ratios:
 
     Raises as `compute_policy_loss` does.
     """
-    config = replace(config, name="reinforce", hyperparameters={})  # the ratios are no matter of the objective
     return corrected_ratios(check(inputs, config), config).ratios
+
+
+@torch.no_grad()
+def correction_counts(inputs: LossInputs, config: PolicyLossConfig) -> Tensor:
+    """What a correction counts over a mini-batch, of this micro-batch: [4], additive over micro-batches and ranks.
+
+    Kept tokens and sequences with any, of `denominator: kept`; the sum of weights and their number, of `normalize`.
+    Sum them over everything that makes one update, then `Normalizer.corrected` has them.
+
+    Raises as `compute_policy_loss` does.
+    """
+    corrected = corrected_ratios(check(inputs, config), config)
+    kept = torch.where(corrected.bad, 0.0, corrected.kept_lengths)
+    zero = kept.new_zeros(())
+    counts = [kept.sum(), (kept > 0).sum().to(kept.dtype), corrected.weight_sum, corrected.weight_count]
+    found = torch.stack([zero if count is None else count for count in counts]).to(torch.float64)
+    return found if corrected.ratios.sequences.is_first_rank else torch.zeros_like(found)
 
 
 def policy_loss(
@@ -94,10 +109,12 @@ def policy_loss(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     aggregation: str = "token-mean",
+    aggregation_length: float | None = None,
     num_tokens: float | None = None,
     normalizer: Normalizer | None = None,
     old_log_probs: Tensor | None = None,
     positions: Tensor | None = None,
+    advantage_level: str = "auto",
     correction: dict[str, Any] | None = None,
     on_bad_sample: str = "error",
     metrics: str = "full",
@@ -114,30 +131,28 @@ def policy_loss(
         mask: bool [tokens].
         group: context parallel group, over which sequences are split.
         aggregation: token-mean, seq-mean-token-sum, seq-mean-token-mean, token-sum-norm.
+        aggregation_length: the constant of token-sum-norm, in tokens.
         num_tokens: the global token count, where this call is a part of a larger batch and `aggregation` is token-mean.
         normalizer: the same for every aggregation.
-        old_log_probs: [tokens], log π_old: the ratio becomes π_θ/π_old and `correction` may be given.
+        old_log_probs: [tokens], log π_old: the ratio becomes π_θ/π_old, and a correction is of π_old/μ.
         positions: int64 [tokens], for minpro under a group.
+        advantage_level: sequence, token, or auto: by length.
         correction: as `loss_fn.correction` of a recipe.
         on_bad_sample: error or drop, for sequences with numbers that are not finite.
         metrics: full or none.
         hyperparameters: of the objective.
 
+    Under `torch.compile` values are not looked at: call `raise_if_bad` on the output outside of it.
+
     Raises:
-        UserError: unknown names, lengths that differ, numbers that are not finite.
+        UserError: unknown names; inputs of another type, length or device than they should be; log-probs above 0
+            (of tensors in host memory); numbers that are not finite.
     """
-    if num_tokens is not None:
-        if normalizer is not None or aggregation != "token-mean":
-            raise UserError(
-                "fixes the denominator of token-mean alone",
-                where="num_tokens",
-                expected="normalizer=Normalizer(…) for another aggregation",
-            )
-        normalizer = Normalizer(num_tokens, 1.0)
     config = PolicyLossConfig(
         name=name,
         hyperparameters=hyperparameters,
         aggregation=aggregation,
+        aggregation_length=aggregation_length,
         behavior="rollout" if old_log_probs is None else "recompute",
         correction=CorrectionConfig.from_mapping(correction),
         on_bad_sample=on_bad_sample,
@@ -152,10 +167,28 @@ def policy_loss(
         old_log_probs=old_log_probs,
         positions=positions,
         group=group,
+        advantage_level=advantage_level,
     )
-    output = compute_policy_loss(inputs, config, normalizer)
-    output.raise_if_bad()
+    output = compute_policy_loss(inputs, config, _given_normalizer(num_tokens, normalizer, aggregation))
+    if not torch.compiler.is_compiling():
+        check_log_probs(inputs)
+        output.raise_if_bad()
     return output
+
+
+def _given_normalizer(num_tokens: float | None, normalizer: Normalizer | None, aggregation: str) -> Normalizer | None:
+    """`num_tokens` as a `Normalizer`, or the one that was given."""
+    if num_tokens is None:
+        return normalizer
+    if normalizer is not None or aggregation != "token-mean":
+        raise UserError(
+            "fixes the denominator of token-mean alone",
+            where="num_tokens",
+            expected="normalizer=Normalizer(…) for another aggregation",
+        )
+    if not num_tokens > 0:
+        raise UserError(f"is {num_tokens}", where="num_tokens", expected="the number of trained tokens, above 0")
+    return Normalizer(num_tokens, 1.0)
 
 
 def _metrics(
@@ -169,16 +202,16 @@ def _metrics(
             advantage=corrected.ratios.sequence_advantage,
             phi=factors.phi if factors.is_per_sequence else None,
             mismatch=corrected.mismatch,
-            keep=~corrected.bad & (corrected.lengths > 0),
+            keep=~factors.bad & (corrected.lengths > 0),
         )
     )
-    per_sequence.add("loss/bad_samples", corrected.bad.sum(), 0.0)
+    per_sequence.add("loss/bad_samples", factors.bad.sum(), 0.0)
     if not given.sequences.is_first_rank:
         per_sequence = per_sequence.empty_like()
     tokens = token_metrics(
         given.log_probs if given.old_log_probs is None else given.old_log_probs,
         given.behavior_log_probs,
-        corrected.valid_tokens(),
+        factors.valid_tokens(),
         None if factors.is_per_sequence else factors.phi,
         per_token,
     )

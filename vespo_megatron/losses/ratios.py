@@ -19,15 +19,19 @@ LOG_RATIO_CLAMP = 20.0
 class Ratios:
     """What an objective may look at; every tensor is detached, in float32 or float64.
 
-    "Anchor" is the policy the ratio is taken against: μ (behaviour `rollout`) or π_old (behaviour `recompute`), unless
-    the objective asks for one of them by name. Log-ratios are clamped to ±20 per token, and 0 where masked.
+    "Anchor" is the policy the ratio is taken against: μ (behaviour `rollout`) or π_old (the others), unless the
+    objective asks for one of them by name. A token's log-ratio is clamped to ±20, and 0 where masked; S is the sum of
+    what it is before.
     """
 
     sequences: PackedSequences
     mask: Tensor | None
     """bool [tokens]; None: every token counts."""
     sequence_log_ratio: Tensor
-    """[num_sequences]: S, its sum over the whole response (every context parallel rank)."""
+    """[num_sequences]: S, the sum of log π_θ − log π_anchor over the whole response (every context parallel rank)."""
+    clamped_sequence_log_ratio: Tensor
+    """[num_sequences]: the same with every token clamped to ±20, as VESPO's reference has it. A response of one token
+    at −50 and one at +25 has W = 1 here, and e^−25 in S."""
     lengths: Tensor
     """[num_sequences]: T, tokens in that sum, over every context parallel rank."""
     advantage: Tensor

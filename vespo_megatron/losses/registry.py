@@ -38,7 +38,12 @@ class Objective:
     correction_apply: str = "after_clip"
     """Where a train-inference correction enters unless told otherwise."""
     corrections: str = ""
-    """Why a correction is refused; empty: it is not."""
+    """Why a correction's weight is refused; empty: it is not."""
+    uses_ratio: bool = True
+    """Whether φ has the ratio in it: then it corrects what the ratio is against, and a weight of the same ratio would
+    count it twice."""
+    is_users_own: bool = False
+    """Whether it is no objective of this library."""
 
     @cached_property
     def hyperparameters(self) -> dict[str, Any]:
@@ -59,7 +64,7 @@ class Objective:
 _OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(name: str, *, level: str, aggregation: str, source: str, **details: str) -> Callable[[Phi], Phi]:
+def objective(name: str, *, level: str, aggregation: str, source: str, **details: Any) -> Callable[[Phi], Phi]:
     """Decorator: register a φ under `name`."""
 
     def register(phi: Phi) -> Phi:
@@ -101,7 +106,15 @@ def get_objective(name: str) -> Objective:
             where="loss_fn.name",
             expected=f"a function φ(ratios, *, …) whose attribute level is one of {LEVELS}",
         )
-    return Objective(name, phi, level, getattr(phi, "aggregation", "token-mean"), "the user's own")
+    return Objective(
+        name,
+        phi,
+        level,
+        getattr(phi, "aggregation", "token-mean"),
+        "the user's own",
+        uses_ratio=getattr(phi, "uses_ratio", True),
+        is_users_own=True,
+    )
 
 
 def unknown(kind: str, name: str, known: Iterable[str], *, where: str) -> UserError:

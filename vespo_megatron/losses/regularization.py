@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vespo_megatron.losses.coefficient import Coefficient
 from vespo_megatron.losses.config import PolicyLossConfig
-from vespo_megatron.losses.corrected_ratios import CorrectedRatios
 from vespo_megatron.losses.loss_inputs import LossInputs
 from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP
 
 
 def regularization_terms(
-    inputs: LossInputs, config: PolicyLossConfig, corrected: CorrectedRatios, scale: Tensor
+    inputs: LossInputs, config: PolicyLossConfig, factors: Coefficient, scale: Tensor
 ) -> list[tuple[str, float, Tensor]]:
     """(metric, factor, differentiable term []) of each term the configuration asks for.
 
@@ -21,11 +21,11 @@ def regularization_terms(
     """
     if not config.kl_coefficient and not config.entropy_coefficient:
         return []
-    valid = corrected.valid_tokens()
-    token_scale = corrected.ratios.sequences.expand(torch.where(corrected.bad, 0.0, scale))
+    valid = factors.valid_tokens()
+    token_scale = factors.sequences.expand(torch.where(factors.bad, 0.0, scale))
 
     def kept(values: Tensor) -> Tensor:
-        values = values.to(corrected.log_w.dtype)
+        values = values.to(scale.dtype)
         return values if valid is None else torch.where(valid, values, 0.0)
 
     terms: list[tuple[str, float, Tensor]] = []

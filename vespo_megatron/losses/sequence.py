@@ -178,22 +178,29 @@ class SequenceSums:
     length: Tensor
     """The number of unmasked tokens."""
     log_w: Tensor
-    """Σ (log π_θ − log μ), unclamped."""
+    """Σ (log π_θ − log μ), uncorrected."""
     log_ratio: Tensor
-    """Σ of the log-ratio against the anchor, clamped per token, with a correction before the clip in it."""
+    """Σ of the log-ratio against the anchor, with a correction before the clip in it and without what it drops."""
+    clamped_log_ratio: Tensor
+    """The same with every token's log-ratio clamped."""
     mismatch: Tensor | None = None
     """Σ (log π_old − log μ)."""
-    vetoed: Tensor | None = None
-    """The number of tokens that a correction's veto finds."""
     kept: Tensor | None = None
     """The number of tokens that a correction keeps."""
+    weight: Tensor | None = None
+    """Σ of a correction's token weights."""
     advantage: Tensor | None = None
     """Σ of an advantage per token."""
+    others: Tensor | None = None
+    """Σ of whatever else has to be finite."""
+    judged: tuple[Tensor, ...] = ()
+    """What the rules judge that reject whole sequences, each summed."""
 
     def over_context_parallel(self, sequences: PackedSequences) -> SequenceSums:
         """The sums over whole responses, from those over this rank's tokens: the one collective of the loss."""
         if sequences.group is None:
             return self
-        rows = {f.name: row for f in fields(self) if (row := getattr(self, f.name)) is not None}
-        summed = sequences.all_reduce(torch.stack(list(rows.values())))
-        return SequenceSums(**dict(zip(rows, summed, strict=True)))
+        names = [f.name for f in fields(self) if f.name != "judged" and getattr(self, f.name) is not None]
+        rows = [getattr(self, name) for name in names]
+        summed = sequences.all_reduce(torch.stack([*rows, *self.judged])).unbind()
+        return SequenceSums(**dict(zip(names, summed, strict=False)), judged=summed[len(names) :])

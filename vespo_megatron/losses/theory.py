@@ -68,6 +68,7 @@ def objective_phi(name: str, w: Tensor, *, positive: bool, length: int = 1, **hy
             mask=None,
             corrected_log_ratio=log_ratio,
             sequence_log_ratio=w.log(),
+            clamped_sequence_log_ratio=w.log(),
             lengths=torch.full((count,), float(length), dtype=torch.float64),
             advantage=sign,
             sequence_advantage=sign,

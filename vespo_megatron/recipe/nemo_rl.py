@@ -104,7 +104,7 @@ def _objective(theirs: dict[str, Any]) -> dict[str, Any]:
         # Their ratio is π/π_old; with the correction each token is weighted by π_old/μ besides, untruncated.
         ours["loss_fn.behavior"] = "recompute"
         if given("use_importance_sampling_correction"):
-            ours["loss_fn.correction"] = {"name": "tis", "cap": 1e6}
+            ours["loss_fn.correction"] = {"weight": "tis", "high": 1e6}
     return ours
 
 

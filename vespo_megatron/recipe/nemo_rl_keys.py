@@ -56,7 +56,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "grpo.reward_scaling.enabled": ((False,), "rewards are scaled by env.rewards' weights"),
     "loss_fn.use_on_policy_kl_approximation": ((False,), "the KL penalty is k1, k2 or k3"),
     "loss_fn.force_on_policy_ratio": ((False, None), "the ratio is what it is"),
-    "loss_fn.truncated_importance_sampling_ratio": ((None,), "say loss_fn.correction={name: tis, cap: …}"),
+    "loss_fn.truncated_importance_sampling_ratio": ((None,), "say loss_fn.correction={weight: tis, high: …}"),
     "policy.dtensor_cfg.enabled": ((False,), "training is Megatron-core's alone"),
     "policy.megatron_cfg.enabled": ((True,), "training is Megatron-core's alone"),
     "policy.megatron_cfg.moe_router_load_balancing_type": (("none",), "no balancing loss in RL"),

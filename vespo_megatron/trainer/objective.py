@@ -18,6 +18,7 @@ from vespo_megatron.losses import (
     PolicyLossConfig,
     compute_policy_loss,
     compute_ratios,
+    correction_counts,
 )
 from vespo_megatron.losses.bapo import BoundSearch
 from vespo_megatron.megatron.micro_batch import MicroBatch
@@ -84,6 +85,29 @@ class Objective:
         dist.all_reduce(total, group=data_context_parallel_group())
         low, high = search.bounds(total)
         return replace(self.config, hyperparameters=given | {"ratio_low": low.item(), "ratio_high": high.item()})
+
+    def mini_batch_normalizer(
+        self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse, normalizer: Normalizer
+    ) -> Normalizer:
+        """The counts of one mini-batch, with those of a correction that counts over all of it; a collective.
+
+        What is kept of π_old/μ is known. Of π_θ/μ (behaviour `rollout`) it is not before π_θ is, which costs a forward
+        pass.
+        """
+        correction = self.config.correction
+        if correction is None or not correction.needs_mini_batch:
+            return normalizer
+        known = self.needs_old_log_probs
+        outputs = [] if known else policy.log_probs(micro_batches, routes=routes)
+        if not policy.rank_info.is_last_stage:
+            return normalizer
+        total = torch.zeros(4, dtype=torch.float64, device=policy.rank_info.device)
+        for index, micro_batch in enumerate(micro_batches):
+            log_probs = micro_batch.old_log_probs if known else outputs[index][0]
+            if log_probs is not None:
+                total += correction_counts(self._inputs(log_probs, log_probs, micro_batch), self.config)
+        dist.all_reduce(total, group=data_context_parallel_group())
+        return normalizer.corrected(total, kept=correction.denominator == "kept")
 
     def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
         return LossInputs(

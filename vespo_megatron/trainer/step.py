@@ -105,9 +105,10 @@ class TrainStep:
         for index, (micro_batches, normalizer) in enumerate(zip(batch.mini_batches, batch.normalizers, strict=True)):
             first = index == 0 and not after_log_probs
             config = self.objective.mini_batch_config(self.policy, micro_batches, routes.extra_pass())
+            counts = self.objective.mini_batch_normalizer(self.policy, micro_batches, routes.extra_pass(), normalizer)
             result = self.policy.update(
                 micro_batches,
-                self.objective.loss_function(normalizer, config),
+                self.objective.loss_function(counts, config),
                 routes=routes.update_pass(first=first),
                 before_step=self._before_step,
             )

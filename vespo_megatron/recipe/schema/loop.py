@@ -74,7 +74,7 @@ class LossConfig(Section):
         "rollout", "rollout: μ is the engine's log-probs; recompute: π_old by the trainer.", ours=True
     )
     correction: dict[str, Any] = key(
-        {}, "Train-inference correction: {name: tis|icepop|mis|…}; empty is none.", ours=True
+        {}, "Correction of π_train/μ: {weight: tis|mis|icepop, reject: [{…}], …}; empty is none.", ours=True
     )
     reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.", ge=0)
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = key("k3", "Estimator of that KL.")
