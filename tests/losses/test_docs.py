@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.losses.batches import make_batch
 from tests.losses.test_surrogates import run
 from vespo_megatron.losses import get_objective, objective_names
@@ -10,7 +12,16 @@ from vespo_megatron.losses.advantages import ESTIMATORS
 from vespo_megatron.losses.correction.config import DEFAULT_BOUNDS
 from vespo_megatron.metrics.table import Merge, metric
 
-TEXT = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "losses.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/losses.md"])
+def test_the_examples_run_as_they_stand(page):
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(example, {"__name__": "example"})
 
 
 def test_every_objective_is_documented_with_its_defaults_and_source():

@@ -11,6 +11,7 @@ from vespo_megatron.losses.correction import CorrectionConfig, Rejection
 from vespo_megatron.losses.loss_inputs import LossInputs
 from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.metrics import MetricSums
+from vespo_megatron.losses.packing import Packed, pack
 from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratios, correction_counts, policy_loss
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Objective, get_objective, objective, objective_names
@@ -25,6 +26,7 @@ __all__ = [
     "MetricSums",
     "Normalizer",
     "Objective",
+    "Packed",
     "PolicyLossConfig",
     "Ratios",
     "Rejection",
@@ -36,6 +38,7 @@ __all__ = [
     "learning_rate_scale",
     "objective",
     "objective_names",
+    "pack",
     "policy_loss",
     "resolve_estimator",
 ]

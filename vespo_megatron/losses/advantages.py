@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.registry import unknown
 
 EPSILON = 1e-6
 """Added to a standard deviation before dividing, as verl does."""
 
 
-@dataclass(frozen=True)
-class Advantages:
+@dataclass(frozen=True, repr=False)
+class Advantages(OneLine):
     """Advantages of a rollout batch."""
 
     values: Tensor

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.registry import unknown
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "token-sum-norm")
 
 
-@dataclass(frozen=True)
-class Normalizer:
+@dataclass(frozen=True, repr=False)
+class Normalizer(OneLine):
     """Global counts of one mini-batch (optimizer update), over all ranks and micro-batches.
 
     Compute it once per update where all lengths are known (`Normalizer.from_lengths` on the controller).

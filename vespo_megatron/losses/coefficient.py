@@ -64,7 +64,7 @@ def coefficient(corrected: CorrectedRatios, config: PolicyLossConfig) -> Coeffic
     ratios, weights, objective = corrected.ratios, corrected.sequence_weights, config.objective
     hyperparameters = dict(config.hyperparameters)
     common = {name: hyperparameters.pop(name) for name in COMMON_HYPERPARAMETERS if name in hyperparameters}
-    phi = objective.phi(ratios, **hyperparameters)
+    phi = objective(ratios, **hyperparameters)
     per_sequence = objective.level == "sequence"
     bad = corrected.bad | (~phi.isfinite() if per_sequence else _bad_tokens(phi, corrected, objective))
     factor = (~bad).to(ratios.log_probs.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.aggregation import check_aggregation
 from vespo_megatron.losses.correction import CorrectionConfig
-from vespo_megatron.losses.registry import Objective, get_objective, unknown
+from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
 
 BEHAVIORS = ("rollout", "recompute", "version")
 KL_TYPES = ("k1", "k2", "k3")
@@ -29,7 +29,8 @@ class PolicyLossConfig:
         UserError: an unknown name (the nearest is given), or a combination that means nothing (the reason is given).
     """
 
-    name: str = "vespo"
+    name: str | Phi = "vespo"
+    """A registered name, `package.module:function`, or the function itself."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "token-mean"
     aggregation_length: float | None = None
@@ -60,7 +61,7 @@ class PolicyLossConfig:
                 raise unknown(key, value, known, where=f"loss_fn.{key}")
         if objective.anchor == "old" and self.behavior == "rollout":
             raise UserError(
-                f"{self.name} compares π_θ with π_old and π_old with μ; with behavior: rollout there is no "
+                f"{objective.name} compares π_θ with π_old and π_old with μ; with behavior: rollout there is no "
                 "π_old and it would be plain clipping",
                 where="loss_fn.behavior",
                 expected="recompute",
@@ -91,7 +92,7 @@ class PolicyLossConfig:
             raise UserError(f"{objective.name}: {objective.corrections}", where=where, expected="none; reject works")
         if self.behavior == "rollout" and objective.uses_ratio:
             raise UserError(
-                f"φ of {self.name} has the ratio π_θ/μ in it; a weight of the same ratio would count it twice",
+                f"φ of {objective.name} has the ratio π_θ/μ in it; a weight of the same ratio would count it twice",
                 where=where,
                 expected="none with behavior: rollout; reject works",
                 fix="set loss_fn.behavior to recompute or version, or loss_fn.name=reinforce",

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.config import PolicyLossConfig
+from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.registry import unknown
 from vespo_megatron.losses.sequence import PackedSequences
 
 
-@dataclass(frozen=True)
-class LossInputs:
+@dataclass(frozen=True, repr=False)
+class LossInputs(OneLine):
     """One micro-batch on this rank, packed: response tokens only, sequences one after another.
 
     With context parallelism `[tokens]` are this rank's tokens and `cu_seqlens` offsets into them; a sequence may have

@@ -11,10 +11,11 @@ from torch import Tensor
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.metrics import MetricSums
+from vespo_megatron.losses.one_line import OneLine
 
 
-@dataclass
-class LossOutput:
+@dataclass(repr=False)
+class LossOutput(OneLine):
     """`loss` is this rank's share: shares of all ranks and micro-batches sum to the loss of the mini-batch."""
 
     loss: Tensor

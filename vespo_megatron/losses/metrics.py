@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vespo_megatron.losses.one_line import OneLine
 
-@dataclass
-class MetricSums:
+
+@dataclass(repr=False)
+class MetricSums(OneLine):
     """Additive parts of metrics; every value stays on its device until `to_floats()`.
 
     Add over micro-batches with `+`, then `all_reduce` over **data parallel × context parallel** ranks (megatron-core's

@@ -27,6 +27,7 @@ from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.loss_weights import loss_weights
 from vespo_megatron.losses.metrics import MetricSums
 from vespo_megatron.losses.ratios import Ratios
+from vespo_megatron.losses.registry import Phi
 from vespo_megatron.losses.regularization import regularization_terms
 from vespo_megatron.losses.weighted_sum import SequenceWeighted, TokenWeighted
 
@@ -105,7 +106,7 @@ def policy_loss(
     advantages: Tensor,
     cu_seqlens: Tensor,
     *,
-    name: str = "vespo",
+    name: str | Phi = "vespo",
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     aggregation: str = "token-mean",
@@ -127,7 +128,7 @@ def policy_loss(
         behavior_log_probs: [tokens], log μ.
         advantages: [num_sequences] or [tokens].
         cu_seqlens: int [num_sequences + 1].
-        name: an objective (`objective_names()`), or package.module:function.
+        name: an objective (`objective_names()`), package.module:function, or a function φ(ratios, *, …).
         mask: bool [tokens].
         group: context parallel group, over which sequences are split.
         aggregation: token-mean, seq-mean-token-sum, seq-mean-token-mean, token-sum-norm.

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.sequence import PackedSequences
 
 LOG_RATIO_CLAMP = 20.0
 """Bound of one token's log-ratio, and of log W where a metric exponentiates it."""
 
 
-@dataclass(frozen=True)
-class Ratios:
+@dataclass(frozen=True, repr=False)
+class Ratios(OneLine):
     """What an objective may look at; every tensor is detached, in float32 or float64.
 
     "Anchor" is the policy the ratio is taken against: μ (behaviour `rollout`) or π_old (the others), unless the

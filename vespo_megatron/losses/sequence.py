@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.one_line import OneLine
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -37,8 +38,8 @@ def has_triton(device_type: str) -> bool:
     return device_type == "cuda" and find_spec("triton") is not None
 
 
-@dataclass(frozen=True)
-class PackedSequences:
+@dataclass(frozen=True, repr=False)
+class PackedSequences(OneLine):
     """Where each sequence's tokens are on this rank.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.losses.ratios import Ratios
-from vespo_megatron.losses.registry import get_objective
+from vespo_megatron.losses.registry import Phi, get_objective
 from vespo_megatron.losses.sequence import PackedSequences
 
 
@@ -48,7 +48,7 @@ def vespo_k(c1: float, c2: float) -> float:
     return ((c1 - 1) / c2) ** (c1 - 1) * math.exp(c2 - c1 + 1)
 
 
-def objective_phi(name: str, w: Tensor, *, positive: bool, length: int = 1, **hyperparameters: object) -> Tensor:
+def objective_phi(name: str | Phi, w: Tensor, *, positive: bool, length: int = 1, **hyperparameters: object) -> Tensor:
     """φ(W) of any registered objective, on responses of `length` tokens that share log W evenly: shape of `w [n]`.
 
     For token objectives W is then the whole response's ratio and ρ_t = W^(1/length); with length 1, ρ = W. The
@@ -62,7 +62,7 @@ def objective_phi(name: str, w: Tensor, *, positive: bool, length: int = 1, **hy
     sequences = PackedSequences(torch.arange(0, count * length + 1, length), count * length, w.device)
     objective = get_objective(name)
     objective.check(hyperparameters, where="hyperparameters")
-    phi = objective.phi(
+    phi = objective(
         Ratios(
             sequences=sequences,
             mask=None,
