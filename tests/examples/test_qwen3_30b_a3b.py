@@ -62,8 +62,9 @@ def name(path):
 def test_every_recipe_holds_for_the_real_model(path, model):
     recipe = load_recipe(path, [f"policy.model_name={model}"])
     validate(recipe)
-    PolicyLossConfig.from_recipe(recipe.loss_fn)
+    PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior)
     assert recipe.exp_manager.name.endswith(path.stem.removeprefix("vespo_")) or path.stem in recipe.exp_manager.name
+    assert recipe.loss_fn.behavior == "recompute", "the synchronous scripts leave bypass_mode at false"
     assert recipe.world_size == 32 and recipe.policy.train_global_batch_size == 256 * 8
 
 
@@ -79,6 +80,7 @@ def test_the_asynchronous_runs_are_the_papers_and_keep_their_staleness_scaled_do
     recipe = load_recipe(path, [f"policy.model_name={model}"])
     validate(recipe)
     assert (recipe.loss_fn.name, recipe.num_mini_batches, recipe.world_size) == (path.stem, 1, 16)
+    assert recipe.loss_fn.behavior == "rollout", "vespo_S_1.0_N_4.sh: async_training.use_rollout_log_probs=True"
     rule = recipe.grpo.async_grpo
     assert (rule.enabled, rule.staleness, rule.sync_every, recipe.slurm.rollout_nodes) == (True, 1.0, 4, 6)
     small = scale_down(load_recipe(path), TINY)
@@ -108,7 +110,7 @@ def test_runs_of_one_study_differ_in_what_they_study_alone():
     }
     assert changed == {
         "grpo": set(),
-        "grpo_tis": {"loss_fn.behavior", "loss_fn.correction"},
+        "grpo_tis": {"loss_fn.correction"},
         "grpo_r2": {"policy.router_replay.mode"},
         "grpo_r3": {"policy.router_replay.mode", "policy.generation.sglang_cfg.enable_return_routed_experts"},
     }

@@ -50,12 +50,12 @@ def grpo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, dual: float | None = 3.
 
 def gspo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 3e-4, high: float = 4e-4) -> Tensor:
     ratio = (lp - mu).mean().exp()
-    return len(lp) * ppo(ratio, a[0], 1 - low, 1 + high)
+    return len(lp) * ppo(ratio, a[0], 1 - low, 1 + high, math.exp(10))
 
 
 def gspo_token(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 3e-4, high: float = 4e-4) -> Tensor:
     ratio = (lp - mu).mean().exp().detach() * (lp - lp.detach()).exp()
-    return ppo(ratio, a, 1 - low, 1 + high).sum()
+    return ppo(ratio, a, 1 - low, 1 + high, math.exp(10)).sum()
 
 
 def sapo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
@@ -89,32 +89,35 @@ def dppo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, kind: str = "tv") -> Te
         p, q = math.exp(lp[t].item()), math.exp(mu[t].item())
         away = (p > q) if a[t] > 0 else (p < q)
         if kind == "tv":
-            distance = abs(p - q)
+            distance, most = abs(p - q), 0.15
         else:
-            distance = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
-        if not (away and distance > 0.2):
+            distance, most = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)), 0.05
+        if not (away and distance > most):
             total = total + torch.clamp((lp[t] - mu[t]).exp(), max=20.0) * a[t]
     return total
 
 
 def minirl(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
     r = (lp - old).exp()
-    keep = torch.where(a >= 0, r <= 1.27, r >= 0.8)
+    keep = torch.where(a >= 0, r <= 1.27, (r >= 0.8) & (r <= 3))
     weight = (r * (old - mu).exp().clamp(max=5.0)).detach()
     return (keep * weight * a * lp).sum()
 
 
 def decoupled_ppo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
-    return ((old - mu).exp().detach() * ppo((lp - old).exp(), a, 0.8, 1.28)).sum()
+    weight = (old - mu).exp().detach()
+    return (torch.where(weight <= 5, weight, 0.0) * ppo((lp - old).exp(), a, 0.8, 1.28, 3.0)).sum()
 
 
 def maspo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
-    """F with F′(ρ) = gate: ρ on the free side, 1 + σ√(π/2)·erf((ρ−1)/(σ√2)) on the other."""
+    """FlyTune/MASPO-RL: the detached Gaussian gate times the ratio, where A pushes away from 1."""
     ratio = (lp - mu).exp()
-    sigma = mu.exp() ** -0.3 * torch.where(a >= 0, 1 + 0.03 * a, 1 / (1 - 0.03 * a))
-    gated = 1 + sigma * math.sqrt(math.pi / 2) * torch.erf((ratio - 1) / (sigma * math.sqrt(2)))
-    away = torch.where(a >= 0, ratio > 1, ratio < 1)
-    return (torch.where(away, gated, ratio) * a).sum()
+    room = (mu.exp() ** -0.3).clamp(1.0, 10.0)
+    positive, negative = room * (1 + 0.03 * a).clamp(0.1, 10.0), room * (1 / (1 - 0.03 * a)).clamp(0.1, 10.0)
+    away_up, away_down = (a > 0) & (ratio > 1), (a < 0) & (ratio < 1)
+    gates = [torch.exp(-((ratio.detach() - 1) ** 2) / 2 / sigma**2) for sigma in (positive, negative)]
+    gated = torch.where(away_up, gates[0] * ratio, torch.where(away_down, gates[1] * ratio, ratio))
+    return (torch.where((a < 0) & (ratio > 20), ratio.detach(), gated) * a).sum()
 
 
 def bapo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 0.6, high: float = 1.2) -> Tensor:
@@ -125,7 +128,7 @@ SURROGATES = {
     "vespo": vespo,
     "reinforce": reinforce,
     "grpo": grpo,
-    "dr_grpo": lambda *x: grpo(*x, dual=None),
+    "dr_grpo": grpo,
     "gspo": gspo,
     "gspo_token": gspo_token,
     "sapo": sapo,

@@ -180,11 +180,11 @@ def test_a_users_own_objective_is_loaded_by_module_and_function():
 
 def test_the_recipe_becomes_a_config():
     schema = pytest.importorskip("vespo_megatron.recipe.schema")
-    config = PolicyLossConfig.from_recipe(schema.LossConfig())
+    config = PolicyLossConfig.from_recipe(schema.LossConfig(), "rollout")
     assert config == PolicyLossConfig()
     values = {"name": "grpo", "behavior": "recompute", "correction": {"weight": "tis", "high": 3.0}}
     values["hyperparameters"] = {"clip_high": 0.3, "opsm_delta": 0.1}
-    made = PolicyLossConfig.from_recipe(schema.LossConfig().with_values(values))
+    made = PolicyLossConfig.from_recipe(schema.LossConfig().with_values(values), "recompute")
     assert made.correction.high == 3.0 and made.hyperparameters["clip_high"] == 0.3
 
 

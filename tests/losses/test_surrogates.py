@@ -1,5 +1,7 @@
 """Every φ is the gradient of its published surrogate, on and off the clip bounds, to 1e-10."""
 
+import math
+
 import pytest
 import torch
 
@@ -61,6 +63,31 @@ def test_gradient_is_that_of_the_published_surrogate(name):
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
             assert not gradient[~batch.mask].any()
             assert gradient[batch.mask].any()
+
+
+def test_maspo_s_width_is_bounded_as_in_its_source():
+    """π_old = e⁻¹², ρ = 15, A = 1: σ is 10 · 1.03, not e^3.6 · 1.03, so φ is 5.96 and not 14.0."""
+    old, log_probs = torch.tensor([-12.0]).double(), (torch.tensor([-12.0]).double() + math.log(15)).requires_grad_()
+    output = policy_loss(log_probs, old, torch.ones(1), torch.tensor([0, 1]), name="maspo")
+    assert float(output.coefficient) == pytest.approx(15 * math.exp(-(14**2) / (2 * 10.3**2)))
+    assert float(output.coefficient) == pytest.approx(5.96, abs=0.005)
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_phi_of_a_negative_is_bounded(name):
+    """A log-ratio of 15 gave 3.3e6 in six objectives."""
+    needs_old = get_objective(name).anchor == "old"
+    for log_ratio in (15.0, 9.0, 700.0):
+        log_probs, anchor = torch.zeros(1, requires_grad=True), torch.tensor([-log_ratio])
+        output = policy_loss(
+            log_probs,
+            anchor,
+            -torch.ones(1),
+            torch.tensor([0, 1]),
+            name=name,
+            old_log_probs=anchor if needs_old else None,
+        )
+        assert float(output.coefficient) <= (math.exp(10) if name.startswith("gspo") else 20.0)
 
 
 @pytest.mark.parametrize(("name", "hyperparameters", "surrogate"), VARIANTS)

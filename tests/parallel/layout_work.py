@@ -146,7 +146,7 @@ def objectives(
     normalizer = Normalizer.from_lengths([int(sample.loss_mask.sum()) for sample in batch.samples])
 
     def loss_of(name: str):
-        of_micro_batch = Objective(LossConfig(name=name)).loss_function(normalizer)
+        of_micro_batch = Objective(LossConfig(name=name), "rollout").loss_function(normalizer)
 
         def loss(log_probs, entropies, micro_batch):
             value, _ = of_micro_batch(log_probs, entropies, micro_batch)

@@ -58,7 +58,7 @@ def report(store: str) -> dict[str, str]:
         if name in ONLY_WHERE_BATCHES_MEET:
             continue
         for behavior in ("rollout", "recompute"):
-            objective = Objective(LossConfig(), max_lag=2)
+            objective = Objective(LossConfig(), "rollout", max_lag=2)
             try:
                 objective.config = PolicyLossConfig(
                     name=name, behavior=behavior, kl_coefficient=0.1, entropy_coefficient=0.1

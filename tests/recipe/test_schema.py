@@ -144,5 +144,8 @@ def test_the_documentation_says_type_bounds_default_and_source():
     told = documentation()
     assert told["grpo.max_num_steps"] == "Rollout batches to train on. [int, at least 1; default 100]"
     assert told["policy.generation.top_p"].endswith("[float, in (0, 1]; default 1.0]")
-    assert told["loss_fn.behavior"].startswith("(ours) ") and "one of rollout, recompute" in told["loss_fn.behavior"]
+    assert (
+        told["loss_fn.behavior"].startswith("(ours) ")
+        and "one of auto, rollout, recompute, version" in told["loss_fn.behavior"]
+    )
     assert all(told.values()), [name for name, text in told.items() if not text]

@@ -101,7 +101,7 @@ def check_tables(recipe: Recipe) -> None:
     from vespo_megatron.losses import PolicyLossConfig, resolve_estimator
     from vespo_megatron.rewards import functions
 
-    PolicyLossConfig.from_recipe(recipe.loss_fn)
+    PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior)
     resolve_estimator(
         recipe.grpo.advantage_estimator,
         normalize_rewards=recipe.grpo.normalize_rewards,

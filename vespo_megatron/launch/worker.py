@@ -125,6 +125,7 @@ def build_controller(
     """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
 
@@ -141,6 +142,7 @@ def build_controller(
     engine = build_engine(recipe)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
+    logger.print(f"behaviour policy: {describe(recipe.behavior)}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 

@@ -50,8 +50,8 @@ class BoundSearch:
         Returns:
             [len(highs) + len(lows)], additive over ranks and micro-batches.
         """
-        ratio = ratios.log_ratio.exp()
-        advantage = ratios.masked(ratios.token_advantage)
+        ratio = ratios.counted(ratios.log_ratio).exp()
+        advantage = ratios.counted(ratios.token_advantage)
         positive, negative = advantage.clamp(min=0), (-advantage).clamp(min=0)
         sums = [(ratio.clamp(max=high) * positive).sum() for high in self.highs]
         sums += [(ratio.clamp(min=low) * negative).sum() for low in self.lows]

@@ -53,8 +53,8 @@ class Coefficient:
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """`values [tokens]` with the correction's part per token, 0 where masked."""
-        if self.token_weights.log_weight is not None:
-            values = values * self.token_weights.log_weight.exp()
+        if self.token_weights.log_weight is not None:  # of a bad sequence the weights may be anything
+            values = torch.where(values == 0, 0.0, values * self.token_weights.log_weight.exp())
         values = self.token_weights.kept(values)
         return values if self.mask is None else torch.where(self.mask, values, 0.0)
 
@@ -73,7 +73,7 @@ def coefficient(corrected: CorrectedRatios, config: PolicyLossConfig) -> Coeffic
     factor = weights.kept(factor)
     if (delta := common.get("opsm_delta")) is not None:
         against = common.get("opsm_anchor", "behavior")
-        moved = corrected.log_w - (0.0 if against == "behavior" else corrected.mismatch)
+        moved = corrected.to_behavior - (0.0 if against == "behavior" else corrected.mismatch)
         factor = factor * opsm_keep(ratios.sequence_advantage, moved, corrected.lengths, delta)
     return Coefficient(
         phi=phi,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.aggregation import check_aggregation
+from vespo_megatron.losses.behavior import BEHAVIORS
 from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
 
-BEHAVIORS = ("rollout", "recompute", "version")
 KL_TYPES = ("k1", "k2", "k3")
 METRIC_LEVELS = ("full", "none")
 BAD_SAMPLE = ("error", "drop")
@@ -65,7 +65,7 @@ class PolicyLossConfig:
                 "π_old and it would be plain clipping",
                 where="loss_fn.behavior",
                 expected="recompute",
-                fix="set loss_fn.behavior=recompute, or loss_fn.name=grpo",
+                fix="set loss_fn.behavior=recompute (version in an asynchronous run), or loss_fn.name=grpo",
             )
         anchor = self.hyperparameters.get("opsm_anchor", "behavior")
         if anchor not in OPSM_ANCHORS:
@@ -104,7 +104,7 @@ class PolicyLossConfig:
                 expected="before_clip, or nothing",
             )
 
-    @cached_property
+    @lazy
     def objective(self) -> Objective:
         """The objective's row of the registry."""
         return get_objective(self.name)
@@ -117,14 +117,14 @@ class PolicyLossConfig:
         return (self.correction.apply or self.objective.correction_apply) == "before_clip"
 
     @classmethod
-    def from_recipe(cls, loss_fn: Any) -> PolicyLossConfig:
-        """From the recipe's `loss_fn` (any object with its keys as attributes)."""
+    def from_recipe(cls, loss_fn: Any, behavior: str) -> PolicyLossConfig:
+        """From the recipe's `loss_fn` (any object with its keys as attributes) and what its `behavior` means there."""
         return cls(
             name=loss_fn.name,
             hyperparameters=dict(loss_fn.hyperparameters),
             aggregation=loss_fn.aggregation,
             aggregation_length=loss_fn.aggregation_length,
-            behavior=loss_fn.behavior,
+            behavior=behavior,
             correction=CorrectionConfig.from_mapping(dict(loss_fn.correction)),
             kl_coefficient=loss_fn.reference_policy_kl_penalty,
             kl_type=loss_fn.reference_policy_kl_type,

@@ -13,7 +13,6 @@ from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.correction import CorrectionConfig
 from vespo_megatron.losses.correction.rejection import kept_sequences, kept_tokens
 from vespo_megatron.losses.correction.weights import (
-    NO_WEIGHTS,
     Weights,
     log_mean_weight,
     sequence_weights,
@@ -35,8 +34,10 @@ class CorrectedRatios:
     """[num_sequences]: unmasked tokens, those a correction drops included."""
     kept_lengths: Tensor
     """[num_sequences]: those a correction keeps; 0 in a sequence it drops."""
-    log_w: Tensor
+    to_behavior: Tensor
     """[num_sequences]: Σ (log π_θ − log μ), unclamped and uncorrected."""
+    log_w: Tensor
+    """[num_sequences]: Σ (log π_θ − log π_anchor), unclamped and uncorrected: S before a correction."""
     mismatch: Tensor
     """[num_sequences]: Σ (log π_train − log μ); π_train is π_old where it is known, else π_θ."""
     bad: Tensor
@@ -45,6 +46,7 @@ class CorrectedRatios:
     """[tokens]: what a correction still does after the clip."""
     sequence_weights: Weights
     """[num_sequences]: the same."""
+    has_correction: bool
     weight_sum: Tensor | None
     """[]: Σ of a correction's weights before they are normalised, over tokens or over sequences; bad ones left out."""
     weight_count: Tensor | None
@@ -59,10 +61,10 @@ class _LocalSums:
     """What this rank's tokens give."""
 
     sums: SequenceSums
+    token_weights: Weights
     log_ratio: Tensor | None = None
     """[tokens], clamped, with token weights before the clip in it; None where tokens matter through sums alone."""
     log_prob_sum: Tensor | None = None
-    token_weights: Weights = NO_WEIGHTS
 
 
 def corrected_ratios(
@@ -74,7 +76,8 @@ def corrected_ratios(
         normalizer: its mean weight is what normalised weights are divided by; None: the mean over this micro-batch.
     """
     objective, correction = config.objective, config.correction
-    through_sums = objective.level == "sequence" and not given.per_token_advantage and correction is None
+    of_tokens = objective.level == "token" or given.per_token_advantage or correction is not None
+    through_sums = not of_tokens and not torch.compiler.is_compiling()  # which fuses the passes over tokens by itself
     local = _sums_alone(given) if through_sums else _tokens_and_sums(given, config)
     sums = replace(local.sums, others=_others(given)).over_context_parallel(given.sequences)
     mismatch = sums.log_w if sums.mismatch is None else sums.mismatch
@@ -83,7 +86,7 @@ def corrected_ratios(
     if sums.others is not None:
         bad = bad | ~sums.others.isfinite()
     log_ratio, sequence_log_ratio, clamped = local.log_ratio, sums.log_ratio, sums.clamped_log_ratio
-    weighed = _Weighed(local.token_weights)
+    weighed = _Weighed(local.token_weights, Weights())
     if correction is not None:
         weighed = _weighed(correction, local, sums, mismatch if given.corrects_old else sums.log_w, bad, normalizer)
         if config.correction_before_clip:  # the ratios get the weights in them; what is left out stays out
@@ -107,17 +110,20 @@ def corrected_ratios(
         behavior_log_probs=given.behavior_log_probs,
         old_log_probs=given.old_log_probs if given.anchored_to_old else None,
         positions=given.positions,
+        bad=bad,
         corrected_log_ratio=log_ratio,
     )
     return CorrectedRatios(
         ratios=ratios,
         lengths=sums.length,
         kept_lengths=weighed.sequence.kept(kept),
-        log_w=sums.log_w,
+        to_behavior=sums.log_w,
+        log_w=_uncorrected(given, config, sums),
         mismatch=mismatch,
         bad=bad,
         token_weights=weighed.token,
         sequence_weights=weighed.sequence,
+        has_correction=correction is not None,
         weight_sum=weighed.total,
         weight_count=weighed.count,
         log_prob_sum=local.log_prob_sum,
@@ -128,8 +134,8 @@ def corrected_ratios(
 class _Weighed:
     """What a correction does, complete over context parallelism."""
 
-    token: Weights = NO_WEIGHTS
-    sequence: Weights = NO_WEIGHTS
+    token: Weights
+    sequence: Weights
     log_mean: Tensor | None = None
     """[]: what token weights were divided by; None: nothing."""
     total: Tensor | None = None
@@ -182,6 +188,13 @@ def _weighed(
     return _Weighed(token, sequence, log_mean, total, count)
 
 
+def _uncorrected(given: CheckedInputs, config: PolicyLossConfig, sums: SequenceSums) -> Tensor:
+    """[num_sequences]: Σ (log π_θ − log π_anchor)."""
+    if config.correction is None:
+        return sums.log_ratio
+    return sums.log_w - sums.mismatch if given.anchored_to_old and sums.mismatch is not None else sums.log_w
+
+
 def _usable(advantage: Tensor) -> Tensor:
     """bool: finite, and small enough that its product with the largest coefficient (two factors of e^20) is finite."""
     return (advantage * math.exp(2 * LOG_RATIO_CLAMP)).isfinite()
@@ -211,7 +224,7 @@ def _sums_alone(given: CheckedInputs) -> _LocalSums:
         mismatch = ratio_sums(sequences, old, behavior, mask, LOG_RATIO_CLAMP).raw
         log_w = log_w + mismatch if given.anchored_to_old else log_w
     sums = SequenceSums(_length(given), log_w, found.raw, found.clamped, mismatch)
-    return _LocalSums(sums, log_prob_sum=found.log_probs)
+    return _LocalSums(sums, Weights(), log_prob_sum=found.log_probs)
 
 
 def _tokens_and_sums(given: CheckedInputs, config: PolicyLossConfig) -> _LocalSums:
@@ -222,7 +235,7 @@ def _tokens_and_sums(given: CheckedInputs, config: PolicyLossConfig) -> _LocalSu
     mismatch = None if old is None else masked(old - given.behavior_log_probs)
     log_ratio = masked(given.log_probs - old) if old is not None and given.anchored_to_old else to_behavior
     clamped = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    weights, kept, weight = NO_WEIGHTS, None, None
+    weights, kept, weight = Weights(), None, None
     judged: tuple[Tensor, ...] = ()
     if correction is not None:
         gap = mismatch if mismatch is not None and given.corrects_old else to_behavior
@@ -247,4 +260,4 @@ def _tokens_and_sums(given: CheckedInputs, config: PolicyLossConfig) -> _LocalSu
         advantage=local_sum(masked(given.advantage)) if given.per_token_advantage else None,
         judged=judged,
     )
-    return _LocalSums(sums, clamped, token_weights=weights)
+    return _LocalSums(sums, weights, clamped)

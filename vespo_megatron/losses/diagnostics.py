@@ -21,6 +21,8 @@ from vespo_megatron.metrics.table import metric
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from vespo_megatron.losses.corrected_ratios import CorrectedRatios
+
 EXTREME_TOKEN = 2.0
 """τ of the extreme-token fraction F(τ)."""
 LARGE_W = 100.0
@@ -36,7 +38,7 @@ class SequenceView:
     """What per-sequence metrics are made of; every tensor [num_sequences], complete over context parallelism."""
 
     log_w: Tensor
-    """Σ log π_θ/μ, unclamped."""
+    """Σ log π_θ/π_anchor, unclamped and without corrections: the W that φ sees."""
     length: Tensor
     """T"""
     advantage: Tensor
@@ -103,6 +105,34 @@ def sequence_metrics(view: SequenceView) -> MetricSums:
     mean("mismatch/log_ppl_abs_diff", difference.abs())
     extremes("mismatch/log_ppl_diff", difference)
     mean("mismatch/chi2_seq", torch.exp(2 * gap.clamp(-20, 20)) - 1)
+    return metrics
+
+
+def correction_metrics(corrected: CorrectedRatios, bad: Tensor) -> MetricSums:
+    """What a correction did to one micro-batch; `bad [num_sequences]` are left out."""
+    metrics = MetricSums()
+    some = ~bad & (corrected.lengths > 0)
+    tokens = torch.where(some, corrected.lengths, 0.0)
+    alone = torch.where(some, corrected.ratios.lengths, 0.0)  # without what is dropped token by token
+    metrics.add("correction/dropped_token_fraction", (tokens - alone).sum(), tokens.sum())
+    keep = corrected.sequence_weights.keep
+    whole = torch.zeros_like(some) if keep is None else some & ~keep
+    metrics.add("correction/dropped_response_fraction", whole.sum(), some.sum())
+    if corrected.weight_sum is not None and corrected.weight_count is not None:
+        metrics.add("correction/weight_mean", corrected.weight_sum, corrected.weight_count)
+    return metrics
+
+
+def moved_metrics(log_probs: Tensor, old_log_probs: Tensor, valid: Tensor | None) -> MetricSums:
+    """How far the updates have moved π_θ from π_old: log-probs [tokens], `valid` as in `token_metrics`."""
+    metrics = MetricSums()
+    total = torch.zeros((), dtype=torch.float64, device=log_probs.device)
+    for start in range(0, len(log_probs), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        x = (log_probs[part] - old_log_probs[part]).clamp_(-20, 20)
+        x = x if valid is None else torch.where(valid[part], x, 0.0)
+        total += (torch.expm1(x) - x).sum(dtype=torch.float64)
+    metrics.add("staleness/k3", total, float(len(log_probs)) if valid is None else valid.sum())
     return metrics
 
 

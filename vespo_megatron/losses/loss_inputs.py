@@ -204,7 +204,7 @@ def _advantage_per_token(inputs: LossInputs, sequences: PackedSequences) -> bool
         )
     if inputs.advantage_level != "auto":
         return inputs.advantage_level == "token"
-    if count == tokens and not _one_token_each(inputs.cu_seqlens):
+    if count == tokens and not torch.compiler.is_compiling() and not _one_token_each(inputs.cu_seqlens):
         raise UserError(
             f"[{count}] may be one per sequence or one per token",
             where="advantages",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.config import PolicyLossConfig
+from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.metrics import MetricSums
 from vespo_megatron.losses.one_line import OneLine
 
@@ -28,7 +28,7 @@ class LossOutput(OneLine):
     config: PolicyLossConfig
     _coefficient: Callable[[], Tensor] = field(repr=False)
 
-    @cached_property
+    @lazy
     def coefficient(self) -> Tensor:
         """[tokens]: φ with corrections, 0 where masked or dropped, detached."""
         return self._coefficient()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.bapo import BoundSearch
-from vespo_megatron.losses.ratios import Ratios
+from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP, Ratios
 from vespo_megatron.losses.registry import objective, unknown
 
 MIN_LOG_W = math.log(1e-8)
@@ -27,13 +27,13 @@ def clipped_ratio(
 ) -> Tensor:
     """PPO's φ: ρ where the clipped surrogate has a gradient, else 0; shapes as given.
 
-    A ≥ 0: ρ·1[ρ ≤ high]. A < 0: ρ·1[low ≤ ρ], and ρ ≤ dual_clip where one is set (arXiv 1912.09729).
+    A ≥ 0: ρ·1[ρ ≤ high]. A < 0: ρ·1[low ≤ ρ], and ρ ≤ dual_clip where one is set (arXiv 1912.09729). ρ is at most e^20.
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=LOG_RATIO_CLAMP).exp()
     keep_negative = ratio >= low
     if dual_clip is not None:
         keep_negative &= ratio <= dual_clip
-    return ratio * torch.where(advantage >= 0, ratio <= high, keep_negative)
+    return torch.where(torch.where(advantage >= 0, ratio <= high, keep_negative), ratio, 0.0)
 
 
 def by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:
@@ -93,25 +93,37 @@ def grpo(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28, dual
 
 
 @objective("dr_grpo", level="token", aggregation="token-sum-norm", source="arXiv 2503.20783")
-def dr_grpo(
-    ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = None
-) -> Tensor:
-    """GRPO's φ: [tokens]. What differs is around it: A = R − mean, and Σ tokens / (B·L) with a constant L."""
+def dr_grpo(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 3.0) -> Tensor:
+    """GRPO's φ: [tokens], its dual clip included, which the paper has not and verl has (3).
+
+    What differs is around it: A = R − mean, and Σ tokens / (B·L) with a constant L.
+    """
     return clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
 
 
 @objective("gspo", level="sequence", aggregation="seq-mean-token-mean", source="arXiv 2507.18071")
-def gspo(ratios: Ratios, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Tensor:
-    """s·1[s inside the clip], s = e^(S/T): [num_sequences]. GSPO (arXiv 2507.18071)."""
+def gspo(
+    ratios: Ratios, *, clip_low: float = 3e-4, clip_high: float = 4e-4, log_ratio_max: float | None = 10.0
+) -> Tensor:
+    """s·1[s inside the clip], s = e^(S/T): [num_sequences]. GSPO (arXiv 2507.18071).
+
+    `log_ratio_max`: no gradient where A < 0 and log s is above it; verl's compute_policy_loss_gspo clamps it at 10.
+    """
     log_s = ratios.sequence_log_ratio / ratios.safe_lengths
-    return clipped_ratio(log_s, ratios.sequence_advantage, 1 - clip_low, 1 + clip_high)
+    return clipped_ratio(log_s, ratios.sequence_advantage, 1 - clip_low, 1 + clip_high, _ratio(log_ratio_max))
 
 
 @objective("gspo_token", level="token", aggregation="seq-mean-token-mean", source="arXiv 2507.18071")
-def gspo_token(ratios: Ratios, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Tensor:
+def gspo_token(
+    ratios: Ratios, *, clip_low: float = 3e-4, clip_high: float = 4e-4, log_ratio_max: float | None = 10.0
+) -> Tensor:
     """GSPO's φ with the clip decided by each token's own advantage: [tokens] (arXiv 2507.18071 §4.3)."""
     log_s = ratios.sequences.expand(ratios.sequence_log_ratio / ratios.safe_lengths)
-    return clipped_ratio(log_s, ratios.token_advantage, 1 - clip_low, 1 + clip_high)
+    return clipped_ratio(log_s, ratios.token_advantage, 1 - clip_low, 1 + clip_high, _ratio(log_ratio_max))
+
+
+def _ratio(log_ratio: float | None) -> float | None:
+    return None if log_ratio is None else math.exp(log_ratio)
 
 
 @objective("sapo", level="token", aggregation="seq-mean-token-mean", source="arXiv 2511.20347")
@@ -156,9 +168,6 @@ def minpro(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28) ->
     return log_ratio.exp().clamp(1 - clip_low, 1 + clip_high)
 
 
-MAX_DPPO_RATIO = 20.0
-
-
 @objective(
     "dppo_tv",
     level="token",
@@ -167,16 +176,19 @@ MAX_DPPO_RATIO = 20.0
     anchor="behavior",
     corrections="its ratio is already π_θ/μ; a weight π_old/μ would count the mismatch twice",
 )
-def dppo_tv(ratios: Ratios, *, delta: float = 0.2) -> Tensor:
-    """min(ρ, 20)·keep: [tokens]. DPPO with the total-variation mask (arXiv 2602.04879), anchored to μ.
+def dppo_tv(
+    ratios: Ratios, *, delta_low: float = 0.15, delta_high: float = 0.15, ratio_max: float | None = 20.0
+) -> Tensor:
+    """min(ρ, ratio_max)·keep: [tokens]. DPPO with the total-variation mask (arXiv 2602.04879), anchored to μ.
 
     Drops a token that has moved further than δ in probability in the direction A pushes it:
-    (A > 0 and π − μ > δ) or (A < 0 and μ − π > δ).
+    (A > 0 and π − μ > delta_high) or (A < 0 and μ − π > delta_low). δ .15 is that of verl's scripts, which do not
+    truncate; Stable-RL truncates at 20.
     """
     moved = ratios.log_probs.exp() - ratios.behavior_log_probs.exp()
     advantage = ratios.token_advantage
-    drop = ((advantage > 0) & (moved > delta)) | ((advantage < 0) & (-moved > delta))
-    return ratios.log_ratio.exp().clamp(max=MAX_DPPO_RATIO) * ~drop
+    drop = ((advantage > 0) & (moved > delta_high)) | ((advantage < 0) & (-moved > delta_low))
+    return torch.where(drop, 0.0, ratios.log_ratio.exp().clamp(max=ratio_max))
 
 
 @objective(
@@ -187,17 +199,22 @@ def dppo_tv(ratios: Ratios, *, delta: float = 0.2) -> Tensor:
     anchor="behavior",
     corrections="its ratio is already π_θ/μ; a weight π_old/μ would count the mismatch twice",
 )
-def dppo_kl(ratios: Ratios, *, delta: float = 0.2) -> Tensor:
-    """min(ρ, 20)·keep: [tokens]. DPPO with the binary-KL mask (arXiv 2602.04879), anchored to μ.
+def dppo_kl(
+    ratios: Ratios, *, delta_low: float = 0.05, delta_high: float = 0.05, ratio_max: float | None = 20.0
+) -> Tensor:
+    """min(ρ, ratio_max)·keep: [tokens]. DPPO with the binary-KL mask (arXiv 2602.04879), anchored to μ.
 
-    D = μ·log(μ/π) + (1−μ)·log((1−μ)/(1−π)): drops a token with D > δ that A pushes further away.
+    D = μ·log(μ/π) + (1−μ)·log((1−μ)/(1−π)): drops a token that A pushes further away and whose D is above delta_high
+    (A > 0) or delta_low (A < 0). δ .05 is that of verl's scripts.
     """
     largest = 1 - torch.finfo(ratios.log_probs.dtype).eps
     pi, mu = (values.exp().clamp(max=largest) for values in (ratios.log_probs, ratios.behavior_log_probs))
     divergence = mu * (ratios.behavior_log_probs - ratios.log_probs) + (1 - mu) * (torch.log1p(-mu) - torch.log1p(-pi))
     advantage = ratios.token_advantage
-    away = ((advantage > 0) & (pi > mu)) | ((advantage < 0) & (pi < mu))
-    return ratios.log_ratio.exp().clamp(max=MAX_DPPO_RATIO) * ~(away & (divergence > delta))
+    drop = ((advantage > 0) & (pi > mu) & (divergence > delta_high)) | (
+        (advantage < 0) & (pi < mu) & (divergence > delta_low)
+    )
+    return torch.where(drop, 0.0, ratios.log_ratio.exp().clamp(max=ratio_max))
 
 
 @objective(
@@ -208,15 +225,26 @@ def dppo_kl(ratios: Ratios, *, delta: float = 0.2) -> Tensor:
     anchor="old",
     corrections="π_old/μ, truncated at tis_cap, is part of the objective",
 )
-def minirl(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.27, tis_cap: float | None = 5.0) -> Tensor:
+def minirl(
+    ratios: Ratios,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.27,
+    tis_cap: float | None = 5.0,
+    dual_clip: float | None = 3.0,
+) -> Tensor:
     """M_t·sg[π_θ/μ]: [tokens]. MiniRL (arXiv 2512.01374); needs π_old.
 
     M is PPO's mask on π_θ/π_old; π_θ/μ = (π_θ/π_old)·(π_old/μ), the second factor truncated at `tis_cap`. Aggregated
-    with no length norm (seq-mean-token-sum), A = R − mean.
+    with no length norm (seq-mean-token-sum), A = R − mean. `dual_clip` (verl's) bounds π_θ/π_old where A < 0.
     """
-    kept = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high)
-    mismatch = ratios.masked(ratios.anchor_log_probs - ratios.behavior_log_probs).exp()
-    return kept * (mismatch if tis_cap is None else mismatch.clamp(max=tis_cap))
+    kept = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
+    return kept * _mismatch(ratios).clamp(max=tis_cap)
+
+
+def _mismatch(ratios: Ratios) -> Tensor:
+    """[tokens]: π_old/μ, at most e^20."""
+    return ratios.masked(ratios.anchor_log_probs - ratios.behavior_log_probs).clamp(max=LOG_RATIO_CLAMP).exp()
 
 
 @objective(
@@ -228,35 +256,56 @@ def minirl(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.27, ti
     corrections="π_old/μ is part of the objective",
 )
 def decoupled_ppo(
-    ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28, behavior_weight_cap: float | None = None
+    ratios: Ratios,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    behavior_weight_cap: float | None = 5.0,
+    dual_clip: float | None = 3.0,
 ) -> Tensor:
     """(π_old/μ)·u·1[u inside the clip], u = π_θ/π_old: [tokens]. Decoupled PPO (arXiv 2110.00641; AReaL 2505.24298).
 
-    π_old is the proximal policy; needs it. Tokens with π_old/μ > `behavior_weight_cap` are dropped, where one is set.
+    π_old is the proximal policy; needs it. Tokens with π_old/μ > `behavior_weight_cap` are dropped: 5 in AReaL's
+    examples (rejection_sampling.upper). `dual_clip` (AReaL's c_clip, off there; 3 in verl) bounds u where A < 0.
     """
-    kept = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high)
-    mismatch = ratios.masked(ratios.anchor_log_probs - ratios.behavior_log_probs).exp()
+    kept = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
+    mismatch = _mismatch(ratios)
     if behavior_weight_cap is not None:
-        mismatch = mismatch * (mismatch <= behavior_weight_cap)
+        mismatch = torch.where(mismatch <= behavior_weight_cap, mismatch, 0.0)
     return kept * mismatch
 
 
 @objective("maspo", level="token", aggregation="token-mean", source="arXiv 2602.17550")
-def maspo(ratios: Ratios, *, sigma_base: float = 1.0, alpha: float = 0.3, beta: float = 0.03) -> Tensor:
+def maspo(
+    ratios: Ratios,
+    *,
+    sigma_base: float = 1.0,
+    sigma_max: float = 10.0,
+    alpha: float = 0.3,
+    beta_pos: float = 0.03,
+    beta_neg: float = 0.03,
+    risk_min: float = 0.1,
+    risk_max: float = 10.0,
+    ratio_max: float | None = 20.0,
+) -> Tensor:
     """ρ·gate, gate = exp(−(ρ−1)²/2σ²) on the side A pushes to, else 1: [tokens]. MASPO (arXiv 2602.17550).
 
-    σ = σ_base·π_old^−α·(1 + β·A) for A > 0 and σ_base·π_old^−α/(1 − β·A) for A < 0: rare tokens and confident
-    positives get more room. Confirmed in the paper's abstract: a differentiable soft Gaussian gate, a mass-adaptive
-    limiter, an asymmetric risk controller. The equations themselves could not be read when this was written (the
-    repository FlyTune/MASPO-RL exists, its source was not reachable): the gate multiplying the gradient, rather than
-    the surrogate, and the side it acts on are our reading.
+    σ = clip(σ_base·π_old^−α, σ_base, σ_max) · clip(1 + β₊·A, risk_min, risk_max) for A > 0, and with 1/(1 − β₋·A) for
+    A < 0: rare tokens and confident positives get more room. The gate is detached and multiplies the ratio, as read in
+    FlyTune/MASPO-RL, verl/trainer/ppo/core_algos.py (its defaults are ours). `ratio_max`: no gradient where A < 0 and ρ
+    is above it, of which the source has none; 20 is what Stable-RL truncates ratios at.
     """
-    ratio = ratios.log_ratio.exp()
-    advantage = ratios.token_advantage
-    mass = ratios.masked(-alpha * ratios.anchor_log_probs).exp()
-    sigma = sigma_base * mass * torch.where(advantage >= 0, 1 + beta * advantage, 1 / (1 - beta * advantage))
-    away = torch.where(advantage >= 0, ratio > 1, ratio < 1)
-    return ratio * torch.where(away, torch.exp(-((ratio - 1) ** 2) / (2 * sigma**2)), 1.0)
+    ratio, advantage = ratios.log_ratio.exp(), ratios.token_advantage
+    # In logarithms: π_old^−α overflows for tokens that are all but impossible.
+    room = math.log(sigma_max / sigma_base)
+    mass = ratios.masked(-alpha * ratios.anchor_log_probs).clamp(0.0, max(room, 0.0)).exp()
+    positive = (1 + beta_pos * advantage).clamp(risk_min, risk_max)
+    negative = (1 / (1 - beta_neg * advantage.clamp(max=0.0))).clamp(risk_min, risk_max)
+    sigma = sigma_base * mass * torch.where(advantage >= 0, positive, negative)
+    gate = torch.exp(-((ratio - 1) ** 2) / (2 * sigma**2))
+    away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
+    gated = torch.where(away, ratio * gate, ratio)
+    return gated if ratio_max is None else torch.where((advantage < 0) & (ratio > ratio_max), 0.0, gated)
 
 
 @objective("bapo", level="token", aggregation="token-mean", source="arXiv 2510.18927")

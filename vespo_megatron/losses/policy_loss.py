@@ -21,7 +21,13 @@ from vespo_megatron.losses.coefficient import Coefficient, coefficient
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios, corrected_ratios
 from vespo_megatron.losses.correction import CorrectionConfig
-from vespo_megatron.losses.diagnostics import SequenceView, sequence_metrics, token_metrics
+from vespo_megatron.losses.diagnostics import (
+    SequenceView,
+    correction_metrics,
+    moved_metrics,
+    sequence_metrics,
+    token_metrics,
+)
 from vespo_megatron.losses.loss_inputs import CheckedInputs, LossInputs, check, check_log_probs
 from vespo_megatron.losses.loss_output import LossOutput
 from vespo_megatron.losses.loss_weights import loss_weights
@@ -207,6 +213,8 @@ def _metrics(
         )
     )
     per_sequence.add("loss/bad_samples", factors.bad.sum(), 0.0)
+    if corrected.has_correction:
+        per_sequence = per_sequence + correction_metrics(corrected, factors.bad)
     if not given.sequences.is_first_rank:
         per_sequence = per_sequence.empty_like()
     tokens = token_metrics(
@@ -216,4 +224,6 @@ def _metrics(
         None if factors.is_per_sequence else factors.phi,
         per_token,
     )
+    if given.anchored_to_old and given.old_log_probs is not None:
+        tokens = tokens + moved_metrics(given.log_probs, given.old_log_probs, factors.valid_tokens())
     return per_sequence + tokens

@@ -60,8 +60,9 @@ def _by_blocks(
     sequences: PackedSequences, log_probs: Tensor, anchor: Tensor, mask: Tensor | None, bound: float
 ) -> RatioSums:
     """On the host: blocks of tokens; differences are summed in float64, log-probs pairwise in their own type."""
-    add = numpy_or_none().add.reduceat
-    sums = numpy_or_none().zeros((3, sequences.num_sequences))
+    numpy = numpy_or_none()
+    add = numpy.add.reduceat
+    sums = numpy.zeros((3, sequences.num_sequences))
     buffer = torch.empty(min(BLOCK_TOKENS, sequences.num_tokens), dtype=torch.float64)
     for begin in range(0, sequences.num_tokens, BLOCK_TOKENS):
         block = slice(begin, min(begin + BLOCK_TOKENS, sequences.num_tokens))
@@ -71,10 +72,11 @@ def _by_blocks(
         if mask is not None:
             difference = torch.where(mask[block], difference, 0.0)
             values = torch.where(mask[block], values, 0.0)
-        raw = clamped = add(difference.numpy(), starts)
-        # Where the squares sum to less than one term beyond the bound would, there is none. NaN is never less.
-        if not torch.dot(difference, difference).item() <= bound**2:
-            clamped = add(difference.clamp_(-bound, bound).numpy(), starts)
-        for row, part in zip(sums, (add(values.numpy(), starts), raw, clamped), strict=True):
-            row[rows] += part
+        with numpy.errstate(invalid="ignore"):  # what is not finite is found in the sums
+            raw = clamped = add(difference.numpy(), starts)
+            # Where the squares sum to less than one term beyond the bound would, there is none. NaN is never less.
+            if not torch.dot(difference, difference).item() <= bound**2:
+                clamped = add(difference.clamp_(-bound, bound).numpy(), starts)
+            for row, part in zip(sums, (add(values.numpy(), starts), raw, clamped), strict=True):
+                row[rows] += part
     return RatioSums(*torch.from_numpy(sums).to(log_probs.dtype))

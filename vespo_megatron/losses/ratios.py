@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.sequence import PackedSequences
 
@@ -48,10 +48,12 @@ class Ratios(OneLine):
     """[tokens]: log π_old; None in behaviour mode `rollout`."""
     positions: Tensor | None = None
     """int64 [tokens]: index of each token in its whole response; None: as packed here."""
+    bad: Tensor | None = None
+    """bool [num_sequences]: a number of the sequence is not finite; for what looks at several sequences. None: none."""
     corrected_log_ratio: Tensor | None = None
     """[tokens]: the log-ratio with a correction's log-weight applied before the clip; None: without one."""
 
-    @cached_property
+    @lazy
     def log_ratio(self) -> Tensor:
         """[tokens]: log π_θ − log π_anchor, made only for objectives that look at tokens."""
         if self.corrected_log_ratio is not None:
@@ -59,7 +61,7 @@ class Ratios(OneLine):
         difference = self.masked(self.log_probs - self.anchor_log_probs)
         return difference.clamp_(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
-    @cached_property
+    @lazy
     def token_advantage(self) -> Tensor:
         """[tokens]"""
         return self.advantage if self.per_token_advantage else self.sequences.expand(self.advantage)
@@ -69,10 +71,15 @@ class Ratios(OneLine):
         """[tokens]: π_old where it is known, else μ."""
         return self.behavior_log_probs if self.old_log_probs is None else self.old_log_probs
 
-    @cached_property
+    @lazy
     def safe_lengths(self) -> Tensor:
         """[num_sequences]: T, at least 1, to divide by."""
         return self.lengths.clamp(min=1)
+
+    def counted(self, values: Tensor) -> Tensor:
+        """`values [tokens]`, 0 where masked and in bad sequences: what may be summed over sequences."""
+        values = self.masked(values)
+        return values if self.bad is None else torch.where(self.sequences.expand(self.bad), 0.0, values)
 
     def masked(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """`values [tokens]` with masked tokens replaced."""

@@ -11,12 +11,12 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.lazy import lazy
 
 if TYPE_CHECKING:
     from vespo_megatron.losses.ratios import Ratios
@@ -48,7 +48,7 @@ class Objective:
     is_users_own: bool = False
     """Whether φ is no function of this library: it may give numbers that are not finite on one rank alone."""
 
-    @cached_property
+    @lazy
     def hyperparameters(self) -> dict[str, Any]:
         """Name → default of each hyperparameter."""
         parameters = inspect.signature(self.phi).parameters.values()

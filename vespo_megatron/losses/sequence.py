@@ -8,7 +8,7 @@ Nothing here is differentiable: coefficients are detached, so no collective need
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.one_line import OneLine
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
@@ -61,7 +62,7 @@ class PackedSequences(OneLine):
             raise UserError(
                 f"has shape {tuple(self.cu_seqlens.shape)}", where="cu_seqlens", expected="[num_sequences + 1]"
             )
-        if self.cu_seqlens.is_cpu:
+        if self.cu_seqlens.is_cpu and not torch.compiler.is_compiling():
             ends = int(self.cu_seqlens[0]), int(self.cu_seqlens[-1])
             if ends != (0, self.num_tokens) or (self.cu_seqlens.diff() < 0).any():
                 offsets = self.cu_seqlens.tolist()
@@ -74,15 +75,18 @@ class PackedSequences(OneLine):
 
     @property
     def on_host(self) -> bool:
-        """Whether tokens and offsets are both in host memory, where a loop over sequences costs no wait."""
-        return self.device.type == "cpu" and self.cu_seqlens.is_cpu
+        """Whether tokens and offsets are both in host memory, where a loop over sequences costs no wait.
+
+        Not under `torch.compile`: what it traces must not depend on values.
+        """
+        return self.device.type == "cpu" and self.cu_seqlens.is_cpu and not torch.compiler.is_compiling()
 
     @property
     def uses_triton(self) -> bool:
         """Whether the tokens are on a GPU with Triton and the offsets in host memory, as `triton_sums` needs them."""
-        return has_triton(self.device.type) and self.cu_seqlens.is_cpu
+        return self.cu_seqlens.is_cpu and not torch.compiler.is_compiling() and has_triton(self.device.type)
 
-    @cached_property
+    @lazy
     def longest(self) -> int:
         """Tokens of the longest sequence on this rank; for offsets in host memory."""
         return int(self.cu_seqlens.diff().max()) if self.num_sequences else 0
@@ -92,21 +96,21 @@ class PackedSequences(OneLine):
         """Sequences of the micro-batch, those with no token here included."""
         return len(self.cu_seqlens) - 1
 
-    @cached_property
+    @lazy
     def offsets(self) -> Tensor:
         """int64 [num_sequences + 1] on the tokens' device."""
         return self.cu_seqlens.to(self.device, torch.int64, non_blocking=True)
 
-    @cached_property
+    @lazy
     def local_lengths(self) -> Tensor:
         """int64 [num_sequences]: tokens on this rank, masked ones included."""
         return self.offsets.diff()
 
-    @cached_property
+    @lazy
     def _host_lengths(self) -> list[int]:
         return self.cu_seqlens.diff().tolist()
 
-    @cached_property
+    @lazy
     def _host_starts(self) -> tuple[Any, Any]:
         """NumPy arrays: sequences with a token here, and their offsets (each ends where the next begins)."""
         offsets = self.cu_seqlens.numpy()
@@ -122,7 +126,7 @@ class PackedSequences(OneLine):
         )
         return numbers[some], numpy.maximum(starts[some] - block.start, 0)
 
-    @cached_property
+    @lazy
     def segment_ids(self) -> Tensor:
         """int64 [tokens]: the sequence each token belongs to."""
         numbers = torch.arange(self.num_sequences, device=self.device)
@@ -139,7 +143,10 @@ class PackedSequences(OneLine):
             out = values.new_zeros(self.num_sequences)
             numbers, starts = self._host_starts
             if len(numbers):
-                out.numpy()[numbers] = numpy_or_none().add.reduceat(values.detach().numpy(), starts, dtype="float64")
+                with numpy_or_none().errstate(invalid="ignore"):  # what is not finite is found in the sums
+                    out.numpy()[numbers] = numpy_or_none().add.reduceat(
+                        values.detach().numpy(), starts, dtype="float64"
+                    )
             return out
         if self.on_host:
             out = values.new_empty(self.num_sequences)

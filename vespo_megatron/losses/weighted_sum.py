@@ -23,11 +23,11 @@ class TokenWeighted(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.dtype = log_probs.dtype
         values = log_probs.detach()
-        if values.is_cpu and values.dtype == weight.dtype:
+        if values.is_cpu and values.dtype == weight.dtype and not torch.compiler.is_compiling():
             total = torch.dot(weight, values)  # one pass and no temporary, unless there is something to leave out
             if total.isfinite():
                 return -total
-        return -torch.nansum(weight * values)
+        return -torch.where(weight == 0, 0.0, weight * values).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -11,9 +11,18 @@ stands for what is known at run time alone: a phase, a layer, a problem set, a p
 the values of a step's parts (sampling rounds, optimizer updates, a phase that comes twice) make the step's; *of the
 whole* are computed of everything at once. What is not in the table cannot be logged.
 
-W is Π π_θ/μ of a response, clamped to e^±20 unless said otherwise. d = log π_train − log μ, clamped to ±20 per token;
-π_train is π_old where it is given, else π_θ: with `behavior: rollout` d therefore holds staleness as well as the
-difference of engines. The first update of a rollout batch is not stale, so its k3 is the engines' alone.
+Which policies W (of a whole response, clamped to e^±20 unless said otherwise) and d (of a token, clamped to ±20)
+compare is a matter of `loss_fn.behavior`; the console's first lines and the report name it. W is what φ sees, before a
+correction.
+
+| behaviour | W | d |
+|---|---|---|
+| `rollout` | π_θ/μ | log π_θ − log μ |
+| `recompute`, `version` | π_θ/π_old | log π_old − log μ |
+
+With `rollout`, d holds staleness as well as the difference of engines; the first update of a rollout batch is not
+stale, so its k3 is the engines' alone. With the others d is the engines' difference in every update, and `staleness/k3`
+is what the updates add to it. Objectives that always compare with μ (`dppo_*`) have W = π_θ/μ in every mode.
 """
 
 

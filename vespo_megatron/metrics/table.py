@@ -125,11 +125,22 @@ STALENESS = (
     Metric("staleness/trainer_idle_seconds", "The trainer waited for a batch.", "s", SUM),
     Metric("staleness/engine_idle_seconds", "Nothing was under way.", "s", SUM),
     Metric("staleness/tokens_lag_*", "Tokens of that lag.", "tokens", SUM),
+    Metric(
+        "staleness/k3",
+        "Estimate of KL(π_old‖π_θ) per token: what the updates have moved; with behaviour recompute or version.",
+        "nats",
+        over="tokens",
+    ),
     Metric("staleness/w_mean_lag_*", "W of responses of that lag.", "", MEAN, "responses of that lag"),
     Metric("staleness/ess_lag_*", "(ΣW)²/(n·ΣW²) of responses of that lag.", "", WHOLE),
 )
 
 LOSS = (
+    Metric(
+        "correction/weight_mean", "Mean weight of a correction, before it is normalised.", over="tokens, or responses"
+    ),
+    Metric("correction/dropped_token_fraction", "Tokens that a correction drops, by themselves.", over="tokens"),
+    Metric("correction/dropped_response_fraction", "Responses that a correction drops whole.", over="responses"),
     Metric("loss/policy", "The policy term of the loss.", "", MEAN, "updates", shares=True),
     Metric(
         "loss/kl",
@@ -161,14 +172,14 @@ LOSS = (
 OBJECTIVE = (
     Metric(
         "vespo/approx_kl",
-        "Estimate of KL(μ‖π) per token: −log W over the length, mean of responses.",
+        "Estimate of the KL from W's denominator to π_θ per token: −log W over the length, mean of responses.",
         "nats",
         over="responses",
         title="KL",
     ),
     Metric(
         "vespo/w_mean",
-        "Mean of W = π/μ of whole responses; 1 is on-policy.",
+        "Mean of W of whole responses; 1 is on-policy.",
         over="responses",
         title="Importance weight W",
     ),

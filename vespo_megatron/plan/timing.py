@@ -87,7 +87,7 @@ def training_seconds(
     work = flops.training(shape, [length], int(lengths.response)) * responses
     forward = work // 3
     work += forward if recipe.policy.megatron_cfg.recompute == "full" else 0
-    if recipe.loss_fn.behavior == "recompute" or recipe.policy.router_replay.mode == "R2":
+    if recipe.behavior != "rollout" or recipe.policy.router_replay.mode == "R2":
         work += forward
     bubble = pipeline_bubble(recipe)
     return work / (recipe.world_size * device.bf16_tflops * 1e12 * mfu) / (1 - bubble)

@@ -259,9 +259,9 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
         )
     if recipe.loss_fn.behavior == "recompute" and asynchronous.staleness > 0:
         yield UserError(
-            "is recompute: π_old of the weights that sampled is gone when a stale sample is trained on",
+            "is recompute: when a stale sample is trained on, the trainer's weights are not those that drew it",
             where="loss_fn.behavior",
-            expected="rollout, or grpo.async_grpo.max_staleness=0",
+            expected="version (π_old of the weights that drew each token), rollout, or grpo.async_grpo.max_staleness=0",
         )
 
 

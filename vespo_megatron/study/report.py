@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.behavior import describe
+from vespo_megatron.recipe.schema.recipe import resolved_behavior
 from vespo_megatron.run.records import SUMMARY_FILE, read_metrics, summarise
 from vespo_megatron.study.measures import by_layer
 from vespo_megatron.study.pages import Picture, page
@@ -182,7 +184,16 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
             values.append("-" if value is None else str(value))
         if any(value != "-" for value in values):
             rows.append((title, path, values))
+        if path == "loss_fn.behavior" and any(run.recipe for run in runs):
+            rows.append(("W and mismatch compare", "", [_compared(run.recipe) if run.recipe else "-" for run in runs]))
     return rows
+
+
+def _compared(recipe: Mapping[str, Any]) -> str:
+    """What W and d are of in a run, from its recipe."""
+    given = recipe.get("loss_fn", {}).get("behavior", "auto")
+    asynchronous = recipe.get("grpo", {}).get("async_grpo", {}).get("enabled", False)
+    return describe(resolved_behavior(given, asynchronous=asynchronous))
 
 
 def _labels(run_dirs: Sequence[Path]) -> list[str]:

@@ -41,9 +41,8 @@ class Trainer:
         self.guard = guard or Guard(recipe, policy)
         self.timers = Timers(self.guard.heartbeat, self.rank_info.device)
         asynchronous = recipe.grpo.async_grpo
-        self.objective = Objective(
-            recipe.loss_fn, max_lag=math.ceil(asynchronous.staleness) if asynchronous.enabled else None
-        )
+        max_lag = math.ceil(asynchronous.staleness) if asynchronous.enabled else None
+        self.objective = Objective(recipe.loss_fn, recipe.behavior, max_lag)
         self.train_step = TrainStep(recipe, policy, self.objective, before_step=self._before_step, timers=self.timers)
         self.link = ControllerLink(policy, controller, self.train_step.scatter.group)
         self.checkpointer = checkpointer

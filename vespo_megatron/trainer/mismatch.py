@@ -22,7 +22,7 @@ from vespo_megatron.trainer.step import TrainStep
 
 def measure(recipe: Recipe, policy: MegatronPolicy, controller: Controller | None, run_dir: Path) -> None:
     """Generate `grpo.max_num_steps` rollout batches and score each with replay off and with R3; rank 0 writes."""
-    step = TrainStep(recipe, policy, Objective(recipe.loss_fn))
+    step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     link = ControllerLink(policy, controller, step.scatter.group)
     rows = []
     link.push_weights(version=0)

@@ -47,17 +47,18 @@ class Objective:
     """The loss of one recipe, bound to this rank's context parallel group.
 
     Args:
+        behavior: `Recipe.behavior`.
         max_lag: of an asynchronous run, whose batches have lags; W is then reported by lag as well.
     """
 
-    def __init__(self, loss_fn: LossConfig, max_lag: int | None = None) -> None:
-        self.config, self.max_lag = PolicyLossConfig.from_recipe(loss_fn), max_lag
+    def __init__(self, loss_fn: LossConfig, behavior: str, max_lag: int | None = None) -> None:
+        self.config, self.max_lag = PolicyLossConfig.from_recipe(loss_fn, behavior), max_lag
         self.group = context_parallel_group()
 
     @property
     def needs_old_log_probs(self) -> bool:
         """Whether π_old by the training engine is part of the objective."""
-        return self.config.behavior == "recompute"
+        return self.config.behavior != "rollout"
 
     @property
     def needs_reference(self) -> bool:

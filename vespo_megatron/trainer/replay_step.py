@@ -100,7 +100,7 @@ def _run(recipe: Recipe, batch: Batch, init_method: str) -> list[tuple[str, str]
         recipe.policy.megatron_cfg, seed=recipe.grpo.seed, device=device, init_method=init_method
     )
     policy = MegatronPolicy(recipe.policy, rank_info)
-    step = TrainStep(recipe, policy, Objective(recipe.loss_fn))
+    step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     weights = _Trace()
     for name, parameter in _named(policy, "named_parameters"):
         weights.look(f"weight {name}", parameter)

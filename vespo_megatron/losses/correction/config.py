@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.correction.rejection import Rejection, check_bounds
+from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import unknown
 
 DEFAULT_BOUNDS: dict[str, tuple[float, float]] = {"none": (0.0, 1.0), "tis": (0.0, 2.0), "icepop": (0.5, 5.0)}
@@ -98,14 +98,13 @@ class CorrectionConfig:
         """From the recipe's dictionary; empty or None is no correction."""
         if not mapping:
             return None
-        known = [f.name for f in fields(cls)]
         for key in mapping:
             if key in RENAMED:
                 raise UserError(
                     f"has no key {key!r} any more", where="loss_fn.correction", expected=f"it is called {RENAMED[key]}"
                 )
-            if key not in known:
-                raise unknown("key", key, known, where="loss_fn.correction")
+            if key not in cls.__dataclass_fields__:
+                raise unknown("key", key, cls.__dataclass_fields__, where="loss_fn.correction")
         rules = mapping.get("reject") or ()
         if isinstance(rules, Mapping):
             rules = (rules,)
@@ -124,7 +123,7 @@ class CorrectionConfig:
         """Whether there is a weight."""
         return self.weight != "none"
 
-    @cached_property
+    @lazy
     def rules(self) -> tuple[Rejection, ...]:
         """Every rejection, the veto as one of them."""
         veto = () if self.veto is None else (Rejection("k1", "max", low=self.veto),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -53,10 +53,9 @@ class Rejection:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Rejection:
         """From one entry of the recipe's `loss_fn.correction.reject`."""
-        known = [f.name for f in fields(cls)]
         for key in mapping:
-            if key not in known:
-                raise unknown("key", key, known, where="loss_fn.correction.reject")
+            if key not in cls.__dataclass_fields__:
+                raise unknown("key", key, cls.__dataclass_fields__, where="loss_fn.correction.reject")
         return cls(**mapping)
 
     def outside(self, values: Tensor) -> Tensor:

@@ -48,9 +48,6 @@ class Weights:
         return self.kept(self.log_weight.exp())
 
 
-NO_WEIGHTS = Weights()
-
-
 def bounded(config: CorrectionConfig, log_weight: Tensor) -> Weights:
     """The weights of `config`, of tokens or of responses: shapes as `log_weight`, log w before the bounds."""
     low, high = config.bounds
@@ -69,7 +66,7 @@ def token_weights(config: CorrectionConfig, log_weight: Tensor) -> Weights:
     Args:
         log_weight: [tokens], d = log π_train − log μ, 0 where masked.
     """
-    return bounded(config, log_weight) if config.weighs and config.level == "token" else NO_WEIGHTS
+    return bounded(config, log_weight) if config.weighs and config.level == "token" else Weights()
 
 
 def sequence_weights(config: CorrectionConfig, log_weight_sum: Tensor, lengths: Tensor) -> Weights:
@@ -80,7 +77,7 @@ def sequence_weights(config: CorrectionConfig, log_weight_sum: Tensor, lengths: 
         lengths: [num_sequences], T.
     """
     if not config.weighs or config.level == "token":
-        return NO_WEIGHTS
+        return Weights()
     return bounded(config, log_weight_sum / lengths.clamp(min=1) if config.level == "geometric" else log_weight_sum)
 
 

@@ -70,8 +70,11 @@ class LossConfig(Section):
         "token-mean", "From token losses to one number.", ours=True
     )
     aggregation_length: int | None = key(None, "The constant length of token-sum-norm.", ge=1, ours=True)
-    behavior: Literal["rollout", "recompute"] = key(
-        "rollout", "rollout: μ is the engine's log-probs; recompute: π_old by the trainer.", ours=True
+    behavior: Literal["auto", "rollout", "recompute", "version"] = key(
+        "auto",
+        "W = π_θ/μ of the engine (rollout), or π_θ/π_old by the trainer, of the weights the batch began with "
+        "(recompute) or that drew each token (version); auto: recompute, and rollout in an asynchronous run.",
+        ours=True,
     )
     correction: dict[str, Any] = key(
         {}, "Correction of π_train/μ: {weight: tis|mis|icepop, reject: [{…}], …}; empty is none.", ours=True

@@ -16,6 +16,17 @@ from vespo_megatron.recipe.schema.run import (
 )
 
 
+def resolved_behavior(given: str, *, asynchronous: bool) -> str:
+    """What `loss_fn.behavior` means; `auto` follows the reference (FloyedShen/VESPO).
+
+    Its synchronous scripts (recipe/vespo/run/sync) leave veRL's rollout correction out of bypass mode: π_old is by the
+    trainer. Its fully asynchronous one sets `async_training.use_rollout_log_probs=True`.
+    """
+    if given != "auto":
+        return given
+    return "rollout" if asynchronous else "recompute"
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -53,6 +64,11 @@ class Recipe(Section):
     def rollout_batch_size(self) -> int:
         """Responses per rollout batch."""
         return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def behavior(self) -> str:
+        """What `loss_fn.behavior` means here: rollout, recompute or version."""
+        return resolved_behavior(self.loss_fn.behavior, asynchronous=self.grpo.async_grpo.enabled)
 
     @property
     def num_mini_batches(self) -> int:
