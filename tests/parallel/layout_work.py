@@ -134,6 +134,20 @@ def messages(folder: str, layout: dict[str, Any], store: str) -> set[str]:
     return {event.key for event in profile.key_averages() if event.key.startswith("c10d::")}
 
 
+CORRECTION = {
+    "weight": "tis",
+    "high": 1.02,
+    "normalize": True,
+    "denominator": "kept",
+    "reject": [{"statistic": "k3", "level": "mean", "high": 0.0013}],
+}
+CORRECTED = {
+    "corrected, three policies": (LossConfig(name="grpo", correction=CORRECTION), "recompute"),
+    "corrected, two policies": (LossConfig(name="reinforce", correction=CORRECTION), "rollout"),
+}
+"""What is counted over the mini-batch before its first micro-batch: of π_old/μ, and of π_θ/μ."""
+
+
 def objectives(
     folder: str, layout: dict[str, Any], store: str, names, behavior: dict[str, np.ndarray]
 ) -> dict[str, Any]:
@@ -146,7 +160,13 @@ def objectives(
     normalizer = Normalizer.from_lengths([int(sample.loss_mask.sum()) for sample in batch.samples])
 
     def loss_of(name: str):
-        of_micro_batch = Objective(LossConfig(name=name), "rollout").loss_function(normalizer)
+        objective = Objective(*CORRECTED.get(name, (LossConfig(name=name), "rollout")))
+        if objective.needs_old_log_probs:
+            for micro_batch, output in zip(batches, policy.log_probs(batches), strict=False):
+                micro_batch.old_log_probs = output[0]
+        of_micro_batch = objective.loss_function(
+            objective.mini_batch_normalizer(policy, batches, LIVE, normalizer), objective.config
+        )
 
         def loss(log_probs, entropies, micro_batch):
             value, _ = of_micro_batch(log_probs, entropies, micro_batch)
