@@ -41,7 +41,11 @@ def check(run_dir, bound):
     return rows
 
 
-def test_killed_and_resumed_every_group_is_trained_once(importable):
+def test_killed_and_resumed_every_group_is_trained_once_and_every_token_scored_by_its_version(importable):
+    """In float32 the two engines are one to rounding: π_old is μ exactly where it is of the weights that drew the token.
+
+    Of two steps a version, the second is trained on by weights that no version has.
+    """
     chance = random.Random(3)
     run_dir = make_run(
         importable,
@@ -49,12 +53,18 @@ def test_killed_and_resumed_every_group_is_trained_once(importable):
         "checkpointing.save_period=1",
         "grpo.async_grpo.max_staleness=2",
         "grpo.async_grpo.sync_every=2",
+        "loss_fn.behavior=version",
+        "policy.megatron_cfg.optimizer.lr=3e-3",
     )
     for phase, step in (("train", 3), ("checkpoint write", 5), ("generate", 8)):
         resume_work.kill_in(run_dir, resume_work.start(run_dir), phase, step, chance)
     resume_work.finish(run_dir)
     rows = check(run_dir, bound=2)
     assert max(row["staleness/lag_max"] for row in rows) > 0, "it was synchronous"
+    assert max(row["staleness/versions"] for row in rows) > 1
+    assert max(row["staleness/held_versions"] for row in rows) == 3
+    assert max(row["mismatch/prob_diff_max"] for row in rows) < 1e-5, "scored by other weights than drew it"
+    assert max(row["staleness/k3"] for row in rows) > 0.01, "the weights hardly moved"
 
 
 @pytest.mark.sglang

@@ -238,6 +238,11 @@ class SequenceLayout:
         local = self.positions[self.sequence_parallel_slice]
         return packed[local], live[local]
 
+    def router_rows(self, values: Sequence[np.ndarray], fill: int) -> np.ndarray:
+        """Values of each sequence's first tokens → int64 [T / TP], in the order of `routes`; `fill` elsewhere."""
+        packed = self._scatter(values, fill, np.dtype(np.int64))
+        return packed[self.positions[self.sequence_parallel_slice]]
+
     def at(
         self, *, context_parallel_rank: int | None = None, tensor_parallel_rank: int | None = None
     ) -> SequenceLayout:

@@ -103,7 +103,7 @@ class _Weights:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier()
-        checkpoint.save_weights(self.chunks, folder)
+        checkpoint.save_weights(self.chunks, folder)()
         with torch.no_grad():  # so that what is read back is seen to come from the files
             for parameter in (parameter for chunk in self.chunks for parameter in chunk.parameters()):
                 parameter.zero_()

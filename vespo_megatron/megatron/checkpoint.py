@@ -88,9 +88,9 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
         _set_rng_state(loaded["rng"])
 
 
-def save_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
-    """Write the weights alone to `folder`, which must exist and be empty. A collective."""
-    _save(_model_state(chunks), folder, None)()
+def save_weights(chunks: Sequence[torch.nn.Module], folder: Path, *, group: dist.ProcessGroup | None = None) -> Write:
+    """As `save`, of the weights alone."""
+    return _save(_model_state(chunks), folder, group)
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.host_memory import return_free_memory
+from vespo_megatron.megatron.host_weights import HostWeights, weights_of
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
@@ -94,6 +96,10 @@ class MegatronPolicy:
         model_config.finalize_model_grads_func = look_and_finalize
         self.on_progress: Callable[[], None] = lambda: None
         """Called before every forward of a micro-batch."""
+        self.updates_taken = 0
+        """Optimizer updates since the policy was made: while it stays, so do the weights."""
+        self._own: HostWeights | None = None
+        """Where its own weights wait while others are in use."""
         self.replay = RouteReplay(
             [hf_weights.unwrap(chunk) for chunk in self.chunks],
             recomputes=model_config.recompute_granularity == "full",
@@ -113,21 +119,46 @@ class MegatronPolicy:
             for chunk in self.chunks:
                 chunk.train()
 
+    def weights(self) -> list[torch.Tensor]:
+        """`weights_of` this rank's chunks, as the last update left them."""
+        self._finish_parameter_gather()
+        return weights_of(self.chunks)
+
+    @contextmanager
+    def under(self, weights: HostWeights, *, own: HostWeights | None = None) -> Iterator[None]:
+        """Within the block the policy has other weights; its own come back exactly, whatever happens.
+
+        Args:
+            own: a copy of its own, where there is one already; else one is made.
+        """
+        live = self.weights()
+        if own is None:
+            own = self._own = self._own or HostWeights(live)
+            own.copy_from(live)
+        try:
+            weights.copy_to(live)
+            yield
+        finally:
+            own.copy_to(live)
+
     def keep_reference(self) -> None:
         """Remember the weights as they are now, in host memory, for `ref_log_probs`."""
-        self._reference = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
+        weights = self.weights()
+        self._reference = HostWeights(weights)
+        self._reference.copy_from(weights)
 
-    @torch.no_grad()
     def ref_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """`log_probs` under the weights `keep_reference` remembered; the policy's own come back, whatever happens."""
-        own = [parameter.detach().clone() for parameter in self._parameters()]
-        try:
-            for parameter, value in zip(self._parameters(), self._reference, strict=True):
-                parameter.copy_(value)
+        """`log_probs` under the weights `keep_reference` remembered."""
+        with self.under(self._reference):
             return self.log_probs(micro_batches)
-        finally:
-            for parameter, value in zip(self._parameters(), own, strict=True):
-                parameter.copy_(value)
+
+    def _finish_parameter_gather(self) -> None:
+        """With `overlap_param_gather` an update leaves the gather of other ranks' parameters to the next forward."""
+        for chunk in self.chunks:
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                under_way = not group.param_gather_dispatched or group.param_gather_handle is not None
+                if group.ddp_config.overlap_param_gather and under_way:
+                    group.start_param_sync(force_sync=True)
 
     def gradients_finite(self) -> bool:
         """Whether every gradient on this rank is, as the buffers hold them now."""
@@ -135,9 +166,6 @@ class MegatronPolicy:
         # The extremes carry NaN and infinities on, and need no copy of the gradients.
         extremes = [extreme for buffer in buffers for extreme in torch.aminmax(buffer.grad_data)]
         return bool(torch.isfinite(torch.stack([extreme.float() for extreme in extremes])).all()) if extremes else True
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def scale_learning_rate(self, factor: float) -> None:
         """Multiply the learning rate of the next update only; the schedule sets it anew after that."""
@@ -187,6 +215,7 @@ class MegatronPolicy:
             return UpdateResult(math.nan, self.optimizer.param_groups[0]["lr"], False, reports)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
+        self.updates_taken += 1
         self.scheduler.step(increment=1)
         if self.rank_info.device.type == "cpu":
             return_free_memory()

@@ -124,6 +124,11 @@ STALENESS = (
     Metric("staleness/expired", "Groups too old to be trained on, since the run began.", "groups", LAST),
     Metric("staleness/trainer_idle_seconds", "The trainer waited for a batch.", "s", SUM),
     Metric("staleness/engine_idle_seconds", "Nothing was under way.", "s", SUM),
+    Metric("staleness/versions", "Weight versions that π_old was computed under (`behavior: version`).", "", WHOLE),
+    Metric("staleness/version_forwards", "Forwards for π_old that a micro-batch took.", "", WHOLE, "micro-batches"),
+    Metric("staleness/swap_seconds", "Copying weights of other versions in, and the trainer's back; rank 0.", "s", SUM),
+    Metric("staleness/held_versions", "Weight versions in host memory.", "versions", LAST),
+    Metric("staleness/held_bytes", "Host memory they take, of rank 0.", "bytes", LAST),
     Metric("staleness/tokens_lag_*", "Tokens of that lag.", "tokens", SUM),
     Metric(
         "staleness/k3",

@@ -75,11 +75,14 @@ class TrainerMemory:
     logits: int
     routes: int
     host: int
+    """Of the optimizer, what is offloaded."""
+    weight_copies: int
+    """On the host: earlier weight versions, the reference, and the policy's own while either is in use."""
 
     @property
     def device(self) -> int:
         """Sum of what lies on the device."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+        return sum(getattr(self, field.name) for field in fields(self) if field.name not in ("host", "weight_copies"))
 
 
 def trainer_memory(shape: ModelShape, recipe: Recipe) -> TrainerMemory:
@@ -111,7 +114,18 @@ def _stage_memory(shape: ModelShape, recipe: Recipe, stage: int) -> TrainerMemor
         logits=min(megatron.logprob_memory_mb << 20, tokens * shape.vocab_size * 4) if last else 0,
         routes=routes,
         host=offloaded,
+        weight_copies=local.total * element * weight_copies(recipe),
     )
+
+
+def weight_copies(recipe: Recipe) -> int:
+    """How often a trainer process holds its weights in host memory.
+
+    Its own are copied out when others take their place, unless the newest version is a copy of them.
+    """
+    reference = recipe.loss_fn.reference_policy_kl_penalty != 0
+    updated = recipe.held_versions > 0 and recipe.grpo.async_grpo.sync_every > 1
+    return recipe.held_versions + int(reference) + int(reference or updated)
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:

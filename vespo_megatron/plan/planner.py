@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
-from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory
+from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory, weight_copies
 from vespo_megatron.plan.timing import (
     Lengths,
     Server,
@@ -157,6 +157,12 @@ def report(shape: ModelShape, first: Plan, lengths: Lengths, *, mfu: float = TRA
     )
     if memory.host:
         lines.append(f"  {'on the host':12}{memory.host / GIB:8.2f}")
+    if memory.weight_copies:
+        per_node = recipe.cluster.gpus_per_node * memory.weight_copies
+        lines.append(
+            f"  {'on the host':12}{memory.weight_copies / GIB:8.2f}   {weight_copies(recipe)} copies of the weights, "
+            f"{per_node / GIB:.0f} GiB a node"
+        )
     per_token = kv_bytes_per_token(shape)
     lines += [
         f"server: {per_token / 1024:.0f} KiB of keys and values a token, room for {first.server.slots} sequences at a "

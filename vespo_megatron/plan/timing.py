@@ -81,14 +81,17 @@ def generation_seconds(server: Server, servers: int, responses: int, lengths: Le
 def training_seconds(
     shape: ModelShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU
 ) -> float:
-    """Of one step: every update of the rollout batch, and the old-log-prob pass where the recipe has one."""
+    """Of one step: every update of the rollout batch, and the passes before them.
+
+    Those for π_old are at most one per weight version that may be in a batch.
+    """
     responses = recipe.rollout_batch_size
     length = int(lengths.prompt + lengths.response)
     work = flops.training(shape, [length], int(lengths.response)) * responses
     forward = work // 3
     work += forward if recipe.policy.megatron_cfg.recompute == "full" else 0
     if recipe.behavior != "rollout" or recipe.policy.router_replay.mode == "R2":
-        work += forward
+        work += forward * max(1, recipe.held_versions)
     bubble = pipeline_bubble(recipe)
     return work / (recipe.world_size * device.bf16_tflops * 1e12 * mfu) / (1 - bubble)
 

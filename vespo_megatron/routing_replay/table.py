@@ -71,14 +71,20 @@ class RouteTable:
             )
 
 
+def row_versions(sample: Sample) -> np.ndarray:
+    """int64 [tokens − 1]: the weights under which a row of routes has to be right.
+
+    Row p routed the token at p, whose forward predicted token p + 1; the prompt belongs to the first response token.
+    """
+    return np.concatenate([np.full(len(sample.prompt_ids) - 1, sample.weight_versions[0]), sample.weight_versions])
+
+
 def stale_rows(sample: Sample) -> np.ndarray:
     """bool [tokens − 1]: rows whose log-prob was computed under other weights than the routes were.
 
-    Row p routed the token at p, whose forward predicted token p + 1; the prompt belongs to the first response token.
     After a retracted request is run again, engines return routes of the *new* weights beside log-probs of the old.
     """
-    versions = np.concatenate([np.full(len(sample.prompt_ids) - 1, sample.weight_versions[0]), sample.weight_versions])
-    return versions != sample.routes_version
+    return row_versions(sample) != sample.routes_version
 
 
 def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:

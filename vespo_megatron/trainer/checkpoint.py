@@ -10,7 +10,7 @@ import datetime
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vespo_megatron.megatron import checkpoint as policy_checkpoint
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import CheckpointingConfig
 from vespo_megatron.run.checkpoint_store import (
     POLICY,
@@ -33,7 +34,7 @@ from vespo_megatron.run.checkpoint_store import (
     read_manifest,
 )
 
-TRAINER, CONTROLLER, HF = "trainer.json", "controller.pt", "hf"
+TRAINER, CONTROLLER, HF, VERSIONS = "trainer.json", "controller.pt", "hf", "weight_versions"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Checkpointer:
         controller: Callable[[], Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         *,
+        history: WeightHistory | None = None,
         wait: bool = False,
     ) -> str:
         """Save everything after `step`; with `wait`, returns the folder when it is on the disk, '' when that failed.
@@ -79,21 +81,31 @@ class Checkpointer:
             facts: what every rank needs to go on, as JSON.
             controller: rank 0's: gives the state of its controller, of types that `torch.load` trusts.
             metrics: rank 0's metrics of this step, which decide what is kept.
+            history: whose versions are saved besides: samples that wait were drawn by them.
         """
         self.wait()
         started = time.perf_counter()
         partial = self.store.root / f"step_{step:06d}.partial"
-        write: Callable[[], None] = _nothing
-        if not self._agreed(lambda: self.store.begin(step) if self.rank_info.rank == 0 else None, step):
+        writes: list[Callable[[], None]] = []
+        versions = list(history.to_save()) if history is not None else []
+
+        def make_folders() -> None:
+            if self.rank_info.rank == 0:
+                self.store.begin(step)
+                for version in versions:
+                    _version_folder(partial, version).mkdir(parents=True)
+
+        if not self._agreed(make_folders, step):
             return ""
 
         def copy() -> None:
-            nonlocal write
             if self.rank_info.rank == 0:
-                about = {"step": step, "layout": _layout(self.rank_info), **facts}
+                about = {"step": step, "layout": _layout(self.rank_info), "held_versions": versions, **facts}
                 (partial / TRAINER).write_text(json.dumps(about, indent=1))
                 torch.save(controller() if controller is not None else {}, partial / CONTROLLER)
-            write = policy_checkpoint.save(self.policy, partial / POLICY, group=self._group)
+            writes.append(policy_checkpoint.save(self.policy, partial / POLICY, group=self._group))
+            if history is not None:
+                writes.extend(self._copy_version(history, version, partial) for version in versions)
             if self.config.save_hf_with_each:
                 hf_weights.save(self.policy.exporter, partial / HF, copy_from=self.policy.model_folder)
 
@@ -101,7 +113,7 @@ class Checkpointer:
             return ""
         numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
         self._thread = threading.Thread(
-            target=self._finish, args=(write, partial, step, numbers, started), name="checkpoint", daemon=True
+            target=self._finish, args=(writes, partial, step, numbers, started), name="checkpoint", daemon=True
         )
         self._saved = ""
         self._thread.start()
@@ -122,19 +134,24 @@ class Checkpointer:
         return metrics
 
     def _finish(
-        self, write: Callable[[], None], partial: Path, step: int, metrics: Mapping[str, float], started: float
+        self,
+        writes: Sequence[Callable[[], None]],
+        partial: Path,
+        step: int,
+        metrics: Mapping[str, float],
+        started: float,
     ) -> None:
         """Write, take checksums, publish, remove old ones. Runs in the thread."""
         files: dict[str, FileEntry] = {}
 
         def write_and_read() -> None:
-            write()
+            for write in writes:
+                write()
             # The page cache still has them. What no rank wrote alone is rank 0's.
-            mine = f"{POLICY}/__{self.rank_info.rank}_"
             for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-                name = str(path.relative_to(partial))
-                if name.startswith(mine) or (self.rank_info.rank == 0 and not name.startswith(f"{POLICY}/__")):
-                    files[name] = FileEntry.of(path)
+                shard = path.name.startswith("__")
+                if path.name.startswith(f"__{self.rank_info.rank}_") if shard else self.rank_info.rank == 0:
+                    files[str(path.relative_to(partial))] = FileEntry.of(path)
 
         if not self._agreed(write_and_read, step):
             return
@@ -152,6 +169,12 @@ class Checkpointer:
         self._saved = str(partial.with_suffix(""))
         self._metrics["checkpoint/seconds"] = time.perf_counter() - started
         self._metrics["checkpoint/bytes"] = float(sum(entry.size for entry in everything.values()))
+
+    def _copy_version(self, history: WeightHistory, version: int, partial: Path) -> Callable[[], None]:
+        with history.under(version):
+            return policy_checkpoint.save_weights(
+                self.policy.chunks, _version_folder(partial, version), group=self._group
+            )
 
     def _kept(self) -> RetentionPolicy:
         config = self.config
@@ -219,8 +242,12 @@ class Checkpointer:
         dist.all_gather_object(gathered, found, group=self._group)
         return sorted({text for part in gathered for text in part})
 
-    def load(self, found: ResumePoint) -> Any:
-        """Bring the policy to what it was; returns the controller's state on rank 0."""
+    def load(self, found: ResumePoint, history: WeightHistory | None = None) -> Any:
+        """Bring the policy, and the versions of `history`, to what they were; the controller's state on rank 0."""
+        if history is not None:
+            for version in found.facts.get("held_versions", ())[-history.keep :] if history.keep else ():
+                policy_checkpoint.load_weights(self.policy.chunks, _version_folder(found.folder, version))
+                history.hold(version)
         same_layout = found.facts["layout"] == _layout(self.rank_info)
         policy_checkpoint.load(self.policy, found.folder / POLICY, same_layout=same_layout)
         if self.rank_info.rank != 0:
@@ -233,5 +260,5 @@ def _layout(rank_info: RankInfo) -> dict[str, int]:
     return {name: value for name, value in vars(rank_info).items() if name.endswith("_size")}
 
 
-def _nothing() -> None:
-    """Stands for a write that was never prepared."""
+def _version_folder(checkpoint: Path, version: int) -> Path:
+    return checkpoint / VERSIONS / str(version)

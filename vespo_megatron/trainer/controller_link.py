@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 
 T = TypeVar("T")
@@ -21,12 +23,19 @@ class ControllerLink:
     Args:
         controller: rank 0's; None elsewhere.
         group: of all ranks, with a deadline that fits what a controller waits for.
+        history: is told of every version that the engine is given.
     """
 
-    def __init__(self, policy: MegatronPolicy, controller: Controller | None, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        policy: MegatronPolicy,
+        controller: Controller | None,
+        group: dist.ProcessGroup,
+        history: WeightHistory | None = None,
+    ) -> None:
         if (controller is None) != (policy.rank_info.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
-        self.policy, self.controller, self.group = policy, controller, group
+        self.policy, self.controller, self.group, self.history = policy, controller, group, history
         self.weight_version = 0
         """Of the weights that the engine has."""
 
@@ -54,6 +63,11 @@ class ControllerLink:
 
         Returns on every rank when the servers have them. An update in which a server fails is made again without it.
         """
+        with self.history.pushing(version) if self.history is not None else nullcontext():
+            self._push(version)
+        self.weight_version = version
+
+    def _push(self, version: int) -> None:
         while True:
             stream = self.policy.exporter.stream()
             failure = None
@@ -66,10 +80,9 @@ class ControllerLink:
                 pass
             try:
                 self._raise_everywhere(failure)
-                break
+                return
             except WeightsNeeded:
                 continue
-        self.weight_version = version
 
     def _raise_everywhere(self, failure: UserError | None) -> None:
         """Raise on every rank what rank 0 has met."""

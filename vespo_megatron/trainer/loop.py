@@ -14,6 +14,7 @@ from typing import Any
 
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.checkpoint import Checkpointer, ResumePoint
 from vespo_megatron.trainer.controller_link import ControllerLink
@@ -43,8 +44,16 @@ class Trainer:
         asynchronous = recipe.grpo.async_grpo
         max_lag = math.ceil(asynchronous.staleness) if asynchronous.enabled else None
         self.objective = Objective(recipe.loss_fn, recipe.behavior, max_lag)
-        self.train_step = TrainStep(recipe, policy, self.objective, before_step=self._before_step, timers=self.timers)
-        self.link = ControllerLink(policy, controller, self.train_step.scatter.group)
+        self.history = WeightHistory(policy, recipe.held_versions) if recipe.behavior == "version" else None
+        self.train_step = TrainStep(
+            recipe,
+            policy,
+            self.objective,
+            before_step=self._before_step,
+            timers=self.timers,
+            history=self.history,
+        )
+        self.link = ControllerLink(policy, controller, self.train_step.scatter.group, self.history)
         self.checkpointer = checkpointer
 
     @property
@@ -159,7 +168,9 @@ class Trainer:
             return ""
         controller = self.controller.state_dict if self.controller is not None else None
         with self.timers("checkpoint"):
-            return checkpointer.save(step, self.state_dict(), controller, metrics, wait=stop or last)
+            return checkpointer.save(
+                step, self.state_dict(), controller, metrics, history=self.history, wait=stop or last
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What every rank needs to go on, besides its policy; as JSON."""
@@ -169,7 +180,7 @@ class Trainer:
         """Be what the checkpoint holds; the step it was taken after."""
         if self.checkpointer is None:
             raise ValueError("a run without checkpoints cannot be resumed")
-        controller_state = self.checkpointer.load(point)
+        controller_state = self.checkpointer.load(point, self.history)
         self.link.weight_version = point.facts["weight_version"]
         self.guard.load_state_dict(point.facts["guard"], self.controller.logger.history if self.controller else ())
         self.link.call(lambda controller: controller.load_state_dict(controller_state))

@@ -12,7 +12,7 @@ from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import RankInfo, pipeline_group
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.routing_replay.agreement import Agreement
-from vespo_megatron.routing_replay.table import RouteTable
+from vespo_megatron.routing_replay.table import RouteTable, row_versions
 
 _RoutePair = tuple[MicroBatch, RouteTable | None, RouteTable | None]
 
@@ -20,9 +20,10 @@ _RoutePair = tuple[MicroBatch, RouteTable | None, RouteTable | None]
 class StepRoutes:
     """Routes of one rollout batch on this rank.
 
-    R2 records in the log-prob pass at θ_old and replays that in every update. R3 replays the engine's routes in both.
-    Without replay, the first pass over the data records what the trainer chose, if the engine's routes are there to
-    compare with.
+    R2 records in the log-prob pass at θ_old and replays that in every update. Where there is a pass per weight version
+    (`behavior: version`), a token's routes are those of the version that drew it. R3 replays the engine's routes in
+    every pass. Without replay, the first pass over the data records what the trainer chose, if the engine's routes are
+    there to compare with.
     """
 
     def __init__(self, mode: str, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], measure: bool) -> None:
@@ -31,6 +32,8 @@ class StepRoutes:
         self.measure = measure and (self.has_engine_routes or mode == "R2")
         self.engine, self.drift = Agreement(), Agreement()
         self._observed: dict[int, RouteTable] = {}
+        self._of_version: dict[int, RouteTable] = {}
+        """Of a pass under one of several weight versions, by micro-batch: what the routers chose."""
 
     @property
     def needs_log_prob_pass(self) -> bool:
@@ -44,6 +47,30 @@ class StepRoutes:
         if self.mode == "R2" or (self.measure and self.has_engine_routes):
             return RouteUse("record", lambda each: (self._record(each), None))
         return LIVE
+
+    def version_pass(self) -> RouteUse:
+        """As `log_prob_pass`, under one of several weight versions; `after_version_pass` follows."""
+        whole = self.log_prob_pass()
+        if whole.mode == "record":
+            return RouteUse("record", lambda each: (self._version_table(each), None))
+        if whole.mode == "replay" and self.measure:
+            return RouteUse("replay", lambda each: (each.engine_routes, self._version_table(each)))
+        return whole
+
+    def after_version_pass(self, micro_batches: Sequence[MicroBatch], version: int) -> None:
+        """Keep the routes of tokens that this version drew; rows of no token are the first pass's."""
+        for each in micro_batches:
+            chosen = self._of_version.pop(id(each), None)
+            if chosen is None:
+                continue
+            known = self._observed if self.mode == "R3" else None
+            first = each.trainer_routes is None if known is None else id(each) not in known
+            table = self._record(each) if known is None else self._observe(each)
+            if table is None:
+                raise RuntimeError("routes that nobody measures were observed")
+            versions = each.layout.router_rows([row_versions(sample) for sample in each.batch.samples], -1)
+            rows = np.full(len(versions), True) if first else versions == version
+            table.experts[rows] = chosen.experts[rows]
 
     def update_pass(self, *, first: bool) -> RouteUse:
         """An optimizer update; `first` is true for the first mini-batch when no log-prob pass has been run."""
@@ -74,6 +101,11 @@ class StepRoutes:
         if id(micro_batch) not in self._observed:  # model chunks of one rank share the table
             self._observed[id(micro_batch)] = self.policy.empty_routes(micro_batch)
         return self._observed[id(micro_batch)]
+
+    def _version_table(self, micro_batch: MicroBatch) -> RouteTable:
+        if id(micro_batch) not in self._of_version:  # model chunks of one rank share the table
+            self._of_version[id(micro_batch)] = self.policy.empty_routes(micro_batch)
+        return self._of_version[id(micro_batch)]
 
     def after_log_probs(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compare the engine with the trainer at θ_old."""

@@ -21,6 +21,7 @@ from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
+from vespo_megatron.trainer.version_passes import VersionPass, plan_version_passes
 
 
 @dataclass
@@ -33,6 +34,8 @@ class BatchShard:
     """Global counts of each mini-batch."""
     routes: list[list[RouteTable | None]]
     """[mini-batch][micro-batch], the engine's routes for the receiving rank alone; None where there are none."""
+    version_passes: tuple[VersionPass, ...] = ()
+    """How π_old is computed with `behavior: version`."""
 
 
 class Scatter:
@@ -87,7 +90,7 @@ class Scatter:
                 for micro_batches in shard.mini_batches
             ]
         stripped = [[_without_routes(batch) for batch in micro_batches] for micro_batches in shard.mini_batches]
-        return BatchShard(stripped, shard.normalizers, tables)
+        return BatchShard(stripped, shard.normalizers, tables, shard.version_passes)
 
     def to_rank_zero(self, report: Any) -> list[Any]:
         """Every rank's report, in rank order, on rank 0; an empty list elsewhere."""
@@ -124,11 +127,14 @@ def plan_shards(batch: Batch, recipe: Recipe, data_parallel_size: int, shape: Mo
         members = [index for rank in mini_batch for micro_batch in rank for index in micro_batch]
         lengths = [int(batch.samples[index].loss_mask.sum()) for index in members]
         normalizers.append(Normalizer.from_lengths(lengths, recipe.loss_fn.aggregation_length))
-    return [
-        BatchShard(
-            [[batch.select(micro_batch) for micro_batch in mini_batch[rank]] for mini_batch in plan.mini_batches],
-            normalizers,
-            [[None] * len(mini_batch[rank]) for mini_batch in plan.mini_batches],
-        )
+    shards = [
+        [[batch.select(micro_batch) for micro_batch in mini_batch[rank]] for mini_batch in plan.mini_batches]
         for rank in range(data_parallel_size)
+    ]
+    passes: tuple[VersionPass, ...] = ()
+    if recipe.behavior == "version":
+        passes = plan_version_passes(shards, multiple_of=megatron.pipeline_model_parallel_size if virtual else 1)
+    return [
+        BatchShard(mini_batches, normalizers, [[None] * len(mini_batch) for mini_batch in mini_batches], passes)
+        for mini_batches in shards
     ]

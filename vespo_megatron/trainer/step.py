@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
+from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter
 from vespo_megatron.trainer.timers import Timers
 from vespo_megatron.trainer.update_metrics import reduce_updates
+from vespo_megatron.trainer.version_passes import VersionPass
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class SlicedBatch:
     """[mini-batch][micro-batch]"""
     normalizers: list[Normalizer]
     """Global counts of each mini-batch."""
+    version_passes: tuple[VersionPass, ...] = ()
+    """How π_old is computed with `behavior: version`."""
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -42,6 +48,7 @@ class TrainStep:
     Args:
         before_step: between gradients and optimizer, given the update's reports: may raise, or refuse the update.
         timers: told of each phase.
+        history: weights of earlier versions, for `behavior: version`; without it π_old is of the weights there are.
     """
 
     def __init__(
@@ -52,8 +59,9 @@ class TrainStep:
         *,
         before_step: Callable[[Sequence[Any]], bool] = lambda reports: True,
         timers: Timers | None = None,
+        history: WeightHistory | None = None,
     ) -> None:
-        self.recipe, self.policy, self.objective = recipe, policy, objective
+        self.recipe, self.policy, self.objective, self.history = recipe, policy, objective, history
         self.scatter = Scatter(recipe, policy)
         self.timers = timers or Timers()
         self._before_step = before_step
@@ -74,7 +82,7 @@ class TrainStep:
             )
             for micro_batches, tables in zip(shard.mini_batches, shard.routes, strict=True)
         ]
-        return SlicedBatch(mini_batches, shard.normalizers)
+        return SlicedBatch(mini_batches, shard.normalizers, shard.version_passes)
 
     def routes(self, batch: SlicedBatch) -> StepRoutes:
         """What the recipe's routing replay does with the routes of this batch."""
@@ -86,7 +94,10 @@ class TrainStep:
         needs_pass = self.objective.needs_old_log_probs or routes.needs_log_prob_pass
         if needs_pass:
             with self.timers("old_log_probs"):
-                self._fill_old_log_probs(batch, routes)
+                if self.history is not None:
+                    self._fill_by_version(batch, routes, self.history)
+                else:
+                    self._fill_old_log_probs(batch, routes)
         if self.objective.needs_reference:
             with self.timers("reference_log_probs"):
                 self._fill_reference_log_probs(batch)
@@ -122,7 +133,7 @@ class TrainStep:
         """Metrics of updates and routes over all ranks; complete on rank 0, empty elsewhere."""
         metrics = reduce_updates(results, self.objective, self.policy.rank_info, self.scatter)
         report = (routes.engine, routes.drift, *route_bytes(batch.micro_batches, self.policy.rank_info))
-        return metrics | route_metrics(self.scatter.to_rank_zero(report))
+        return metrics | route_metrics(self.scatter.to_rank_zero(report)) | self._version_metrics(batch)
 
     def _fill_old_log_probs(self, batch: SlicedBatch, routes: StepRoutes) -> None:
         """π_old: log-probs by the training engine under the weights the rollout batch starts with."""
@@ -133,9 +144,46 @@ class TrainStep:
                 for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
                     micro_batch.old_log_probs = output[0]
 
+    def _fill_by_version(self, batch: SlicedBatch, routes: StepRoutes, history: WeightHistory) -> None:
+        """π_old: of each token under the weights that drew it."""
+        for each in batch.version_passes:
+            with history.under(each.version, where=f"sample {each.sample_id}"):
+                for micro_batches, indices in zip(batch.mini_batches, each.micro_batches, strict=True):
+                    chosen = [micro_batches[index] for index in indices]
+                    if not chosen:
+                        continue
+                    outputs = self.policy.log_probs(chosen, routes=routes.version_pass())
+                    routes.after_version_pass(chosen, each.version)
+                    for micro_batch, output in zip(chosen, outputs, strict=bool(outputs)):  # the last stage has them
+                        _fill_tokens(micro_batch, output[0], each.version)
+        routes.after_log_probs(batch.micro_batches)
+
+    def _version_metrics(self, batch: SlicedBatch) -> dict[str, float]:
+        """What π_old by version took, on this rank."""
+        if self.history is None:
+            return {}
+        forwards = sum(len(indices) for each in batch.version_passes for indices in each.micro_batches)
+        seconds, self.history.swap_seconds = self.history.swap_seconds, 0.0
+        return {
+            "staleness/versions": float(len(batch.version_passes)),
+            "staleness/version_forwards": forwards / len(batch.micro_batches),
+            "staleness/swap_seconds": seconds,
+            "staleness/held_versions": float(len(self.history.held)),
+            "staleness/held_bytes": float(self.history.nbytes),
+        }
+
     def _fill_reference_log_probs(self, batch: SlicedBatch) -> None:
         """π_ref: log-probs under the weights the run started with."""
         for micro_batches in batch.mini_batches:
             outputs = self.policy.ref_log_probs(micro_batches)
             for micro_batch, output in zip(micro_batches, outputs, strict=bool(outputs)):  # the last stage has them
                 micro_batch.ref_log_probs = output[0]
+
+
+def _fill_tokens(micro_batch: MicroBatch, log_probs: torch.Tensor, version: int) -> None:
+    """π_old of the tokens that a version drew; [R]. One that no pass fills stays NaN, which no loss takes."""
+    if micro_batch.old_log_probs is None:
+        micro_batch.old_log_probs = torch.full_like(log_probs, float("nan"))
+    versions = micro_batch.layout.response_values([sample.weight_versions for sample in micro_batch.batch.samples])
+    drawn = torch.from_numpy(versions == version).to(log_probs.device)
+    micro_batch.old_log_probs = torch.where(drawn, log_probs, micro_batch.old_log_probs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from vespo_megatron.recipe.schema.base import Section, section
 from vespo_megatron.recipe.schema.data import DataConfig, EnvConfig
 from vespo_megatron.recipe.schema.loop import GRPOConfig, LossConfig
@@ -69,6 +71,14 @@ class Recipe(Section):
     def behavior(self) -> str:
         """What `loss_fn.behavior` means here: rollout, recompute or version."""
         return resolved_behavior(self.loss_fn.behavior, asynchronous=self.grpo.async_grpo.enabled)
+
+    @property
+    def held_versions(self) -> int:
+        """Weight versions that each trainer process keeps in host memory; 0 where none but the newest is scored."""
+        asynchronous = self.grpo.async_grpo
+        if self.behavior != "version" or not asynchronous.enabled:
+            return 0
+        return math.ceil(asynchronous.staleness) + 1
 
     @property
     def num_mini_batches(self) -> int:
