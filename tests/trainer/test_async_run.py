@@ -42,7 +42,7 @@ def check(run_dir, bound):
 
 
 def test_killed_and_resumed_every_group_is_trained_once_and_every_token_scored_by_its_version(importable):
-    """In float32 the two engines are one to rounding: π_old is μ exactly where it is of the weights that drew the token.
+    """In float32 the two engines agree to rounding: π_old is μ where it is of the weights that drew the token.
 
     Of two steps a version, the second is trained on by weights that no version has.
     """
