@@ -23,13 +23,17 @@ def direct(estimator):
         mean = statistics.fmean(values)
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         others = (sum(values) - r) / (len(values) - 1) if len(values) > 1 else r
+        rest = list(values)
+        rest.remove(r)
+        spread_of_others = statistics.stdev(rest) if len(rest) > 1 else 0.0
         rows.append(
             {
                 "group_mean": r - mean,
                 "dr_grpo": r - mean,
                 "group_mean_std": (r - mean) / (std + 1e-6),
                 "leave_one_out": r - others,
-                "leave_one_out_std": (r - others) / (std + 1e-6),
+                "leave_one_out_std": (r - others) / (spread_of_others + 1e-6) if spread_of_others else r - others,
+                "leave_one_out_group_std": (r - others) / (std + 1e-6),
                 "none": r,
                 "reinforce_plus_plus": (r - statistics.fmean(REWARDS)) / (statistics.stdev(REWARDS) + 1e-6),
             }.get(estimator, r - mean)
@@ -45,6 +49,12 @@ def test_estimators_equal_their_definitions_on_uneven_groups(estimator):
     found = compute_advantages(REWARDS, GROUPS, estimator)
     assert found.values.tolist() == pytest.approx(direct(estimator), abs=1e-12)
     assert found.keep.all()
+
+
+def test_leave_one_out_with_normalisation_divides_by_the_others_deviation():
+    """NeMo-RL: where the others are alike nothing is divided. Ours gave 2.0 and −.667."""
+    found = compute_advantages([1.0, 0.0, 0.0, 0.0], ["a"] * 4, "leave_one_out_std")
+    assert found.values.tolist() == pytest.approx([1.0, -0.57735, -0.57735, -0.57735], abs=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def test_their_switches_choose_the_objective(tmp_path):
     )
     recipe, _ = translate(changed(tmp_path, f"loss_fn: {{{switches}}}"))
     assert (recipe.loss_fn.name, recipe.loss_fn.aggregation) == ("gspo", "seq-mean-token-mean")
-    assert "dual_clip" not in recipe.loss_fn.hyperparameters
-    assert recipe.loss_fn.correction["weight"] == "tis"
+    assert recipe.loss_fn.hyperparameters == {"clip_low": 0.1, "clip_high": 0.3, "log_ratio_max": None}
+    assert recipe.loss_fn.correction == {"weight": "tis", "level": "sequence", "high": math.inf}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,22 @@ def _leave_one_out(groups: _Groups) -> Tensor:
 
 
 def _leave_one_out_std(groups: _Groups) -> Tensor:
+    """Leave-one-out baseline over (std + ε) of the group's *other* responses, as NeMo-RL has it.
+
+    Where the others are all alike, or there is one, it is not divided (nemo_rl/algorithms/utils.py,
+    calculate_baseline_and_std_per_prompt, and advantage_estimator.py): rewards 1, 0, 0, 0 give 1 and −.577.
+    """
+    others = (groups.size - 1)[groups.index]
+    moved = _group_mean(groups)
+    squares = groups.sum(moved**2)[groups.index]
+    # Σ over the others of (R − their mean)²; what is left of equal rewards is rounding.
+    spread = squares - moved**2 - moved**2 / others.clamp(min=1)
+    variance = torch.where((others > 1) & (spread > 1e-12 * squares), spread, 0.0) / (others - 1).clamp(min=1)
+    advantage = _leave_one_out(groups)
+    return torch.where(variance > 0, advantage / (variance.sqrt() + EPSILON), advantage)
+
+
+def _leave_one_out_group_std(groups: _Groups) -> Tensor:
     """Leave-one-out baseline over (std + ε) of the group."""
     return _leave_one_out(groups) / (groups.std() + EPSILON)
 
@@ -99,6 +115,7 @@ ESTIMATORS: dict[str, Callable[[_Groups], Tensor]] = {
     "group_mean_std": _group_mean_std,
     "leave_one_out": _leave_one_out,
     "leave_one_out_std": _leave_one_out_std,
+    "leave_one_out_group_std": _leave_one_out_group_std,
     "reinforce_plus_plus": _global,
     "reinforce_plus_plus_baseline": _global_baseline,
     "dr_grpo": _group_mean,

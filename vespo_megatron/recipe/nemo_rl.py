@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.dotted import leaves, nested
 from vespo_megatron.recipe.loader import flatten, plain, read_layers, recipe_of
-from vespo_megatron.recipe.nemo_rl_keys import COMBINED, MEANINGLESS, NEUTRAL, RENAMES, WITHOUT_EFFECT
+from vespo_megatron.recipe.nemo_rl_keys import MEANINGLESS, NEUTRAL, RENAMES, WITHOUT_EFFECT
+from vespo_megatron.recipe.nemo_rl_loss import KEYS, objective
 from vespo_megatron.recipe.schema import Recipe
 
 SAME, RENAMED, IGNORED, REFUSED, UNKNOWN = "same", "renamed", "no meaning here", "not supported", "unknown"
@@ -50,7 +51,7 @@ def translate(path: str | Path) -> tuple[Recipe, list[Finding]]:
     for key, value in theirs.items():
         finding = _finding(key, value, known, ours)
         findings.append(finding)
-    ours |= _objective(theirs)
+    ours |= objective(theirs)
     return recipe_of(nested(ours), str(path)), findings
 
 
@@ -60,9 +61,8 @@ def _finding(key: str, value: Any, known: dict[str, Any], ours: dict[str, Any]) 
         if value is not None:
             ours[name] = convert(value)
         return Finding(key, value, RENAMED, name if value is not None else f"{name}: its default")
-    if key in COMBINED:
-        objective = {name: value for name, value in _objective({key: value}).items() if name != "loss_fn.name"}
-        return Finding(key, value, RENAMED, ", ".join(f"{n}: {v}" for n, v in objective.items()) or "the default")
+    if key in KEYS:
+        return Finding(key, value, RENAMED, "of loss_fn's name, hyperparameters, aggregation, behavior and correction")
     if key in WITHOUT_EFFECT:
         return Finding(key, value, IGNORED, WITHOUT_EFFECT[key])
     if key in NEUTRAL:
@@ -78,34 +78,6 @@ def _finding(key: str, value: Any, known: dict[str, Any], ours: dict[str, Any]) 
         if fnmatchcase(key, pattern):
             return Finding(key, value, IGNORED, reason)
     return Finding(key, value, UNKNOWN, "this version does not know the key")
-
-
-def _objective(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Their one clipped loss with its switches, as our objective, aggregation and correction."""
-
-    def given(name: str) -> Any:
-        return theirs.get(f"loss_fn.{name}")
-
-    ours: dict[str, Any] = {}
-    if COMBINED & theirs.keys():
-        ours["loss_fn.name"] = "gspo" if given("sequence_level_importance_ratios") else "grpo"
-    hyperparameters = {
-        ours_name: given(name)
-        for name, ours_name in (("ratio_clip_min", "clip_low"), ("ratio_clip_max", "clip_high"))
-        if given(name) is not None
-    }
-    if "loss_fn.ratio_clip_c" in theirs and ours["loss_fn.name"] == "grpo":
-        hyperparameters["dual_clip"] = given("ratio_clip_c")
-    if hyperparameters:
-        ours["loss_fn.hyperparameters"] = hyperparameters
-    if given("token_level_loss") is not None:
-        ours["loss_fn.aggregation"] = "token-mean" if given("token_level_loss") else "seq-mean-token-mean"
-    if given("use_importance_sampling_correction") is not None:
-        # Their ratio is π/π_old; with the correction each token is weighted by π_old/μ besides, untruncated.
-        ours["loss_fn.behavior"] = "recompute"
-        if given("use_importance_sampling_correction"):
-            ours["loss_fn.correction"] = {"weight": "tis", "high": 1e6}
-    return ours
 
 
 def _resolved(path: Path) -> dict[str, Any]:

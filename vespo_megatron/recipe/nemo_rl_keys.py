@@ -40,23 +40,14 @@ RENAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Their key → ours, and what becomes of the value."""
 
-COMBINED = {
-    "loss_fn.ratio_clip_min",
-    "loss_fn.ratio_clip_max",
-    "loss_fn.ratio_clip_c",
-    "loss_fn.sequence_level_importance_ratios",
-    "loss_fn.token_level_loss",
-    "loss_fn.use_importance_sampling_correction",
-}
-"""Keys that are the objective together: `loss_fn.name`, its hyper-parameters, aggregation and correction."""
-
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "grpo.overlong_filtering": ((False,), "truncated responses are trained on"),
     "grpo.max_rollout_turns": ((1,), "one turn per sample"),
     "grpo.reward_scaling.enabled": ((False,), "rewards are scaled by env.rewards' weights"),
     "loss_fn.use_on_policy_kl_approximation": ((False,), "the KL penalty is k1, k2 or k3"),
-    "loss_fn.force_on_policy_ratio": ((False, None), "the ratio is what it is"),
-    "loss_fn.truncated_importance_sampling_ratio": ((None,), "say loss_fn.correction={weight: tis, high: …}"),
+    "loss_fn.disable_ppo_ratio": ((False, None), "the objective is a clipped ratio, CISPO or REINFORCE"),
+    "loss_fn.use_kl_in_reward": ((False, None), "the KL penalty is a term of the loss"),
+    "loss_fn.positive_example_nll_weight": ((0, 0.0, None), "no likelihood term"),
     "policy.dtensor_cfg.enabled": ((False,), "training is Megatron-core's alone"),
     "policy.megatron_cfg.enabled": ((True,), "training is Megatron-core's alone"),
     "policy.megatron_cfg.moe_router_load_balancing_type": (("none",), "no balancing loss in RL"),
