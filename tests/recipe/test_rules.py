@@ -91,11 +91,6 @@ IMPOSSIBLE = {
         "on_weight_update",
         "drain",
     ),
-    "an old policy that is gone": (
-        {"grpo__async_grpo__enabled": True, "loss_fn__behavior": "recompute"},
-        "loss_fn.behavior",
-        "rollout",
-    ),
     "in_place without SGLang": (
         {
             "grpo__async_grpo__enabled": True,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from vespo_megatron.losses import PolicyLossConfig
 
 _INDEX = "model.safetensors.index.json"
 
@@ -101,13 +105,29 @@ def check_tables(recipe: Recipe) -> None:
     from vespo_megatron.losses import PolicyLossConfig, resolve_estimator
     from vespo_megatron.rewards import functions
 
-    PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior)
+    _check_old_policy(recipe, PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior))
     resolve_estimator(
         recipe.grpo.advantage_estimator,
         normalize_rewards=recipe.grpo.normalize_rewards,
         use_leave_one_out_baseline=recipe.grpo.use_leave_one_out_baseline,
     )
     functions.of_recipe(recipe.env)
+
+
+def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:
+    """π_old of the newest weights leaves the staleness of an asynchronous run to a weight π_old/μ, or to nobody."""
+    asynchronous = recipe.grpo.async_grpo
+    if config.behavior != "recompute" or not asynchronous.enabled or asynchronous.staleness == 0:
+        return
+    weighed = config.correction is not None and config.correction.weighs
+    if weighed or config.objective.anchor == "old":
+        return
+    raise UserError(
+        "is recompute: the trainer's weights are newer than those that drew a stale sample, and nothing corrects that",
+        where="loss_fn.behavior",
+        expected="version (π_old of the weights that drew each token), rollout, or grpo.async_grpo.max_staleness=0",
+        fix="or give loss_fn.correction a weight, as decoupled PPO and NeMo-RL's asynchronous runs do",
+    )
 
 
 def check_prompts(recipe: Recipe) -> None:

@@ -257,12 +257,6 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             expected="live or drop",
             fix="or set grpo.async_grpo.on_weight_update=drain",
         )
-    if recipe.loss_fn.behavior == "recompute" and asynchronous.staleness > 0:
-        yield UserError(
-            "is recompute: when a stale sample is trained on, the trainer's weights are not those that drew it",
-            where="loss_fn.behavior",
-            expected="version (π_old of the weights that drew each token), rollout, or grpo.async_grpo.max_staleness=0",
-        )
 
 
 def _weight_sync(recipe: Recipe) -> Iterator[UserError]:
