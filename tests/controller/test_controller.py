@@ -9,6 +9,7 @@ from vespo_megatron.controller.controller import Controller
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses import Normalizer
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardResult
 from vespo_megatron.rollout_sglang.engine import GenerationResult
@@ -194,6 +195,78 @@ def test_a_run_whose_every_sample_is_bad_stops(source, build):
 
     with pytest.raises(UserError, match="no sample of .* usable"):
         build(spoil=spoil, loss_fn__on_bad_sample="drop", **source).collect(1)
+
+
+SHORT = {"policy__generation__max_new_tokens": 3}
+"""All that the engine draws: beside training a response that was cut off earlier would go on."""
+
+
+def cut_off(*numbers):
+    def spoil(number, result):
+        if number in numbers:
+            result.finish_reason = "length"
+
+    return spoil
+
+
+@both_sources
+@pytest.mark.parametrize("mode", [True, "zero_advantage"])
+def test_truncated_responses_stay_in_the_batch_without_loss_or_without_advantage(source, mode, build):
+    """The batch divides as before: under drop they are masked, which takes them out of every denominator too."""
+    rollout = build(spoil=cut_off(1, 4), grpo__overlong_filtering=mode, **SHORT, **source).collect(1)
+    batch = rollout.batch
+    cut = [sample.finish_reason == "length" for sample in batch.samples]
+    assert len(batch) == 8 and sum(cut) == 2
+    assert not batch.advantages[cut].any() and batch.advantages[np.invert(cut)].all()
+    masked = [not sample.loss_mask.any() for sample in batch.samples]
+    assert masked == (cut if mode is True else [False] * 8)
+    assert rollout.metrics["advantage/filtered_samples"] == 2
+    assert rollout.metrics["response/truncated_fraction"] == 0.25 and rollout.metrics["reward/mean"] == 0.5
+
+
+@both_sources
+def test_dynamic_sampling_draws_on_for_groups_that_overlong_filtering_leaves_without_signal(source, build):
+    settings = SHORT | {"grpo__overlong_filtering": "drop", "grpo__overlong_in_baseline": False}
+    rollout = build(spoil=cut_off(1), grpo__use_dynamic_sampling=True, **settings, **source).collect(1)
+    assert len(rollout.batch) == 8 and all(sample.loss_mask.all() for sample in rollout.batch.samples)
+
+
+def test_evaluation_knows_no_overlong_filtering(build):
+    controller = build(scores=lambda n: 1.0, spoil=cut_off(*range(6)), grpo__overlong_filtering=True)
+    assert controller.evaluate(0)["eval/sums/avg@1"] == 1.0
+
+
+def test_masked_responses_are_in_no_denominator(build):
+    lengths = [
+        int(sample.loss_mask.sum())
+        for sample in build(spoil=cut_off(1, 4), grpo__overlong_filtering="drop").collect(1).batch.samples
+    ]
+    normalizer = Normalizer.from_lengths(lengths)
+    assert (normalizer.num_tokens, normalizer.num_sequences) == (6 * 3, 6)
+
+
+def test_dynamic_sampling_may_judge_rewards_before_their_shaping(build):
+    """Rewards that are all 1 differ by the punishment of length alone."""
+
+    def spoil(number, result):
+        if number % 2:
+            result.output_ids, result.behavior_log_probs = np.arange(9), np.full(9, -1.0)
+            result.weight_versions = np.zeros(9)
+
+    shaping = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 8}
+    settings = {f"grpo__reward_shaping__{name}": value for name, value in shaping.items()}
+    settings |= {"grpo__use_dynamic_sampling": True}
+    assert len(build(scores=lambda n: 1.0, spoil=spoil, **settings).collect(1).batch) == 8
+    with pytest.raises(UserError, match="rollouts gave 0 samples"):
+        build(scores=lambda n: 1.0, spoil=spoil, grpo__dynamic_sampling_reward="raw", **settings).collect(1)
+
+
+@both_sources
+def test_gdpo_weighs_the_parts_of_the_reward(source, build):
+    weights = {"format": 1.0, "absent": 2.0}
+    settings = {"grpo__advantage_estimator": "gdpo", "grpo__reward_part_weights": weights}
+    with pytest.raises(UserError, match="has no part 'absent' of the reward"):
+        build(**settings, **source).collect(1)
 
 
 def test_r3_without_routes_fails_at_the_probe_with_the_flag(build):

@@ -8,7 +8,7 @@ import torch
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import compute_advantages, learning_rate_scale, resolve_estimator
-from vespo_megatron.losses.advantages import ESTIMATORS
+from vespo_megatron.losses.advantage_estimators import ESTIMATORS
 from vespo_megatron.losses.vcpo import off_policy_baseline
 
 REWARDS = [1.0, 0.0, 0.5, 1.0, 0.25, 1.0, 1.0, 0.0, 0.75]
@@ -44,7 +44,21 @@ def direct(estimator):
     return rows
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+PLAIN = [
+    "group_mean",
+    "group_mean_std",
+    "leave_one_out",
+    "leave_one_out_std",
+    "leave_one_out_group_std",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "dr_grpo",
+    "none",
+]
+"""Estimators that look at rewards and groups alone; the others are in test_more_advantages.py."""
+
+
+@pytest.mark.parametrize("estimator", PLAIN)
 def test_estimators_equal_their_definitions_on_uneven_groups(estimator):
     found = compute_advantages(REWARDS, GROUPS, estimator)
     assert found.values.tolist() == pytest.approx(direct(estimator), abs=1e-12)
@@ -60,9 +74,22 @@ def test_leave_one_out_with_normalisation_divides_by_the_others_deviation():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_order_of_responses_does_not_matter(estimator):
     order = torch.randperm(len(REWARDS), generator=torch.Generator().manual_seed(0)).tolist()
-    found = compute_advantages([REWARDS[i] for i in order], [GROUPS[i] for i in order], estimator)
-    expected = compute_advantages(REWARDS, GROUPS, estimator).values[order]
-    torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-14)
+    rewards = [float(r == 1) for r in REWARDS] if estimator == "pass_at_k" else REWARDS
+
+    def made(order):
+        columns = {"a": [rewards[i] for i in order], "b": [float(i % 3) for i in order]}
+        return compute_advantages(
+            columns["a"],
+            [GROUPS[i] for i in order],
+            estimator,
+            lengths=[7 + i % 4 for i in order],
+            parts=columns,
+            part_weights={"a": 1.0, "b": 0.5},
+            pass_at_k=2,
+        ).values
+
+    found, expected = made(order), made(list(range(len(REWARDS))))[order]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_groups_without_signal_are_dropped_only_when_asked():

@@ -8,7 +8,7 @@ import pytest
 from tests.losses.batches import make_batch
 from tests.losses.test_surrogates import run
 from vespo_megatron.losses import get_objective, objective_names
-from vespo_megatron.losses.advantages import ESTIMATORS
+from vespo_megatron.losses.advantage_estimators import ESTIMATORS
 from vespo_megatron.losses.correction.config import DEFAULT_BOUNDS
 from vespo_megatron.metrics.table import Merge, metric
 

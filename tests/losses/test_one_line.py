@@ -28,6 +28,7 @@ def made():
         losses.compute_ratios(inputs, config),
         losses.pack(padded, torch.ones_like(padded, dtype=torch.bool)),
         losses.compute_advantages(torch.rand(64), [str(i // 8) for i in range(64)]),
+        losses.AdvantageOptions("opo", overlong="drop"),
         losses.CorrectionConfig(weight="tis"),
         losses.Rejection(high=2.0),
         losses.get_objective("grpo"),

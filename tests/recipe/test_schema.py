@@ -21,7 +21,7 @@ NOTHING = None
 """No bound on that side."""
 COUNTS = """
     grpo.num_prompts_per_step grpo.num_generations_per_prompt grpo.max_num_steps grpo.max_num_epochs
-    grpo.max_val_samples grpo.val_num_generations grpo.reward_shaping.overlong_buffer_length
+    grpo.pass_at_k grpo.max_val_samples grpo.val_num_generations grpo.reward_shaping.overlong_buffer_length
     grpo.reward_shaping.max_response_length grpo.async_grpo.sync_every loss_fn.aggregation_length
     policy.train_global_batch_size policy.train_micro_batch_size policy.max_total_sequence_length
     policy.sequence_packing.train_mb_tokens policy.generation.max_new_tokens
@@ -38,7 +38,7 @@ COUNTS = """
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
-    grpo.val_period grpo.seed loss_fn.reference_policy_kl_penalty loss_fn.entropy_coefficient
+    grpo.val_period grpo.seed grpo.advantage_clip_high loss_fn.reference_policy_kl_penalty loss_fn.entropy_coefficient
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
     policy.megatron_cfg.optimizer.clip_grad policy.megatron_cfg.scheduler.lr_warmup_iters
     policy.megatron_cfg.scheduler.lr_warmup_init policy.generation.val_temperature
@@ -57,6 +57,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(COUNTS, (0, NOTHING)),
     **dict.fromkeys(NOT_NEGATIVE, (-1e-300, NOTHING)),
     **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
+    "grpo.advantage_clip_low": (-1000.001, 1e-300),
     "loss_fn.ess_base": (0.0, 1.0000001),
     "guard.length_drop": (0.0, 1.0000001),
     "guard.truncated_share": (0.0, 1.0000001),

@@ -6,12 +6,15 @@ from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Se
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
 from vespo_megatron.data.sample import Sample
-from vespo_megatron.losses import Advantages, compute_advantages, resolve_estimator
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import AdvantageOptions, Advantages, compute_advantages, resolve_estimator
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
@@ -98,22 +101,73 @@ async def answer_all(
     return [arrived[request.request_id] for request in requests]
 
 
+def advantage_options(recipe: Recipe) -> AdvantageOptions:
+    """How this recipe makes advantages of rewards. Raises UserError when its keys do not fit together."""
+    schedule = recipe.grpo
+    switches = {
+        "normalize_rewards": schedule.normalize_rewards,
+        "use_leave_one_out_baseline": schedule.use_leave_one_out_baseline,
+    }
+    weights = dict(schedule.reward_part_weights)
+    if not weights:  # those of the weighted sum, under the names that its parts have
+        weights = {name.rpartition(":")[2]: weight for name, weight in recipe.env.rewards.items()}
+        if schedule.reward_shaping.enabled:
+            weights["overlong"] = 1.0
+    return AdvantageOptions(
+        resolve_estimator(schedule.advantage_estimator, **switches),
+        drop_groups_without_signal=schedule.use_dynamic_sampling,
+        on_bad_sample=recipe.loss_fn.on_bad_sample,
+        overlong=schedule.overlong,
+        overlong_in_baseline=schedule.overlong_in_baseline,
+        pass_at_k=schedule.pass_at_k,
+        part_weights=weights,
+        part_estimator=resolve_estimator("auto", **switches),
+        clip_low=schedule.advantage_clip_low,
+        clip_high=schedule.advantage_clip_high,
+    )
+
+
 def advantages_of(recipe: Recipe, samples: Sequence[Sample], groups: Sequence[Hashable]) -> Advantages:
     """Advantages within groups; which samples to keep follows `on_bad_sample` and `use_dynamic_sampling`.
+
+    Truncated samples that `grpo.overlong_filtering` drops are kept, so that the batch divides as it did, but lose their
+    loss mask: no token of theirs is in the loss or in what it is divided by.
 
     Args:
         groups: the group of each sample.
     """
-    schedule = recipe.grpo
-    return compute_advantages(
+    options, raw = advantage_options(recipe), recipe.grpo.dynamic_sampling_reward == "raw"
+    result = compute_advantages(
         [sample.reward for sample in samples],
         groups,
-        resolve_estimator(
-            schedule.advantage_estimator,
-            normalize_rewards=schedule.normalize_rewards,
-            use_leave_one_out_baseline=schedule.use_leave_one_out_baseline,
-        ),
-        drop_groups_without_signal=schedule.use_dynamic_sampling,
-        on_bad_sample=recipe.loss_fn.on_bad_sample,
+        options=options,
+        lengths=[len(sample.response_ids) for sample in samples],
+        truncated=[sample.truncated for sample in samples],
+        parts=_parts(samples, options.part_weights or {}) if options.estimator == "gdpo" else None,
+        signal_rewards=[_raw_reward(sample) for sample in samples] if raw else None,
         sample_ids=[sample.sample_id for sample in samples],
     )
+    for sample, masked in zip(samples, result.masked.tolist(), strict=True):
+        if masked:
+            sample.loss_mask = np.zeros_like(sample.loss_mask)
+    return result
+
+
+def _raw_reward(sample: Sample) -> float:
+    """Before `grpo.reward_shaping`."""
+    return sample.reward - sample.reward_parts.get("overlong", 0.0)
+
+
+def _parts(samples: Sequence[Sample], names: Iterable[str]) -> dict[str, list[float]]:
+    """Part → its value in every sample; 0, as the reward, where the reward function failed."""
+    for sample in samples:
+        failed = sample.reward_parts.keys() & {"timeout", "error"}
+        missing = [name for name in names if name not in sample.reward_parts]
+        if missing and not failed:
+            raise UserError(
+                f"has no part {missing[0]!r} of the reward",
+                where=f"sample {sample.sample_id}",
+                expected="every part of grpo.reward_part_weights, or of env.rewards",
+                fix=f"its parts are {', '.join(sorted(sample.reward_parts)) or 'none'}",
+            )
+    return {name: [sample.reward_parts.get(name, 0.0) for sample in samples] for name in names}

@@ -142,7 +142,7 @@ def describe(samples: Sequence[Sample]) -> dict[str, float]:
         "response/length_std": float(lengths.std()),
         "response/length_max": float(lengths.max()),
         "response/tokens": float(lengths.sum()),
-        "response/truncated_fraction": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        "response/truncated_fraction": float(np.mean([sample.truncated for sample in samples])),
     }
     for part in sorted({name for sample in samples for name in sample.reward_parts}):
         if part in ("timeout", "error"):  # the share of all responses; the function's own parts are means where given

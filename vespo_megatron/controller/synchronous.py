@@ -53,6 +53,7 @@ class SynchronousSource:
         samples: list[Sample] = []
         prompts: set[str] = set()
         advantages: list[Tensor] = []
+        trained: list[Tensor] = []
         rounds: list[dict[str, float]] = []
         generated: list[Sample] = []
         for attempt in range(MAX_SAMPLING_ROUNDS):
@@ -67,6 +68,7 @@ class SynchronousSource:
             samples += [sample for sample, kept in zip(fresh, keep, strict=True) if kept]
             prompts = {sample.prompt_id for sample in samples}
             advantages.append(result.values[result.keep])
+            trained.append(result.values[result.trained])
             generated += fresh
             rounds.append(result.metrics | {"rollout/bad_samples": float(bad), "rollout/sampling_rounds": 1.0})
             if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
@@ -74,7 +76,7 @@ class SynchronousSource:
         else:
             raise no_signal(recipe.rollout_batch_size, len(samples))
         kept_advantages = torch.cat(advantages)
-        metrics = describe(generated) | merge_rows(rounds) | spread(kept_advantages)
+        metrics = describe(generated) | merge_rows(rounds) | spread(torch.cat(trained))
         return Rollout(Batch(samples, kept_advantages.numpy().astype(np.float32)), metrics)
 
     def evaluate(self, step: int) -> dict[str, float]:

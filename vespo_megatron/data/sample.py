@@ -88,6 +88,11 @@ class Sample:
             raise UserError(what, where=f"sample {self.sample_id}", expected=expected)
 
     @property
+    def truncated(self) -> bool:
+        """Whether it was cut off at its limit: no stop token ended it."""
+        return self.finish_reason != "stop"
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and response tokens together."""
         return len(self.prompt_ids) + len(self.response_ids)

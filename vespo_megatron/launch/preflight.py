@@ -102,15 +102,12 @@ def check_ports(recipe: Recipe) -> None:
 
 def check_tables(recipe: Recipe) -> None:
     """Names that tables own: objective, correction, aggregation, advantage estimator, reward. Imports torch."""
-    from vespo_megatron.losses import PolicyLossConfig, resolve_estimator
+    from vespo_megatron.controller.parts import advantage_options
+    from vespo_megatron.losses import PolicyLossConfig
     from vespo_megatron.rewards import functions
 
     _check_old_policy(recipe, PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior))
-    resolve_estimator(
-        recipe.grpo.advantage_estimator,
-        normalize_rewards=recipe.grpo.normalize_rewards,
-        use_leave_one_out_baseline=recipe.grpo.use_leave_one_out_baseline,
-    )
+    advantage_options(recipe)
     functions.of_recipe(recipe.env)
 
 

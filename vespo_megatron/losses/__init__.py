@@ -4,7 +4,8 @@ A library of its own: needs torch alone, knows tensors and a process group. Star
 """
 
 from vespo_megatron.losses import objectives as objectives  # registers the objectives
-from vespo_megatron.losses.advantages import Advantages, compute_advantages, resolve_estimator
+from vespo_megatron.losses.advantage_estimators import resolve_estimator
+from vespo_megatron.losses.advantages import AdvantageOptions, Advantages, compute_advantages
 from vespo_megatron.losses.aggregation import AGGREGATIONS, Normalizer
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.correction import CorrectionConfig, Rejection
@@ -19,6 +20,7 @@ from vespo_megatron.losses.vcpo import learning_rate_scale
 
 __all__ = [
     "AGGREGATIONS",
+    "AdvantageOptions",
     "Advantages",
     "CorrectionConfig",
     "LossInputs",

@@ -1,22 +1,25 @@
 """Advantages from rewards, grouped by an explicit prompt id; groups may have different sizes and any order.
 
-Pure, on the host, in float64: one number per response, computed once per rollout batch.
+Pure, on the host, in float64: one number per response, computed once per rollout batch. The formulas are in
+`advantage_estimators`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.losses.advantage_estimators import ESTIMATORS, RewardGroups
 from vespo_megatron.losses.one_line import OneLine
 from vespo_megatron.losses.registry import unknown
 
-EPSILON = 1e-6
-"""Added to a standard deviation before dividing, as verl does."""
+OVERLONG = ("off", "drop", "zero_advantage")
+"""What becomes of truncated responses."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,117 +27,59 @@ class Advantages(OneLine):
     """Advantages of a rollout batch."""
 
     values: Tensor
-    """float64 [responses]; 0 where dropped."""
+    """float64 [responses]; 0 where dropped or not trained on."""
     keep: Tensor
     """bool [responses]: False for bad rewards, and for groups without signal where those are dropped."""
+    trained: Tensor
+    """bool [responses]: kept, and not filtered for being truncated."""
+    masked: Tensor
+    """bool [responses]: kept, but to have no token in the loss: truncated, with `overlong` drop."""
     metrics: dict[str, float]
-    """advantage/* : mean, std, min, max over kept responses; counts of groups and of what was dropped."""
+    """advantage/* : mean, std, min, max over responses that are trained on; counts of groups and of what is not."""
 
 
-@dataclass(frozen=True)
-class _Groups:
-    rewards: Tensor
-    index: Tensor
-    """int64 [responses]: number of each response's group."""
-    size: Tensor
-    """float64 [groups]"""
+@dataclass(frozen=True, repr=False)
+class AdvantageOptions(OneLine):
+    """How advantages are made of rewards, once for a run."""
 
-    def mean(self, values: Tensor) -> Tensor:
-        """float64 [responses]: the mean of each response's group."""
-        return self.sum(values)[self.index] / self.size[self.index]
+    estimator: str = "group_mean_std"
+    """A key of `ESTIMATORS`."""
+    drop_groups_without_signal: bool = False
+    """Mark groups whose rewards are all equal as not kept (DAPO dynamic sampling)."""
+    on_bad_sample: str = "error"
+    """error or drop: what to do with a reward that is not finite. Dropped responses are in no statistics."""
+    overlong: str = "off"
+    """drop: truncated responses leave the loss, its denominator too. zero_advantage: they stay in the denominator."""
+    overlong_in_baseline: bool = True
+    """Whether truncated responses, filtered in either way, count in their group's statistics."""
+    pass_at_k: int = 1
+    part_weights: Mapping[str, float] | None = None
+    """Part of the reward → weight, for gdpo."""
+    part_estimator: str = "group_mean_std"
+    """What gdpo makes of each part."""
+    clip_low: float | None = None
+    clip_high: float | None = None
+    """Bounds of the advantages, after everything else."""
 
-    def sum(self, values: Tensor) -> Tensor:
-        """float64 [groups]"""
-        return torch.zeros_like(self.size).index_add_(0, self.index, values)
-
-    def std(self) -> Tensor:
-        """float64 [responses]: the group's standard deviation with n − 1; 0 for a group of one."""
-        square = self.sum((self.rewards - self.mean(self.rewards)) ** 2)
-        return (square / (self.size - 1).clamp(min=1)).sqrt()[self.index]
-
-
-def _group_mean(groups: _Groups) -> Tensor:
-    """R − mean of the group (Dr.GRPO, arXiv 2503.20783)."""
-    return groups.rewards - groups.mean(groups.rewards)
-
-
-def _group_mean_std(groups: _Groups) -> Tensor:
-    """(R − mean)/(std + ε) of the group (GRPO, arXiv 2402.03300)."""
-    return _group_mean(groups) / (groups.std() + EPSILON)
-
-
-def _leave_one_out(groups: _Groups) -> Tensor:
-    """R − mean of the group's other responses (RLOO, arXiv 2402.14740); 0 for a group of one."""
-    size = groups.size[groups.index]
-    return torch.where(size > 1, _group_mean(groups) * size / (size - 1).clamp(min=1), 0.0)
-
-
-def _leave_one_out_std(groups: _Groups) -> Tensor:
-    """Leave-one-out baseline over (std + ε) of the group's *other* responses, as NeMo-RL has it.
-
-    Where the others are all alike, or there is one, it is not divided (nemo_rl/algorithms/utils.py,
-    calculate_baseline_and_std_per_prompt, and advantage_estimator.py): rewards 1, 0, 0, 0 give 1 and −.577.
-    """
-    others = (groups.size - 1)[groups.index]
-    moved = _group_mean(groups)
-    squares = groups.sum(moved**2)[groups.index]
-    # Σ over the others of (R − their mean)²; what is left of equal rewards is rounding.
-    spread = squares - moved**2 - moved**2 / others.clamp(min=1)
-    variance = torch.where((others > 1) & (spread > 1e-12 * squares), spread, 0.0) / (others - 1).clamp(min=1)
-    advantage = _leave_one_out(groups)
-    return torch.where(variance > 0, advantage / (variance.sqrt() + EPSILON), advantage)
-
-
-def _leave_one_out_group_std(groups: _Groups) -> Tensor:
-    """Leave-one-out baseline over (std + ε) of the group."""
-    return _leave_one_out(groups) / (groups.std() + EPSILON)
-
-
-def _standardized(values: Tensor) -> Tensor:
-    spread = values.std(correction=1) if len(values) > 1 else torch.zeros((), dtype=values.dtype)
-    return (values - values.mean()) / (spread + EPSILON)
-
-
-def _global(groups: _Groups) -> Tensor:
-    """(R − batch mean)/(batch std + ε): REINFORCE++ (arXiv 2501.03262)."""
-    return _standardized(groups.rewards)
-
-
-def _global_baseline(groups: _Groups) -> Tensor:
-    """(R − group mean), then normalised over the batch: REINFORCE++-baseline (arXiv 2501.03262)."""
-    return _standardized(_group_mean(groups))
-
-
-def _none(groups: _Groups) -> Tensor:
-    """The reward itself."""
-    return groups.rewards.clone()
-
-
-ESTIMATORS: dict[str, Callable[[_Groups], Tensor]] = {
-    "group_mean": _group_mean,
-    "group_mean_std": _group_mean_std,
-    "leave_one_out": _leave_one_out,
-    "leave_one_out_std": _leave_one_out_std,
-    "leave_one_out_group_std": _leave_one_out_group_std,
-    "reinforce_plus_plus": _global,
-    "reinforce_plus_plus_baseline": _global_baseline,
-    "dr_grpo": _group_mean,
-    "none": _none,
-}
-
-
-def resolve_estimator(name: str, *, normalize_rewards: bool, use_leave_one_out_baseline: bool) -> str:
-    """The estimator `grpo.advantage_estimator` means: itself, or for `auto` what the two NeMo switches say.
-
-    Raises:
-        UserError: unknown name.
-    """
-    if name == "auto":
-        base = "leave_one_out" if use_leave_one_out_baseline else "group_mean"
-        return f"{base}_std" if normalize_rewards else base
-    if name not in ESTIMATORS:
-        raise unknown("estimator", name, [*ESTIMATORS, "auto"], where="grpo.advantage_estimator")
-    return name
+    def __post_init__(self) -> None:
+        for kind, value, known, where in (
+            ("estimator", self.estimator, tuple(ESTIMATORS), "grpo.advantage_estimator"),
+            ("on_bad_sample", self.on_bad_sample, ("error", "drop"), "loss_fn.on_bad_sample"),
+            ("overlong filtering", self.overlong, OVERLONG, "grpo.overlong_filtering"),
+        ):
+            if value not in known:
+                raise unknown(kind, value, known, where=where)
+        if self.estimator == "gdpo" and len(self.part_weights or {}) < 2:
+            raise UserError(
+                f"gdpo was given {len(self.part_weights or {})} parts of the reward",
+                where="grpo.advantage_estimator",
+                expected="two or more, each with its weight",
+                fix="name several rewards in env.rewards, or the parts of one in grpo.reward_part_weights",
+            )
+        if self.clip_low is not None and self.clip_high is not None and self.clip_low > self.clip_high:
+            raise UserError(
+                f"is {self.clip_low}, above grpo.advantage_clip_high={self.clip_high}", where="grpo.advantage_clip_low"
+            )
 
 
 def compute_advantages(
@@ -142,9 +87,13 @@ def compute_advantages(
     group_ids: Sequence[Hashable],
     estimator: str = "group_mean_std",
     *,
-    drop_groups_without_signal: bool = False,
-    on_bad_sample: str = "error",
+    options: AdvantageOptions | None = None,
+    lengths: Sequence[int] | None = None,
+    truncated: Sequence[bool] | None = None,
+    parts: Mapping[str, Sequence[float]] | None = None,
+    signal_rewards: Sequence[float] | None = None,
     sample_ids: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Advantages:
     """Advantages of a rollout batch.
 
@@ -152,61 +101,85 @@ def compute_advantages(
         rewards: [responses].
         group_ids: [responses]; responses with the same id (of the prompt) form a group.
         estimator: a key of `ESTIMATORS`.
-        drop_groups_without_signal: mark groups whose rewards are all equal as not kept (DAPO dynamic sampling).
-        on_bad_sample: error or drop: what to do with a reward that is not finite. Dropped responses take no part in
-            their group's statistics.
+        options: everything that can be said of it; then `estimator` and `settings` are not looked at.
+        lengths: [responses] tokens; needed where responses are weighed by them.
+        truncated: [responses], whether each was cut off at its limit; None: none was.
+        parts: part of the reward → [responses].
+        signal_rewards: [responses], by which groups without signal are told; None: `rewards`.
         sample_ids: names for errors; None: the place in the batch.
+        settings: fields of `AdvantageOptions`, where there are no `options`.
 
     Raises:
         UserError: lengths that differ, unknown estimator, a reward that is not finite (naming sample and group).
     """
-    rewards = torch.as_tensor(rewards, dtype=torch.float64).clone()
-    if rewards.dim() != 1 or len(group_ids) != len(rewards):
+    options = options or AdvantageOptions(estimator, **settings)
+    reward = torch.as_tensor(rewards, dtype=torch.float64).clone()
+    if reward.dim() != 1 or len(group_ids) != len(reward):
         raise UserError(
-            f"{len(group_ids)} group ids for rewards of shape {tuple(rewards.shape)}",
+            f"{len(group_ids)} group ids for rewards of shape {tuple(reward.shape)}",
             where="advantages",
             expected="one reward and one prompt id per response",
         )
-    if estimator not in ESTIMATORS:
-        raise unknown("estimator", estimator, ESTIMATORS, where="grpo.advantage_estimator")
-    if on_bad_sample not in ("error", "drop"):
-        raise unknown("on_bad_sample", on_bad_sample, ("error", "drop"), where="loss_fn.on_bad_sample")
-    good = rewards.isfinite()
-    if on_bad_sample == "error" and not good.all():
-        bad = int((~good).nonzero()[0])
-        raise UserError(
-            f"reward is {float(rewards[bad])}: group {group_ids[bad]!r} has no advantages",
-            where=f"sample {sample_ids[bad] if sample_ids is not None else bad}",
-            expected="a finite reward",
-            fix="look at the reward function; loss_fn.on_bad_sample=drop goes on without the sample",
-        )
+    good = _good(reward, options, group_ids, sample_ids)
+    cut = torch.zeros(len(reward), dtype=torch.bool) if truncated is None else torch.tensor(truncated, dtype=torch.bool)
+    filtered = cut & (options.overlong != "off")
     numbers: dict[Hashable, int] = {}
     index = torch.tensor([numbers.setdefault(key, len(numbers)) for key in group_ids], dtype=torch.int64)
-    values = torch.zeros_like(rewards)
-    keep = good.clone()
-    signal = torch.zeros(len(numbers), dtype=torch.bool)
-    if good.any():
-        size = torch.bincount(index[good], minlength=len(numbers)).double()
-        groups = _Groups(rewards[good], index[good], size)
-        lowest = torch.full((len(numbers),), torch.inf, dtype=torch.float64)
-        lowest.scatter_reduce_(0, groups.index, groups.rewards, "amin")
-        signal[groups.index[groups.rewards > lowest[groups.index]]] = True
-        if drop_groups_without_signal:
-            keep &= signal[index]
-        values[good] = ESTIMATORS[estimator](groups)
-        values = torch.where(keep, values, 0.0)
-    kept = values[keep]
+    counted = good if options.overlong_in_baseline else good & ~filtered
+    trained = good & ~filtered
+
+    def groups(values: Tensor) -> RewardGroups:
+        return RewardGroups(
+            rewards=values[counted],
+            index=index[counted],
+            size=torch.bincount(index[counted], minlength=len(numbers)).double(),
+            trained=trained[counted],
+            lengths=None if lengths is None else torch.tensor(lengths, dtype=torch.float64)[counted],
+            parts={name: torch.tensor(part, dtype=torch.float64)[counted] for name, part in (parts or {}).items()},
+            part_weights=options.part_weights or {},
+            part_estimator=options.part_estimator,
+            pass_at_k=options.pass_at_k,
+        )
+
+    judged = reward if signal_rewards is None else torch.as_tensor(signal_rewards, dtype=torch.float64)
+    signal = groups(judged).differ() & (torch.bincount(index[trained], minlength=len(numbers)) > 0)
+    keep = good & signal[index] if options.drop_groups_without_signal else good
+    values = torch.zeros_like(reward)
+    if counted.any():
+        values[counted] = ESTIMATORS[options.estimator](groups(reward))
+    if options.clip_low is not None or options.clip_high is not None:
+        values = values.clamp(options.clip_low, options.clip_high)
+    trained &= keep
+    values = torch.where(trained, values, 0.0)
     metrics = {
         "advantage/bad_samples": float((~good).sum()),
         "advantage/groups": float(len(numbers)),
         "advantage/groups_without_signal": float((~signal).sum()),
         "advantage/dropped_samples": float((~keep).sum()),
+        "advantage/filtered_samples": float((keep & ~trained).sum()),
     }
-    return Advantages(values, keep, metrics | spread(kept))
+    masked = keep & ~trained if options.overlong == "drop" else torch.zeros_like(keep)
+    return Advantages(values, keep, trained, masked, metrics | spread(values[trained]))
+
+
+def _good(
+    reward: Tensor, options: AdvantageOptions, group_ids: Sequence[Hashable], sample_ids: Sequence[str] | None
+) -> Tensor:
+    """bool [responses]: rewards that are finite; under `on_bad_sample: error` all are, or this raises."""
+    good = reward.isfinite()
+    if options.on_bad_sample == "error" and not good.all():
+        bad = int((~good).nonzero()[0])
+        raise UserError(
+            f"reward is {float(reward[bad])}: group {group_ids[bad]!r} has no advantages",
+            where=f"sample {sample_ids[bad] if sample_ids is not None else bad}",
+            expected="a finite reward",
+            fix="look at the reward function; loss_fn.on_bad_sample=drop goes on without the sample",
+        )
+    return good
 
 
 def spread(advantages: Tensor) -> dict[str, float]:
-    """Mean, standard deviation and extremes of the advantages that are trained on: float64 [kept responses]."""
+    """Mean, standard deviation and extremes of the advantages that are trained on: float64 [responses]."""
     if not len(advantages):
         return {}
     return {

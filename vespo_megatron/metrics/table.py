@@ -81,6 +81,7 @@ ADVANTAGES = (
     Metric("advantage/groups", "Groups that were drawn.", "groups", SUM),
     Metric("advantage/groups_without_signal", "Groups whose rewards are all equal.", "groups", SUM),
     Metric("advantage/dropped_samples", "Responses that are not trained on.", "responses", SUM),
+    Metric("advantage/filtered_samples", "Truncated responses that overlong filtering takes out.", "responses", SUM),
     Metric("advantage/bad_samples", "Responses whose reward is not finite.", "responses", SUM),
 )
 

@@ -160,6 +160,12 @@ def _training(recipe: Recipe) -> Iterator[UserError]:
             expected="at least 2",
             fix="raise it, or choose a grpo.advantage_estimator that needs no group",
         )
+    if recipe.grpo.pass_at_k > recipe.grpo.num_generations_per_prompt:
+        yield UserError(
+            f"is {recipe.grpo.pass_at_k}, of groups of {recipe.grpo.num_generations_per_prompt} responses",
+            where="grpo.pass_at_k",
+            expected="at most grpo.num_generations_per_prompt",
+        )
     if loss.aggregation == "token-sum-norm" and not loss.aggregation_length:
         yield UserError(
             "has no value", where="loss_fn.aggregation_length", expected="the constant length token-sum-norm divides by"

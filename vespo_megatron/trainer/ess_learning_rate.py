@@ -23,7 +23,8 @@ def scale_by_ess(loss_fn: LossConfig, policy: MegatronPolicy, objective: Objecti
     ess = torch.zeros(1, device=rank_info.device)
     if rank_info.is_last_stage:
         metrics = objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
-        ess += metrics["vespo/ess"] / rank_info.tensor_size
+        # A mini-batch of which nothing is trained on has none, and nothing to scale.
+        ess += metrics.get("vespo/ess", 1.0) / rank_info.tensor_size
     # Ranks of other stages hold 0, replicas along DP, CP and TP the same value: the mean over the last stage's.
     dist.all_reduce(ess)
     share = ess.item() / (rank_info.data_size * rank_info.context_size)

@@ -49,8 +49,26 @@ class GRPOConfig(Section):
     use_leave_one_out_baseline: bool = key(False, "Baseline from the other responses of the group.")
     reward_shaping: RewardShapingConfig = section(RewardShapingConfig)
     use_dynamic_sampling: bool = key(False, "Drop groups whose rewards are all equal (DAPO).")
+    dynamic_sampling_reward: Literal["shaped", "raw"] = key(
+        "shaped", "The rewards that are to differ: with reward_shaping's part, or without it (NeMo-RL).", ours=True
+    )
+    overlong_filtering: bool | Literal["off", "drop", "zero_advantage"] = key(
+        False,
+        "Truncated responses leave the loss and its denominator (drop, or true), or stay in the denominator alone "
+        "(zero_advantage).",
+        expected="true or false",
+    )
+    overlong_in_baseline: bool = key(
+        True, "Filtered responses still count in their group's baseline (NeMo-RL, DAPO).", ours=True
+    )
     advantage_estimator: str = key(
-        "auto", "auto: as the two switches above; else a name of losses.advantages.", ours=True
+        "auto", "auto: as the two switches above; else a name of losses.advantage_estimators.", ours=True
+    )
+    advantage_clip_low: float | None = key(None, "Least advantage, after normalisation; None: none.", ge=-1000, le=0)
+    advantage_clip_high: float | None = key(None, "Largest advantage, after normalisation; None: none.", ge=0)
+    pass_at_k: int = key(1, "k of the estimator pass_at_k.", ge=1, ours=True)
+    reward_part_weights: dict[str, float] = key(
+        {}, "Part of the reward → weight, for the estimator gdpo; empty: env.rewards.", ours=True
     )
     val_period: int = key(10, "Evaluate every so many steps; 0 never.", ge=0)
     val_at_start: bool = key(True, "Evaluate before the first step.")
@@ -59,6 +77,12 @@ class GRPOConfig(Section):
     val_num_generations: int = key(1, "Responses per validation prompt: avg@k.", ge=1, ours=True)
     async_grpo: AsyncGRPOConfig = section(AsyncGRPOConfig)
     seed: int = key(42, "Seed of initialisation, prompt order and the in-process sampler.", ge=0)
+
+    @property
+    def overlong(self) -> str:
+        """What becomes of truncated responses: off, drop or zero_advantage."""
+        given = self.overlong_filtering
+        return given if isinstance(given, str) else ("drop" if given else "off")
 
 
 class LossConfig(Section):
