@@ -21,7 +21,7 @@ from vespo_megatron.losses import (
     objective_names,
 )
 from vespo_megatron.losses.aggregation import AGGREGATIONS
-from vespo_megatron.losses.config import BEHAVIORS
+from vespo_megatron.losses.config import BEHAVIORS, KL_WEIGHTS
 from vespo_megatron.losses.correction.config import LEVELS as WEIGHT_LEVELS
 from vespo_megatron.losses.correction.rejection import LEVELS, STATISTICS
 
@@ -69,6 +69,7 @@ def _config(rng: random.Random) -> PolicyLossConfig | None:
             on_bad_sample="drop",
             kl_coefficient=rng.choice((0.0, 0.0, 0.1)),
             kl_type=rng.choice(("k1", "k2", "k3")),
+            kl_weight=rng.choice(KL_WEIGHTS),
             metrics=rng.choice(("none", "full")),
         )
     except UserError:

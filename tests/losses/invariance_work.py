@@ -23,6 +23,7 @@ from vespo_megatron.losses import (
     get_objective,
     objective_names,
 )
+from vespo_megatron.losses.config import KL_WEIGHTS
 
 CORRECTED = ("vespo", "grpo", "gspo", "topr")
 """Objectives whose corrections and per-token advantages are tried on real processes too."""
@@ -105,7 +106,9 @@ def configs():
     for correction in CORRECTIONS:
         made = CorrectionConfig.from_mapping(correction)
         yield PolicyLossConfig("reinforce", {}, "token-mean", None, "rollout", made), False
-    yield PolicyLossConfig("vespo", kl_coefficient=0.1), False
+    for weight in KL_WEIGHTS:
+        yield PolicyLossConfig("vespo", kl_coefficient=0.1, kl_weight=weight), False
+    yield PolicyLossConfig("vespo", behavior="recompute", kl_coefficient=0.1, kl_weight="anchor"), False
     for normalization in ("sqrt", "linear"):
         yield PolicyLossConfig("vespo", {"normalization": normalization}), False
     yield PolicyLossConfig("topr", {"length_normalized": True}), False
@@ -114,6 +117,7 @@ def configs():
 def label(config: PolicyLossConfig, per_token: bool) -> str:
     correction = config.correction
     parts = [config.name, str(config.hyperparameters), config.aggregation, config.behavior]
+    parts += [f"KL weighted by {config.kl_weight}"] if config.kl_coefficient else []
     if correction:
         rules = "+".join(f"{rule.statistic}-{rule.level}" for rule in correction.rules)
         parts += [f"{correction.weight}/{correction.level}/{correction.apply}/{rules}/{correction.denominator}"]

@@ -47,6 +47,7 @@ NOT_NEGATIVE = """
     cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead
 """.split()
 POSITIVE = """
+    loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout

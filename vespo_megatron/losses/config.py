@@ -14,6 +14,7 @@ from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
 
 KL_TYPES = ("k1", "k2", "k3")
+KL_WEIGHTS = ("none", "score", "anchor", "behavior")
 METRIC_LEVELS = ("full", "none")
 BAD_SAMPLE = ("error", "drop")
 COMMON_HYPERPARAMETERS = ("opsm_delta", "opsm_anchor")
@@ -41,6 +42,14 @@ class PolicyLossConfig:
     correction: CorrectionConfig | None = None
     kl_coefficient: float = 0.0
     kl_type: str = "k3"
+    kl_weight: str = "none"
+    """What weighs the estimate, with its gradient: nothing (verl, TRL); e^(log π_θ − sg(log π_θ)), which is one
+    (score: NeMo-RL's default); π_θ/π_anchor (anchor: TRL's use_bias_correction_kl, DeepSeek-V3.2) or π_θ/μ (behavior:
+    NeMo-RL's use_on_policy_kl_approximation)."""
+    kl_input_clamp: float | None = 20.0
+    """Bound of |log π_ref − log π_θ| in the estimate (verl, NeMo-RL); None: none."""
+    kl_output_clamp: float | None = 10.0
+    """Bound of the estimate (verl for k3, NeMo-RL for all); None: none."""
     entropy_coefficient: float = 0.0
     on_bad_sample: str = "error"
     """Either way a sequence with a number that is not finite gets coefficient 0 and is counted in
@@ -54,6 +63,7 @@ class PolicyLossConfig:
         for value, known, key in (
             (self.behavior, BEHAVIORS, "behavior"),
             (self.kl_type, KL_TYPES, "reference_policy_kl_type"),
+            (self.kl_weight, KL_WEIGHTS, "reference_policy_kl_weight"),
             (self.on_bad_sample, BAD_SAMPLE, "on_bad_sample"),
             (self.metrics, METRIC_LEVELS, "metrics"),
         ):
@@ -76,6 +86,12 @@ class PolicyLossConfig:
                 where="loss_fn.hyperparameters.opsm_anchor",
                 expected="behavior",
             )
+        for clamp, key in (
+            (self.kl_input_clamp, "kl_input_clamp_value"),
+            (self.kl_output_clamp, "kl_output_clamp_value"),
+        ):
+            if clamp is not None and not clamp > 0:
+                raise UserError(f"is {clamp}", where=f"loss_fn.{key}", expected="a number above 0, or null")
         for coefficient, key in (
             (self.kl_coefficient, "reference_policy_kl_penalty"),
             (self.entropy_coefficient, "entropy_coefficient"),
@@ -128,6 +144,9 @@ class PolicyLossConfig:
             correction=CorrectionConfig.from_mapping(dict(loss_fn.correction)),
             kl_coefficient=loss_fn.reference_policy_kl_penalty,
             kl_type=loss_fn.reference_policy_kl_type,
+            kl_weight=loss_fn.reference_policy_kl_weight,
+            kl_input_clamp=loss_fn.kl_input_clamp_value,
+            kl_output_clamp=loss_fn.kl_output_clamp_value,
             entropy_coefficient=loss_fn.entropy_coefficient,
             on_bad_sample=loss_fn.on_bad_sample,
         )

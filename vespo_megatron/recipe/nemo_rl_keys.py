@@ -25,6 +25,10 @@ RENAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "grpo.async_grpo.on_weight_update",
         lambda value: "in_place" if value else "drain",
     ),
+    "loss_fn.use_on_policy_kl_approximation": (
+        "loss_fn.reference_policy_kl_weight",
+        lambda value: "behavior" if value else "score",
+    ),
     "checkpointing.checkpoint_dir": ("exp_manager.exp_dir", _as_is),
     "policy.max_grad_norm": (f"{_OPTIMIZER}.clip_grad", _as_is),
     "policy.generation.backend": ("policy.generation.backend", lambda value: "sglang"),
@@ -44,7 +48,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "grpo.overlong_filtering": ((False,), "truncated responses are trained on"),
     "grpo.max_rollout_turns": ((1,), "one turn per sample"),
     "grpo.reward_scaling.enabled": ((False,), "rewards are scaled by env.rewards' weights"),
-    "loss_fn.use_on_policy_kl_approximation": ((False,), "the KL penalty is k1, k2 or k3"),
     "loss_fn.disable_ppo_ratio": ((False, None), "the objective is a clipped ratio, CISPO or REINFORCE"),
     "loss_fn.use_kl_in_reward": ((False, None), "the KL penalty is a term of the loss"),
     "loss_fn.positive_example_nll_weight": ((0, 0.0, None), "no likelihood term"),

@@ -105,6 +105,13 @@ class LossConfig(Section):
     )
     reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.", ge=0)
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = key("k3", "Estimator of that KL.")
+    reference_policy_kl_weight: Literal["none", "score", "anchor", "behavior"] = key(
+        "none",
+        "What weighs the estimate, with its gradient: nothing, e^(log π − sg(log π)), π_θ/π_anchor, or π_θ/μ.",
+        ours=True,
+    )
+    kl_input_clamp_value: float | None = key(20.0, "Bound of |log π_ref − log π| in the estimate; null: none.", gt=0)
+    kl_output_clamp_value: float | None = key(10.0, "Bound of the estimate; null: none.", gt=0)
     entropy_coefficient: float = key(0.0, "Weight of the entropy bonus.", ge=0, ours=True)
     ess_learning_rate: Literal["none", "sqrt", "linear"] = key(
         "none", "Scale the learning rate by the ESS of W (VCPO).", ours=True
