@@ -82,7 +82,8 @@ def test_recompute_trades_activations_for_time():
     recipe = recipe.with_values({"policy.megatron_cfg.activation_checkpointing": False})
     none = plan(SHAPE, recipe, device, lengths)
     assert none.memory.activations > 8 * full.memory.activations
-    assert none.train == pytest.approx(full.train * 3 / 4)
+    # Forward, backward (two) and the pass for π_old; recompute is another forward.
+    assert none.train == pytest.approx(full.train * 4 / 5)
 
 
 @pytest.mark.parametrize("stages, virtual, held", [(1, None, [1]), (4, None, [4, 3, 2, 1]), (2, 2, [2.5, 1.5])])

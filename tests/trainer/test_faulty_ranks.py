@@ -31,7 +31,12 @@ pytestmark = [pytest.mark.parallel, pytest.mark.timeout(300)]
 def run(folder: Path, fault: str) -> tuple[int, float, str]:
     """(status, seconds from the last finished step to the end, messages) of a run whose rank 5 fails in step 4."""
     shutil.copy(Path(__file__).with_name("faulty_ranks.py"), folder)
-    overrides = [*EIGHT_RANKS, f"exp_manager.name={fault}", f"cluster.watchdog_timeout={TIMEOUT}"]
+    overrides = [
+        *EIGHT_RANKS,
+        "loss_fn.behavior=rollout",  # the fault is in the fourth step's first forward: of an update, then
+        f"exp_manager.name={fault}",
+        f"cluster.watchdog_timeout={TIMEOUT}",
+    ]
     metrics = folder / "runs" / fault / "version_0" / "metrics.jsonl"
     with started(folder, *overrides, program=PROGRAM) as process:
         assert wait_until(lambda: process.poll() is not None or steps(metrics) >= 3, 200), "never reached step 3"
