@@ -9,7 +9,7 @@ import pytest
 
 from vespo_megatron.cli import main
 from vespo_megatron.recipe.loader import load_recipe
-from vespo_megatron.recipe.nemo_rl import IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, translate
+from vespo_megatron.recipe.nemo_rl import DIFFERS, IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, translate
 
 FOLDER = Path(__file__).parent / "nemo_rl"
 RECIPE = FOLDER / "qwen3_30b_a3b.yaml"
@@ -62,7 +62,10 @@ def test_their_switches_choose_the_objective(tmp_path):
     [
         ("policy: {megatron_cfg: {moe_router_load_balancing_type: aux_loss}}", "load_balancing_type"),
         ("policy: {megatron_cfg: {enabled: false}}", "policy.megatron_cfg.enabled"),
-        ("grpo: {overlong_filtering: true}", "grpo.overlong_filtering"),
+        ("grpo: {adv_estimator: {name: opd}}", "grpo.adv_estimator.name"),
+        ("grpo: {adv_estimator: {name: gdpo, reward_weights: [1.0, 2.0]}}", "grpo.adv_estimator.reward_weights"),
+        ("grpo: {seq_logprob_error_threshold: 1.5}", "grpo.seq_logprob_error_threshold"),
+        ("loss_fn: {use_kl_in_reward: true}", "loss_fn.use_kl_in_reward"),
         ("grpo: {a_key_of_tomorrow: 1}", "grpo.a_key_of_tomorrow"),
     ],
 )
@@ -71,6 +74,68 @@ def test_what_would_change_training_is_refused_by_name(text, key, tmp_path, caps
     printed = capsys.readouterr()
     assert key in printed.err and "1 of" in printed.err
     assert "carries over" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {"advantage_estimator": "auto", "normalize_rewards": True, "use_leave_one_out_baseline": True}),
+        ("grpo: {adv_estimator: {use_leave_one_out_baseline: false}}", {"use_leave_one_out_baseline": False}),
+        (
+            "grpo: {adv_estimator: {name: reinforce_plus_plus}}",
+            {"advantage_estimator": "reinforce_plus_plus_baseline_tokens"},
+        ),
+        (
+            "grpo: {adv_estimator: {name: reinforce_plus_plus, minus_baseline: false}}",
+            {"advantage_estimator": "reinforce_plus_plus_tokens"},
+        ),
+        ("grpo: {adv_estimator: {name: gdpo}}", {"advantage_estimator": "gdpo"}),
+        ("grpo: {overlong_filtering: true}", {"overlong": "drop", "overlong_in_baseline": True}),
+        ("grpo: {advantage_clip_low: -2.0, advantage_clip_high: 3.0}", {"advantage_clip_low": -2.0}),
+        (
+            "grpo: {use_dynamic_sampling: true, reward_shaping: {enabled: true}}",
+            {"dynamic_sampling_reward": "raw", "use_dynamic_sampling": True},
+        ),
+        ("grpo: {val_num_generations_per_prompt: 4}", {"val_num_generations": 4}),
+    ],
+)
+def test_their_advantages_carry_over(text, expected, tmp_path):
+    recipe, found = translate(changed(tmp_path, text))
+    assert {name: getattr(recipe.grpo, name) for name in expected} == expected
+    assert not [finding.key for finding in found if finding.kind in (REFUSED, UNKNOWN)]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ("grpo: {use_dynamic_sampling: true}", "grpo.use_dynamic_sampling", "others"),
+        (
+            "grpo: {reward_shaping: {enabled: true, max_response_length: 100}}",
+            "grpo.reward_shaping.max_response_length",
+            "goes on falling",
+        ),
+    ],
+)
+def test_a_number_that_will_be_another_is_said_so(text, key, reason, tmp_path):
+    found = {finding.key: finding for finding in translate(changed(tmp_path, text))[1]}
+    assert found[key].kind == DIFFERS and reason in found[key].note
+
+
+def test_what_a_file_leaves_out_has_their_default(tmp_path):
+    path = tmp_path / "theirs.yaml"
+    path.write_text("policy: {model_name: m, train_global_batch_size: 512}\ngrpo: {num_prompts_per_step: 32}\n")
+    recipe, found = translate(path)
+    assert recipe.grpo.use_leave_one_out_baseline and recipe.grpo.num_generations_per_prompt == 16
+    assert (recipe.loss_fn.name, recipe.loss_fn.hyperparameters["dual_clip"]) == ("grpo", None)
+    assert (recipe.loss_fn.reference_policy_kl_penalty, recipe.loss_fn.reference_policy_kl_weight) == (0.01, "score")
+    notes = {finding.key: finding.note for finding in found}
+    assert "not in the file: their default" in notes["grpo.use_leave_one_out_baseline"]
+    assert "not in the file" not in notes["grpo.num_prompts_per_step"]
+
+
+def test_null_takes_a_bound_away_where_it_does_here(tmp_path):
+    recipe, _ = translate(changed(tmp_path, "loss_fn: {kl_output_clamp_value: null}"))
+    assert recipe.loss_fn.kl_output_clamp_value is None and recipe.loss_fn.kl_input_clamp_value == 20.0
 
 
 def test_the_command_lists_every_key_and_writes_the_recipe(tmp_path, capsys):

@@ -19,6 +19,7 @@ SWITCHES = {
     "gspo with dual clip": {**SEQUENCE, "ratio_clip_c": 1.1},
     "cispo": {"use_cispo": True, "ratio_clip_max": 4.0, "ratio_clip_min": 1.0},
     "on policy": {"force_on_policy_ratio": True},
+    "no ratio": {"disable_ppo_ratio": True, "token_level_loss": False},
     "correction": CORRECTED,
     "correction of gspo": {**SEQUENCE, **CORRECTED},
     "tis": {**CORRECTED, "truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.1},
@@ -57,7 +58,7 @@ def theirs(batch, switches):
         advantage = batch.advantages[batch.segment_ids[tokens[0]]]
         ratio = _ratio(current, previous, set_to)
         clipped = ratio.clamp(1 - set_to["ratio_clip_min"], 1 + set_to["ratio_clip_max"])
-        if set_to["force_on_policy_ratio"]:
+        if set_to["force_on_policy_ratio"] or set_to["disable_ppo_ratio"]:
             clipped = ratio
         if set_to["use_cispo"]:
             value = -advantage * clipped.detach() * current
@@ -77,6 +78,8 @@ def theirs(batch, switches):
 def _ratio(current, previous, set_to):
     if set_to["force_on_policy_ratio"]:
         return (current - current.detach()).exp()
+    if set_to["disable_ppo_ratio"]:
+        return current
     if set_to["sequence_level_importance_ratios"]:
         return (current - previous).mean().exp().repeat(len(current))
     return (current - previous).exp()
@@ -130,5 +133,6 @@ def test_a_recipe_that_carries_over_has_their_gradient(label, seed):
     assert not (differ & ((leaf.grad - 2 * expected).abs() > 1e-10)).any()
 
 
-def test_a_file_without_an_objective_says_nothing_of_one():
-    assert objective({"loss_fn.reference_policy_kl_penalty": 0.1}) == {}
+def test_a_file_without_an_objective_has_their_default():
+    ours = objective({"loss_fn.reference_policy_kl_penalty": 0.1})
+    assert ours["loss_fn.name"] == "grpo" and ours["loss_fn.hyperparameters"]["dual_clip"] is None

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "truncated_importance_sampling_ratio": None,
     "truncated_importance_sampling_ratio_min": None,
     "force_on_policy_ratio": False,
+    "disable_ppo_ratio": False,
     "use_cispo": False,
 }
 """The keys that are the objective together, with the values that theirs have where a file says nothing."""
@@ -25,12 +26,10 @@ KEYS = {f"loss_fn.{name}" for name in DEFAULTS}
 
 
 def objective(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Our `loss_fn.*` for their dotted keys; empty where none of them is an objective's.
+    """Our `loss_fn.*` for their dotted keys.
 
     Their ratio is π_θ/π_prev, π_prev by the trainer; the correction weighs what was clipped by π_prev/π_gen.
     """
-    if not KEYS & theirs.keys():
-        return {}
     given = {name: theirs.get(f"loss_fn.{name}", default) for name, default in DEFAULTS.items()}
     name, hyperparameters = _phi(given)
     ours: dict[str, Any] = {
@@ -46,7 +45,7 @@ def objective(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _phi(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     low, high, dual = given["ratio_clip_min"], given["ratio_clip_max"], given["ratio_clip_c"]
-    if given["force_on_policy_ratio"]:  # a ratio of one, whose gradient is that of log π
+    if given["force_on_policy_ratio"] or given["disable_ppo_ratio"]:  # the gradient of log π, ratio one or none
         return "reinforce", {}
     if given["use_cispo"]:
         return "cispo", {"ratio_min": 1 - low, "ratio_max": 1 + high}

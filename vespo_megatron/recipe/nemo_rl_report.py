@@ -6,11 +6,12 @@ from pathlib import Path
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import save_recipe
-from vespo_megatron.recipe.nemo_rl import IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, Finding, translate
+from vespo_megatron.recipe.nemo_rl import DIFFERS, IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, Finding, translate
 
 _HEADINGS = {
     SAME: "carries over",
     RENAMED: "has another name here",
+    DIFFERS: "carries over with a difference",
     IGNORED: "has no meaning here",
     REFUSED: "changes training there and is not supported here",
     UNKNOWN: "is not known",
