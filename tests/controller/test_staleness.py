@@ -155,3 +155,19 @@ def test_w_and_ess_are_told_by_lag():
     elsewhere = SimpleNamespace(sequence_log_ratio=w.log(), metrics=MetricSums())
     add_by_lag(elsewhere, np.array([0, 0, 2, 2, 2]), 3, first=False)
     assert (output.metrics + elsewhere.metrics).finalize() == pytest.approx(found, nan_ok=True)
+
+
+def test_what_nobody_can_score_any_more_is_given_up_and_counted():
+    """After a resume under `behavior: version` of a run that kept no weights of earlier versions."""
+    buffer = StalenessBuffer(2, 4, 1)
+    for versions in ([0, 0], [0, 1], [1, 1], [1, 2]):
+        drawn = sample(0)
+        drawn.weight_versions = np.array(versions)
+        buffer.arrive(buffer.admit("p"), [sample(1), drawn])
+    under_way = buffer.admit("p")
+    buffer.expire_other_versions({1, 2})
+    left = [[one.weight_versions.tolist() for one in group.samples or ()] for group in buffer.groups.values()]
+    assert [each[-1:] for each in left] == [[[1, 1]], [[1, 2]], []]
+    assert buffer.groups[under_way.number] is under_way and buffer.counts.expired == 2 and closes(buffer)
+    buffer.expire_other_versions(set())
+    assert buffer.waiting == 0 and buffer.counts.expired == 4 and closes(buffer)

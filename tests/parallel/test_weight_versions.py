@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import version_work
 from test_layout_parity import LAYOUTS, VPP
 
@@ -87,3 +88,18 @@ def test_with_replay_a_token_s_routes_are_those_of_its_version(replay, workers, 
 def test_a_synchronous_run_is_recompute_to_the_last_bit_and_holds_nothing(replay, workers, checkpoint):
     for answer in run(workers, version_work.synchronous, "tp2_ep2", checkpoint[0], replay=replay):
         assert answer == {"log_probs": True, "routes": True, "held": 0, "passes": 1}
+
+
+def test_weights_that_the_next_forward_would_gather_are_gathered_before_they_are_read(workers, checkpoint):
+    """`overlap_param_gather`: an update leaves each rank its own share of the new weights alone."""
+    sizes = {"optimizer.use_distributed_optimizer": True}
+    key = "distributed_data_parallel_config"
+    overlapped = sizes | {f"{key}.overlap_param_gather": True, f"{key}.overlap_grad_reduce": True}
+    expected, found = (
+        workers.run(version_work.after_an_update, 2, folder=checkpoint[0], layout=layout)
+        for layout in (sizes, overlapped)
+    )
+    assert expected[0]["sent"].keys() == found[0]["sent"].keys()
+    assert all(torch.equal(found[0]["sent"][name], tensor) for name, tensor in expected[0]["sent"].items())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["reference"] and theirs["reference"] and ours["after"] == theirs["after"]

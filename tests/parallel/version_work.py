@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from layout_work import build, policy_config, ragged_batch, weighted_loss, with_random_routes
+from layout_work import (
+    build,
+    micro_batches,
+    policy_config,
+    ragged_batch,
+    weighted_loss,
+    weights,
+    with_random_routes,
+)
 
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.megatron import hf_weights
@@ -187,4 +195,21 @@ def synchronous(folder: str, layout: dict[str, Any], store: str, replay: str) ->
         else True,
         "held": history.nbytes,
         "passes": len(ours.version_passes),
+    }
+
+
+def after_an_update(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
+    """Weights as they are sent, and log-probs under weights of before, after one update and no forward since."""
+    policy = build(folder, layout, store)
+    batches = micro_batches(policy, ragged_batch())
+    policy.keep_reference()
+    before = policy.log_probs(batches)
+    policy.update(batches, weighted_loss)
+    sent = weights(policy)
+    policy.update(batches, weighted_loss)
+    reference = policy.ref_log_probs(batches)
+    return {
+        "sent": sent,
+        "reference": all(map(torch.equal, before, reference)),
+        "after": [float(output[0].sum()) for output in policy.log_probs(batches)],
     }

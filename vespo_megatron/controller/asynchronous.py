@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -204,6 +204,10 @@ class AsynchronousSource:
         records = {record.prompt_id: record for record in self.parts.prompts.records}
         under_way = self.buffer.load_state_dict(state["buffer"])
         self._resend = [(group, records[group.prompt_id]) for group in under_way]
+
+    def expire_other_versions(self, known: Collection[int]) -> None:
+        """See `BatchSource.expire_other_versions`."""
+        self.buffer.expire_other_versions(known)
 
     def close(self) -> None:
         """Give up what is under way."""

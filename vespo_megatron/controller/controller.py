@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,10 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises UserError when the prompts are not those it was taken with."""
         self.source.load_state_dict(state)
+
+    def expire_other_versions(self, known: Collection[int]) -> None:
+        """See `BatchSource.expire_other_versions`."""
+        self.source.expire_other_versions(known)
 
     def close(self) -> None:
         """Release what is under way, the engine's connections, the reward workers and the thread."""

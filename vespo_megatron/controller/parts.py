@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,9 @@ class BatchSource(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises UserError when the prompts are not those it was taken with."""
+
+    def expire_other_versions(self, known: Collection[int]) -> None:
+        """Give up samples that wait and have a token that none of the `known` weight versions drew."""
 
     def close(self) -> None:
         """Give up what is under way."""

@@ -16,7 +16,7 @@ Pure bookkeeping: no clocks, no processes. Not thread-safe; one event loop owns 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Counts:
     aborted: int = 0
     """Given up while under way, or without signal."""
     expired: int = 0
-    """Too old to be trained on; only after a resume with a smaller bound."""
+    """Too old to be trained on: after a resume with a smaller bound, or by weights that nobody has kept."""
 
 
 @dataclass
@@ -139,6 +139,17 @@ class StalenessBuffer:
             del self.groups[group.number]
         self.counts.expired += len(late)
         return late
+
+    def expire_other_versions(self, known: Collection[int]) -> None:
+        """Give up groups that wait and have a token that none of the `known` weight versions drew."""
+        late = [
+            number
+            for number, group in self.groups.items()
+            if any(not np.isin(sample.weight_versions, list(known)).all() for sample in group.samples or ())
+        ]
+        for number in late:
+            del self.groups[number]
+        self.counts.expired += len(late)
 
     def _next(self) -> list[Group] | None:
         arrived = [group for group in self.groups.values() if group.samples is not None]

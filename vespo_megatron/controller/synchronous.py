@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,9 @@ class SynchronousSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `BatchSource.load_state_dict`."""
         self.parts.prompts.load_state_dict(state["prompts"])
+
+    def expire_other_versions(self, known: Collection[int]) -> None:
+        """Nothing waits between two rollouts."""
 
     def close(self) -> None:
         """Let work that waits for weights go on to its end."""

@@ -24,6 +24,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
 from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
+from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.recipe.model_shape import ModelShape
 
 _INDEX = "model.safetensors.index.json"
@@ -185,6 +186,7 @@ class WeightExporter:
         self.rank_info, self.bucket_bytes = rank_info, bucket_bytes
         self._position = {name: position for position, name in enumerate(expected_tensors(shape))}
         self._local = {local.key: local for local in local_parameters(chunks, shape, rank_info)}
+        self._chunks = chunks
 
     @cached_property
     def _buckets(self) -> list[list[tuple[str, _Entry]]]:
@@ -217,6 +219,7 @@ class WeightExporter:
 
         `read` says what is exported of a parameter: the weight (default), or for instance its gradient.
         """
+        finish_parameter_gather(self._chunks)
         read = read or torch.nn.Parameter.detach
         for bucket in self._buckets:
             senders = bucket[0][1].senders

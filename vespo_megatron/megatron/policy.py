@@ -18,6 +18,7 @@ from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
+from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
@@ -121,7 +122,7 @@ class MegatronPolicy:
 
     def weights(self) -> list[torch.Tensor]:
         """`weights_of` this rank's chunks, as the last update left them."""
-        self._finish_parameter_gather()
+        finish_parameter_gather(self.chunks)
         return weights_of(self.chunks)
 
     @contextmanager
@@ -151,14 +152,6 @@ class MegatronPolicy:
         """`log_probs` under the weights `keep_reference` remembered."""
         with self.under(self._reference):
             return self.log_probs(micro_batches)
-
-    def _finish_parameter_gather(self) -> None:
-        """With `overlap_param_gather` an update leaves the gather of other ranks' parameters to the next forward."""
-        for chunk in self.chunks:
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                under_way = not group.param_gather_dispatched or group.param_gather_handle is not None
-                if group.ddp_config.overlap_param_gather and under_way:
-                    group.start_param_sync(force_sync=True)
 
     def gradients_finite(self) -> bool:
         """Whether every gradient on this rank is, as the buffers hold them now."""

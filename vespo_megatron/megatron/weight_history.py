@@ -97,7 +97,7 @@ class WeightHistory:
                 f"was drawn by weight version {version}, which is not held",
                 where=where,
                 expected=f"one of {self.held or [self.live]}",
-                fix="a run that began with another loss_fn.behavior goes on with that, or begins anew",
+                fix="see that no other run gives weights to the same servers",
             )
         own = None if self.live is None else self._held.get(self.live)
         started = time.perf_counter()

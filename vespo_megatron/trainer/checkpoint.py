@@ -100,7 +100,9 @@ class Checkpointer:
 
         def copy() -> None:
             if self.rank_info.rank == 0:
-                about = {"step": step, "layout": _layout(self.rank_info), "held_versions": versions, **facts}
+                live = [history.live] if history is not None and history.live is not None else []
+                versioned = {"held_versions": versions, "live_version": live}
+                about = {"step": step, "layout": _layout(self.rank_info), **versioned, **facts}
                 (partial / TRAINER).write_text(json.dumps(about, indent=1))
                 torch.save(controller() if controller is not None else {}, partial / CONTROLLER)
             writes.append(policy_checkpoint.save(self.policy, partial / POLICY, group=self._group))

@@ -184,6 +184,10 @@ class Trainer:
         self.link.weight_version = point.facts["weight_version"]
         self.guard.load_state_dict(point.facts["guard"], self.controller.logger.history if self.controller else ())
         self.link.call(lambda controller: controller.load_state_dict(controller_state))
+        if self.history is not None:
+            # The run may have had another `behavior` so far, which kept no versions.
+            known: set[int] = {*self.history.held, *point.facts.get("live_version", ())}
+            self.link.call(lambda controller: controller.expire_other_versions(known))
         return point.step
 
 
