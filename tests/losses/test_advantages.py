@@ -9,7 +9,7 @@ import torch
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import compute_advantages, learning_rate_scale, resolve_estimator
 from vespo_megatron.losses.advantage_estimators import ESTIMATORS
-from vespo_megatron.losses.vcpo import off_policy_baseline
+from vespo_megatron.losses.vcpo import ResponseFacts, off_policy_advantages, off_policy_baseline
 
 REWARDS = [1.0, 0.0, 0.5, 1.0, 0.25, 1.0, 1.0, 0.0, 0.75]
 GROUPS = ["a", "b", "a", "c", "b", "c", "a", "d", "b"]  # sizes 3, 3, 2, 1; c has no signal
@@ -137,6 +137,18 @@ def test_ess_scales_the_learning_rate_down_and_never_up():
     assert learning_rate_scale(0.11, "linear", rho_base=0.55) == pytest.approx(0.2)
     with pytest.raises(UserError, match="nearest is 'sqrt'"):
         learning_rate_scale(0.5, "sqr")
+
+
+def test_a_baseline_ignores_what_is_not_trained_on_or_not_finite():
+    def fact(name, reward, *, log_weight=0.0, norm=1.0, trained=True):
+        return ResponseFacts(name, "p", reward, trained, log_weight, norm)
+
+    plain = [fact("a", 1.0, log_weight=400.0), fact("b", 0.0, log_weight=400.0, norm=2.0)]
+    more = [fact("c", 9.0, trained=False), fact("d", 5.0, log_weight=math.nan), fact("e", 5.0, norm=math.inf)]
+    found = off_policy_advantages(plain + more, normalize=False)
+    assert (found["a"], found["b"], found["c"]) == (pytest.approx(0.8), pytest.approx(-0.2), 0.0)
+    scaled = off_policy_advantages(plain, normalize=True)
+    assert scaled["a"] == pytest.approx(0.8 / (math.sqrt(0.5) + 1e-6))
 
 
 def test_off_policy_baseline_minimises_the_variance_it_is_derived_from():

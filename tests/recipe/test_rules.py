@@ -101,6 +101,32 @@ IMPOSSIBLE = {
         "abort_and_continue",
     ),
     "groups of one": ({"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32}, "num_generations_per_prompt", "2"),
+    "a pass of more than the group": ({"grpo__pass_at_k": 9}, "grpo.pass_at_k", "at most"),
+    "a baseline beside an estimator": (
+        {"loss_fn__off_policy_baseline": "vcpo", "grpo__advantage_estimator": "opo"},
+        "off_policy_baseline",
+        "advantage_estimator=auto",
+    ),
+    "a baseline of cut groups": (
+        {"loss_fn__off_policy_baseline": "vcpo", GLOBAL_BATCH: 4, "grpo__num_generations_per_prompt": 8},
+        "off_policy_baseline",
+        "multiple of",
+    ),
+    "a baseline under replay": (
+        {"loss_fn__off_policy_baseline": "vcpo", "policy__router_replay__mode": "R2"},
+        "off_policy_baseline",
+        "router_replay.mode=none",
+    ),
+    "a baseline in a virtual pipeline": (
+        {"loss_fn__off_policy_baseline": "vcpo", GPUS: 4, PP: 2, VPP: 2},
+        "off_policy_baseline",
+        "virtual",
+    ),
+    "a baseline that is clipped": (
+        {"loss_fn__off_policy_baseline": "vcpo", "grpo__advantage_clip_high": 1.0},
+        "off_policy_baseline",
+        "advantage_clip",
+    ),
     "no training data": ({"data__train__path": None}, "data.train.path", "parquet"),
     "token-sum-norm without its length": ({"loss_fn__aggregation": "token-sum-norm"}, "aggregation_length", "length"),
     "Transformer Engine on a CPU": ({"cluster__device": "cpu", M + "layer_spec": "te"}, "layer_spec", "native"),

@@ -190,6 +190,11 @@ class MegatronPolicy:
 
         return self._run(micro_batches, loss_function, routes, forward_only=False, force_all_reduce=everywhere)
 
+    def gradient_norm(self) -> float:
+        """Norm, over the whole model, of what `compute_gradients` left; a collective."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm() or 0.0)
+
     def update(
         self,
         micro_batches: Sequence[MicroBatch],

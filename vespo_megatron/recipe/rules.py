@@ -35,6 +35,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _batch_sizes(recipe)
     yield from _lengths(recipe)
     yield from _training(recipe)
+    yield from _off_policy_baseline(recipe)
     yield from _layers(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
@@ -170,6 +171,39 @@ def _training(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(
             "has no value", where="loss_fn.aggregation_length", expected="the constant length token-sum-norm divides by"
         )
+
+
+def _off_policy_baseline(recipe: Recipe) -> Iterator[UserError]:
+    if recipe.loss_fn.off_policy_baseline == "none":
+        return
+    where, schedule, policy = "loss_fn.off_policy_baseline", recipe.grpo, recipe.policy
+    if schedule.advantage_estimator != "auto" or schedule.use_leave_one_out_baseline:
+        yield UserError(
+            "makes the advantages that another estimator would make too",
+            where=where,
+            expected="grpo.advantage_estimator=auto and grpo.use_leave_one_out_baseline=false",
+        )
+    if policy.train_global_batch_size % schedule.num_generations_per_prompt:
+        yield UserError(
+            f"is over groups of {schedule.num_generations_per_prompt} responses, which mini-batches of "
+            f"{policy.train_global_batch_size} would cut",
+            where=where,
+            fix="make policy.train_global_batch_size a multiple of grpo.num_generations_per_prompt",
+        )
+    if policy.router_replay.mode != "none":
+        yield UserError(
+            "takes its gradient norms with live routers",
+            where=where,
+            expected="policy.router_replay.mode=none",
+        )
+    if policy.megatron_cfg.virtual_pipeline_model_parallel_size:
+        yield UserError(
+            "runs responses one by one, and a virtual pipeline wants a micro-batch per stage",
+            where=where,
+            expected="no virtual_pipeline_model_parallel_size",
+        )
+    if schedule.advantage_clip_low is not None or schedule.advantage_clip_high is not None:
+        yield UserError("is not clipped", where=where, expected="no grpo.advantage_clip_low or advantage_clip_high")
 
 
 def _layers(recipe: Recipe) -> Iterator[UserError]:

@@ -18,6 +18,7 @@ from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.off_policy_baseline import OffPolicyBaseline
 from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter
 from vespo_megatron.trainer.timers import Timers
@@ -65,6 +66,14 @@ class TrainStep:
         self.scatter = Scatter(recipe, policy)
         self.timers = timers or Timers()
         self._before_step = before_step
+        self._baseline: OffPolicyBaseline | None = None
+        if recipe.loss_fn.off_policy_baseline == "vcpo":
+            self._baseline = OffPolicyBaseline(
+                policy,
+                self.scatter.group,
+                normalize=recipe.grpo.normalize_rewards,
+                zero_truncated=recipe.grpo.overlong == "zero_advantage",
+            )
 
     def receive(self, batch: Batch | None) -> SlicedBatch:
         """This rank's slices of the rollout batch, which rank 0 gives."""
@@ -115,6 +124,9 @@ class TrainStep:
         results: list[UpdateResult] = []
         for index, (micro_batches, normalizer) in enumerate(zip(batch.mini_batches, batch.normalizers, strict=True)):
             first = index == 0 and not after_log_probs
+            if self._baseline is not None:
+                with self.timers("off_policy_baseline"):
+                    self._baseline.apply(micro_batches)
             config = self.objective.mini_batch_config(self.policy, micro_batches, routes.extra_pass())
             counts = self.objective.mini_batch_normalizer(self.policy, micro_batches, routes.extra_pass(), normalizer)
             result = self.policy.update(

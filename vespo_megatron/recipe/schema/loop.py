@@ -117,4 +117,10 @@ class LossConfig(Section):
         "none", "Scale the learning rate by the ESS of W (VCPO).", ours=True
     )
     ess_base: float = key(1.0, "The ESS, as a share of the mini-batch, at which the scale is 1.", gt=0, le=1, ours=True)
+    off_policy_baseline: Literal["none", "vcpo"] = key(
+        "none",
+        "Advantages over VCPO's baseline, from every response's own gradient norm: a forward and a backward per "
+        "response more.",
+        ours=True,
+    )
     on_bad_sample: Literal["error", "drop"] = key("error", "Samples whose numbers are not finite.", ours=True)
