@@ -8,6 +8,9 @@ import torch
 import version_work
 from test_layout_parity import LAYOUTS, VPP
 
+from vespo_megatron.plan.memory import local_parameters
+from vespo_megatron.recipe.model_shape import read_shape
+
 TOLERANCE = 2e-5
 """Of a log-prob between two layouts, in float32."""
 
@@ -30,6 +33,14 @@ def by_sample(answers):
     return found
 
 
+def plan_of(folder, layout, world_size):
+    """Bytes of the held versions, by `plan`: the mean of the pipeline's stages."""
+    recipe = version_work.recipe_of(folder, layout, behavior="version", world_size=world_size)
+    stages = recipe.policy.megatron_cfg.pipeline_model_parallel_size
+    local = [local_parameters(read_shape(folder), recipe, stage).total for stage in range(stages)]
+    return 4 * recipe.held_versions * sum(local) / stages
+
+
 @pytest.fixture(scope="module")
 def one_process(workers, checkpoint, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("one"))
@@ -49,13 +60,16 @@ def scored(request, workers, checkpoint, tmp_path_factory):
     )
 
 
-def test_every_span_is_scored_as_a_policy_loaded_with_that_version_scores_it(scored, one_process):
+def test_every_span_is_scored_as_a_policy_loaded_with_that_version_scores_it(scored, one_process, checkpoint):
     name, _, answers = scored
     for answer in answers:
         assert answer["differences"] == [0.0] * version_work.VERSIONS, "not to the last bit"
         assert answer["unmoved"], "the trainer's own weights did not come back exactly"
         assert answer["held"] == [0, 1, 2]
         assert answer["micro_batches"] < answer["forwards"] < answer["micro_batches"] * version_work.VERSIONS
+    planned = plan_of(checkpoint[0], LAYOUTS[name][1], LAYOUTS[name][0])
+    held = sum(answer["bytes"] for answer in answers) / len(answers)
+    assert held == pytest.approx(planned, rel=0.1), "what plan says"
     found = by_sample(answers)
     assert found.keys() == one_process.keys()
     if VPP not in LAYOUTS[name][1]:
@@ -102,4 +116,5 @@ def test_weights_that_the_next_forward_would_gather_are_gathered_before_they_are
     assert expected[0]["sent"].keys() == found[0]["sent"].keys()
     assert all(torch.equal(found[0]["sent"][name], tensor) for name, tensor in expected[0]["sent"].items())
     for ours, theirs in zip(found, expected, strict=True):
+        assert ours["buffers"] == [6, 4, 12], "a buffer that checkpoints hold is part of the weights, a counter is not"
         assert ours["reference"] and theirs["reference"] and ours["after"] == theirs["after"]

@@ -50,7 +50,15 @@ def batch_of_versions(replay: str = "none") -> Batch:
     return batch
 
 
-def recipe_of(folder: str, layout: dict[str, Any], *, behavior: str, replay: str = "none", **changes: Any) -> Recipe:
+def recipe_of(
+    folder: str,
+    layout: dict[str, Any],
+    *,
+    behavior: str,
+    replay: str = "none",
+    world_size: int | None = None,
+    **changes: Any,
+) -> Recipe:
     """Two mini-batches of packed micro-batches, three versions of staleness."""
     return Recipe(policy=policy_config(folder, layout)).with_values(
         {
@@ -63,7 +71,7 @@ def recipe_of(folder: str, layout: dict[str, Any], *, behavior: str, replay: str
             "policy.sequence_packing.enabled": True,
             "policy.sequence_packing.train_mb_tokens": 72,
             "policy.router_replay.mode": replay,
-            "cluster.gpus_per_node": torch.distributed.get_world_size(),
+            "cluster.gpus_per_node": world_size or torch.distributed.get_world_size(),
             **changes,
         }
     )
@@ -202,14 +210,23 @@ def after_an_update(folder: str, layout: dict[str, Any], store: str) -> dict[str
     """Weights as they are sent, and log-probs under weights of before, after one update and no forward since."""
     policy = build(folder, layout, store)
     batches = micro_batches(policy, ragged_batch())
+    module = hf_weights.unwrap(policy.chunks[0])
+    module.register_buffer("made_up_bias", torch.ones(2, 3))
+    module.register_buffer("made_up_count", torch.ones(2), persistent=False)
     policy.keep_reference()
     before = policy.log_probs(batches)
+    module.made_up_bias += 1
+    module.made_up_count += 1
+    with policy.under(policy._reference):
+        buffers = [module.made_up_bias.sum().item(), module.made_up_count.sum().item()]
+    buffers += [module.made_up_bias.sum().item()]
     policy.update(batches, weighted_loss)
     sent = weights(policy)
     policy.update(batches, weighted_loss)
     reference = policy.ref_log_probs(batches)
     return {
         "sent": sent,
+        "buffers": buffers,
         "reference": all(map(torch.equal, before, reference)),
         "after": [float(output[0].sum()) for output in policy.log_probs(batches)],
     }

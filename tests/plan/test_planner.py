@@ -10,7 +10,7 @@ from vespo_megatron.cli import main
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.hardware import GPUS, gpu
 from vespo_megatron.plan import activations
-from vespo_megatron.plan.memory import local_parameters, parameters, trainer_memory
+from vespo_megatron.plan.memory import local_parameters, parameters, trainer_memory, weight_copies
 from vespo_megatron.plan.planner import plan, report
 from vespo_megatron.plan.published import PUBLISHED, shape_of
 from vespo_megatron.plan.timing import default_lengths, kv_bytes_per_token
@@ -118,3 +118,25 @@ def test_a_model_that_is_neither_a_folder_nor_published_is_named():
     with pytest.raises(UserError, match="policy.model_name"):
         shape_of("/models/Mixtral-8x7B")
     assert shape_of("/models/Qwen3-30B-A3B-Base") is SHAPE
+
+
+def test_copies_of_the_weights_are_planned_on_the_host_and_their_passes_in_time():
+    recipe = load_recipe(EXAMPLES / "async" / "vespo.yaml")
+    device, lengths = gpu("h100-80"), default_lengths(recipe)
+    known = {"grpo.async_grpo.staleness_threshold": 1.5, "loss_fn.behavior": "version"}
+    rollout, version = plan(SHAPE, recipe, device, lengths), plan(SHAPE, recipe.with_values(known), device, lengths)
+    assert rollout.memory.weight_copies == 0 and "copies" not in report(SHAPE, rollout, lengths)
+    # Three versions, since a token may be ⌈1.5⌉ behind, and its own while another is in use between two updates.
+    assert version.memory.weight_copies == 4 * version.memory.weights
+    per_node = 8 * version.memory.weight_copies / 2**30
+    assert f"4 copies of the weights, {per_node:.0f} GiB a node" in report(SHAPE, version, lengths)
+    assert version.memory.device == rollout.memory.device
+    # Forward, backward (two), recompute; a pass for each version besides.
+    assert version.train == pytest.approx(rollout.train * 7 / 4)
+    one = recipe.with_values(known | {"grpo.async_grpo.sync_every": 1})
+    assert weight_copies(one) == 3, "the newest version is a copy of its own"
+    synchronous = recipe.with_values({"loss_fn.behavior": "version", "grpo.async_grpo.enabled": False})
+    assert weight_copies(synchronous) == 0
+    reference = {"loss_fn.reference_policy_kl_penalty": 0.1}
+    assert weight_copies(synchronous.with_values(reference)) == 2
+    assert weight_copies(one.with_values(reference)) == 5

@@ -77,6 +77,7 @@ def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers
         "policy.generation.backend=sglang",
         f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
         f"grpo.async_grpo.on_weight_update={mode}",
+        "loss_fn.behavior=version",
         "grpo.async_grpo.staleness_threshold=1.5",
         "policy.generation.max_new_tokens=24",
         "policy.max_total_sequence_length=128",
@@ -92,3 +93,6 @@ def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers
     interrupted = sum(row["staleness/interruptions"] for row in rows)
     assert (partial == 0) == (mode == "drain"), partial
     assert (interrupted > 0) == (mode == "abort_and_continue"), interrupted
+    assert max(row["staleness/versions"] for row in rows) > 1
+    if mode != "in_place":  # whose cache is of mixed weights
+        assert max(row["mismatch/prob_diff_max"] for row in rows) < 1e-4, "scored by other weights than drew it"
