@@ -97,7 +97,7 @@ def test_every_thread_that_is_started_is_on_the_page():
     ("what", "where"),
     [
         ("Signs of life", "run/heartbeat.py"),
-        ("φ of every objective", "losses/objectives.py"),
+        ("φ of every objective", "losses/objectives/__init__.py"),
         ("truncated sampling", "data/sampling_mask.py"),
         ("lock between generation", "rollout_sglang/readers_writer_lock.py"),
         ("Evaluation: answers", "controller/evaluation.py"),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.losses.batches import Batch, make_batch, select_sequences, zigzag
+from tests.losses.surrogates import GIVEN
 from vespo_megatron.losses import (
     AGGREGATIONS,
     CorrectionConfig,
@@ -91,7 +92,7 @@ def configs():
     """Every objective × aggregation, with the variants that touch per-sequence sums in another way."""
     for name in objective_names():
         needs_old = get_objective(name).anchor == "old"
-        common = {"ratio_low": 0.8, "ratio_high": 1.3} if name == "bapo" else {}
+        common = GIVEN.get(name, {})
         for aggregation in AGGREGATIONS:
             behavior = "recompute" if needs_old else "rollout"
             yield PolicyLossConfig(name, common, aggregation, 16.0, behavior), False

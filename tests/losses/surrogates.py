@@ -124,6 +124,72 @@ def bapo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, low: float = 0.6, high:
     return ppo((lp - mu).exp(), a, low, high, 3.0).sum()
 
 
+def gppo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, beta: float = 1.0) -> Tensor:
+    """compute_gppo_loss_general_beta of Kwai-Klear/CE-GPPO, to be maximised: three cases, then a dual clip of 3."""
+    ratio = (lp - mu).exp()
+    low, high = (ratio < 0.8) & (a < 0), (ratio > 1.28) & (a > 0)
+    value = torch.where(low, beta * 0.8 / ratio.detach() * ratio * a, ratio * a)
+    value = torch.where(high, 1.28 / ratio.detach() * ratio * a, value)
+    return torch.where((a < 0) & (ratio > 3), 3 * a, value).sum()
+
+
+def luspo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """TRL's luspo: the length times GSPO's clipped sequence ratio."""
+    return gspo(lp, mu, old, a, 2e-3, 2.5e-3)
+
+
+def gmpo(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """compute_policy_loss_geo_mean of verl: T·A·exp of the mean of log-ratios clipped on one side."""
+    d = lp - mu
+    sign = torch.where(a >= 0, 1.0, -1.0).double()
+    d = sign * torch.minimum(sign * d, sign * d.clamp(-0.4, 0.4))
+    geometric = d.mean().exp()
+    if not (a == a[0]).all():
+        return (a * geometric.detach() * d).sum()  # one A per token: each with the mean of all
+    return len(lp) * a[0] * geometric
+
+
+def opmd(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, tau: float = 0.01) -> Tensor:
+    """openkimi's: −τ/2·(A/τ − S)²; of its gradient A·∇S − τ·S·∇S."""
+    return -tau / 2 * (a[0] / tau - (lp - mu).sum()) ** 2
+
+
+GIVEN: dict[str, dict[str, float]] = {
+    "bapo": {"ratio_low": 0.6, "ratio_high": 1.2},
+    "m2po": {"m2_max": 0.05},
+    "clip_cov": {"mean_advantage": 0.1, "mean_log_prob": -1.0, "lot_max": 0.5, "cov_low": 0.2, "cov_high": 5.0},
+    "kl_cov": {"mean_advantage": 0.1, "mean_log_prob": -1.0, "cov_min": 0.3},
+}
+"""What objectives search for in a mini-batch, as if it had been found."""
+
+
+def m2po(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    kept = (lp - mu).detach() ** 2 <= GIVEN["m2po"]["m2_max"]
+    return torch.where(kept, ppo((lp - mu).exp(), a, 0.8, 1.28, 3.0), 0.0).sum()
+
+
+def covariances(lp: Tensor, a: Tensor, given: dict[str, float]) -> Tensor:
+    return (a - given["mean_advantage"]) * (lp.detach() - given["mean_log_prob"])
+
+
+def clip_cov(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """verl's: correction 0 on drawn tokens among those of high covariance that the clip leaves."""
+    given = GIVEN["clip_cov"]
+    ratio, covariance = (lp - mu).exp(), covariances(lp, a, given)
+    left = torch.where(a >= 0, ratio <= 1.28, ratio >= 0.8)
+    mixed = torch.sin(lp.detach() * 12.9898 + mu * 78.233) * 43758.5453
+    drawn = (mixed - mixed.floor() <= 0.5) & (covariance > 0.2) & (covariance < 5.0) & left
+    return torch.where(drawn, 0.0, ppo(ratio, a, 0.8, 1.28, 3.0)).sum()
+
+
+def kl_cov(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """verl's: the ratio, and −|log ratio| on tokens of high covariance; none of the ratio beyond 20 for negatives."""
+    high = covariances(lp, a, GIVEN["kl_cov"]) >= GIVEN["kl_cov"]["cov_min"]
+    ratio = (lp - mu).exp()
+    ratio = torch.where((a < 0) & (ratio > 20), ratio.detach(), ratio)
+    return (a * ratio - torch.where(high, (lp - mu).abs(), 0.0)).sum()
+
+
 SURROGATES = {
     "vespo": vespo,
     "reinforce": reinforce,
@@ -135,6 +201,14 @@ SURROGATES = {
     "cispo": cispo,
     "topr": topr,
     "minpro": minpro,
+    "gppo": gppo,
+    "ce_gppo": lambda *x: gppo(*x, beta=0.25),
+    "luspo": luspo,
+    "gmpo": gmpo,
+    "opmd": opmd,
+    "m2po": m2po,
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
     "dppo_tv": lambda *x: dppo(*x, kind="tv"),
     "dppo_kl": lambda *x: dppo(*x, kind="kl"),
     "minirl": minirl,

@@ -64,7 +64,7 @@ def test_a_registered_function_as_the_name_is_the_registered_objective(name):
 
 
 def test_a_registered_function_keeps_its_level_and_its_anchor():
-    output, gradient = call(objectives.vespo)
+    output, gradient = call(objectives.sequence.vespo)
     by_name, expected = call("vespo")
     assert torch.equal(output.loss, by_name.loss) and torch.equal(gradient, expected)
 

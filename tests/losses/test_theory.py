@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import integrate, optimize
 
-from tests.losses.surrogates import SURROGATES
+from tests.losses.surrogates import GIVEN, SURROGATES
 from vespo_megatron.losses import get_objective
 from vespo_megatron.losses.theory import (
     lambda_of_c,
@@ -60,7 +60,7 @@ def test_k_is_finite_exactly_from_c1_of_one():
     assert vespo_k(1.0, 2.0) == pytest.approx(float((vespo_phi(W * 1e-6, 1.0, 2.0) / (W * 1e-6)).max()), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(SURROGATES))
+@pytest.mark.parametrize("name", sorted(name for name in SURROGATES if name not in GIVEN or name == "bapo"))
 @pytest.mark.parametrize("positive", [True, False])
 def test_numeric_surrogate_of_any_objective_has_slope_phi_over_w(name, positive):
     def phi(w):

@@ -21,8 +21,8 @@ from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer, PolicyLossConfig, objective_names
 
-ONLY_WHERE_BATCHES_MEET = ("bapo",)
-"""Its bounds hold for a whole mini-batch and are settled before it (`Objective.mini_batch_config`)."""
+ONLY_WHERE_BATCHES_MEET = ("bapo", "m2po", "clip_cov", "kl_cov")
+"""What they search for holds for a whole mini-batch and is settled before it (`Objective.mini_batch_config`)."""
 WAITS = ("reading a value", "minpro, rollout", "minpro, recompute")
 """MinPRO asks for the longest response (`Ratios.prefix_min_log_ratio`)."""
 

@@ -29,9 +29,13 @@ class BoundSearch:
     high_max: float = 3.0
     high_step: float = 0.05
 
+    gathers = False
+
     @classmethod
-    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> BoundSearch:
-        """Of BAPO's hyperparameters, those that say how to search; the others stay at their defaults."""
+    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> BoundSearch | None:
+        """Of BAPO's hyperparameters, those that say how to search, else the defaults; None: bounds are given."""
+        if "ratio_low" in hyperparameters or "ratio_high" in hyperparameters:
+            return None
         return cls(**{f.name: hyperparameters[f.name] for f in fields(cls) if f.name in hyperparameters})
 
     @property
@@ -56,6 +60,11 @@ class BoundSearch:
         sums = [(ratio.clamp(max=high) * positive).sum() for high in self.highs]
         sums += [(ratio.clamp(min=low) * negative).sum() for low in self.lows]
         return torch.stack(sums)
+
+    def found(self, contributions: Tensor) -> dict[str, Tensor]:
+        """`bounds` by the names that BAPO has for them."""
+        low, high = self.bounds(contributions)
+        return {"ratio_low": low, "ratio_high": high}
 
     def bounds(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
         """The first bounds (low, high) that reach `target_share`, else the last: two 0-d tensors, no host wait.

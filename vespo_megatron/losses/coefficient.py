@@ -10,7 +10,7 @@ from torch import Tensor
 from vespo_megatron.losses.config import COMMON_HYPERPARAMETERS, PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios
 from vespo_megatron.losses.correction.weights import Weights
-from vespo_megatron.losses.objectives import opsm_keep
+from vespo_megatron.losses.objectives.hooks import opsm_keep
 from vespo_megatron.losses.registry import Objective
 from vespo_megatron.losses.sequence import PackedSequences
 

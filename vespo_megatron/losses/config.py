@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.aggregation import check_aggregation
@@ -12,6 +12,9 @@ from vespo_megatron.losses.behavior import BEHAVIORS
 from vespo_megatron.losses.correction import CorrectionConfig
 from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
+
+if TYPE_CHECKING:
+    from vespo_megatron.losses.search import Search
 
 KL_TYPES = ("k1", "k2", "k3")
 KL_WEIGHTS = ("none", "score", "anchor", "behavior")
@@ -124,6 +127,11 @@ class PolicyLossConfig:
     def objective(self) -> Objective:
         """The objective's row of the registry."""
         return get_objective(self.name)
+
+    @property
+    def search(self) -> Search | None:
+        """What has to be found over a whole mini-batch first; None: nothing, or it is given."""
+        return None if self.objective.search is None else self.objective.search(self.hyperparameters)
 
     @property
     def correction_before_clip(self) -> bool:

@@ -72,7 +72,7 @@ def _by_blocks(
         if mask is not None:
             difference = torch.where(mask[block], difference, 0.0)
             values = torch.where(mask[block], values, 0.0)
-        with numpy.errstate(invalid="ignore"):  # what is not finite is found in the sums
+        with numpy.errstate(invalid="ignore", over="ignore"):  # what is not finite is found in the sums
             raw = clamped = add(difference.numpy(), starts)
             # Where the squares sum to less than one term beyond the bound would, there is none. NaN is never less.
             if not torch.dot(difference, difference).item() <= bound**2:

@@ -76,6 +76,10 @@ class Ratios(OneLine):
         """[num_sequences]: T, at least 1, to divide by."""
         return self.lengths.clamp(min=1)
 
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[num_sequences]: the sum of `values [tokens]` over each whole response; an all-reduce of its own."""
+        return self.sequences.all_reduce(self.sequences.local_sum(self.masked(values)))
+
     def counted(self, values: Tensor) -> Tensor:
         """`values [tokens]`, 0 where masked and in bad sequences: what may be summed over sequences."""
         values = self.masked(values)

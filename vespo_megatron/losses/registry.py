@@ -1,4 +1,4 @@
-"""Registry of objectives: name → φ and what each one needs. A new objective is one function in `objectives.py`.
+"""Registry of objectives: name → φ and what each one needs. A new objective is one function in `objectives/`.
 
 A φ takes one `Ratios` (everything it may look at, detached) and keyword-only hyperparameters, and returns the
 coefficient of A·∇log π: `[num_sequences]` for a sequence objective, `[tokens]` for a token objective.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from vespo_megatron.losses.lazy import lazy
 
 if TYPE_CHECKING:
     from vespo_megatron.losses.ratios import Ratios
+    from vespo_megatron.losses.search import Search
 
 LEVELS = ("sequence", "token")
 Phi = Callable[..., Tensor]
@@ -45,6 +46,9 @@ class Objective:
     uses_ratio: bool = True
     """Whether φ has the ratio in it: then it corrects what the ratio is against, and a weight of the same ratio would
     count it twice."""
+    search: Callable[[Mapping[str, Any]], Search | None] | None = None
+    """What the objective has to know of a whole mini-batch before its first token: from the hyperparameters that are
+    given, how it is searched for; None where they say it. None: nothing."""
     is_users_own: bool = False
     """Whether φ is no function of this library: it may give numbers that are not finite on one rank alone."""
 

@@ -143,7 +143,9 @@ class PackedSequences(OneLine):
             out = values.new_zeros(self.num_sequences)
             numbers, starts = self._host_starts
             if len(numbers):
-                with numpy_or_none().errstate(invalid="ignore"):  # what is not finite is found in the sums
+                with numpy_or_none().errstate(
+                    invalid="ignore", over="ignore"
+                ):  # what is not finite is found in the sums
                     out.numpy()[numbers] = numpy_or_none().add.reduceat(
                         values.detach().numpy(), starts, dtype="float64"
                     )

@@ -20,7 +20,7 @@ from vespo_megatron.losses import (
     compute_ratios,
     correction_counts,
 )
-from vespo_megatron.losses.bapo import BoundSearch
+from vespo_megatron.losses.search import gathered
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import context_parallel_group, data_context_parallel_group
 from vespo_megatron.megatron.policy import LossFunction, MegatronPolicy, RouteUse
@@ -68,24 +68,27 @@ class Objective:
     def mini_batch_config(
         self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse
     ) -> PolicyLossConfig:
-        """The configuration for one mini-batch: for BAPO, with the bounds that hold for all of it.
+        """The configuration for one mini-batch, with what its objective searches for in all of it; a collective.
 
-        They depend on π_θ over the whole mini-batch, which costs a forward pass; a collective.
+        That depends on π_θ over the whole mini-batch, which costs a forward pass.
         """
-        given = self.config.hyperparameters
-        if self.config.name != "bapo" or "ratio_low" in given:
+        search = self.config.search
+        if search is None:
             return self.config
         outputs = policy.log_probs(micro_batches, routes=routes)
         if not policy.rank_info.is_last_stage:
             return self.config
-        search = BoundSearch.from_hyperparameters(given)
-        total = torch.zeros(len(search.lows) + len(search.highs), device=policy.rank_info.device)
+        parts = []
         for output, micro_batch in zip(outputs, micro_batches, strict=True):
-            ratios = compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
-            total += search.contributions(ratios)
-        dist.all_reduce(total, group=data_context_parallel_group())
-        low, high = search.bounds(total)
-        return replace(self.config, hyperparameters=given | {"ratio_low": low.item(), "ratio_high": high.item()})
+            inputs = self._inputs(output[0], output[1], micro_batch)
+            parts.append(search.contributions(compute_ratios(inputs, self.config)))
+        if search.gathers:
+            total = gathered(torch.cat(parts, 1), data_context_parallel_group())
+        else:
+            total = torch.stack(parts).sum(0)
+            dist.all_reduce(total, group=data_context_parallel_group())
+        found = {name: value.item() for name, value in search.found(total).items()}
+        return replace(self.config, hyperparameters={**self.config.hyperparameters, **found})
 
     def mini_batch_normalizer(
         self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse, normalizer: Normalizer

@@ -1,0 +1,27 @@
+"""What several φ are made of: PPO's clip of a ratio, with a bound for negatives, and constants by the sign of A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP
+
+
+def clipped_ratio(
+    log_ratio: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor, dual_clip: float | None = None
+) -> Tensor:
+    """PPO's φ: ρ where the clipped surrogate has a gradient, else 0; shapes as given.
+
+    A ≥ 0: ρ·1[ρ ≤ high]. A < 0: ρ·1[low ≤ ρ], and ρ ≤ dual_clip where one is set (arXiv 1912.09729). ρ is at most e^20.
+    """
+    ratio = log_ratio.clamp(max=LOG_RATIO_CLAMP).exp()
+    keep_negative = ratio >= low
+    if dual_clip is not None:
+        keep_negative &= ratio <= dual_clip
+    return torch.where(torch.where(advantage >= 0, ratio <= high, keep_negative), ratio, 0.0)
+
+
+def by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:
+    """`positive` where A ≥ 0, `negative` elsewhere, in the type of `advantage` and of its shape."""
+    return torch.where(advantage >= 0, advantage.new_full((), positive), advantage.new_full((), negative))
