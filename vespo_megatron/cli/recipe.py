@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from vespo_megatron.cli.shared import add_recipe
 
@@ -53,8 +54,15 @@ def _check(parsed: argparse.Namespace) -> None:
     from vespo_megatron.launch import preflight
     from vespo_megatron.recipe.loader import load_recipe
 
-    preflight.check(load_recipe(parsed.recipe, parsed.overrides))
-    print(f"{parsed.recipe}: nothing wrong found")
+    recipe = load_recipe(parsed.recipe, parsed.overrides)
+    preflight.check(recipe)
+    warnings = preflight.warnings(recipe)
+    for warning in warnings:
+        print(f"vespo-megatron: warning: {warning}", file=sys.stderr)
+    print(
+        f"{parsed.recipe}: "
+        + (f"nothing wrong found, {len(warnings)} to look at" if warnings else "nothing wrong found")
+    )
 
 
 def _diff(parsed: argparse.Namespace) -> None:

@@ -31,6 +31,14 @@ def check(recipe: Recipe) -> None:
     check_prompts(recipe)
 
 
+def warnings(recipe: Recipe) -> list[str]:
+    """What a checked recipe may ask for but hardly means. Imports torch."""
+    from vespo_megatron.losses.expected_mismatch import scaled_away
+
+    found = scaled_away(recipe)
+    return [] if found is None else [str(found)]
+
+
 def check_model(model_folder: str) -> None:
     """A Qwen3-MoE whose weight files are whole. Raises UserError naming the file."""
     from vespo_megatron.recipe.model_shape import read_shape

@@ -54,32 +54,48 @@ def objective_phi(name: str | Phi, w: Tensor, *, positive: bool, length: int = 1
     For token objectives W is then the whole response's ratio and ρ_t = W^(1/length); with length 1, ρ = W. The
     behaviour probability of each token is taken as 1/2 where an objective looks at it.
     """
-    w = w.to(torch.float64)
-    count = len(w)
-    log_ratio = (w.log() / length).repeat_interleave(length)
-    behavior = torch.full_like(log_ratio, math.log(0.5))
+    log_w = w.to(torch.float64).log()
+    tokens = (log_w / length)[:, None].expand(-1, length)
+    phi = response_phi(name, log_w, tokens, positive=positive, length=length, **hyperparameters)
+    return phi if phi.dim() == 1 else phi[:, 0]
+
+
+def response_phi(
+    name: str | Phi, log_w: Tensor, log_ratio: Tensor, *, positive: bool, length: int, **hyperparameters: object
+) -> Tensor:
+    """φ of any objective on responses given by their log-ratios: [n] of sequence objectives, else [n, tokens].
+
+    Args:
+        log_w: float64 [n], log W of each response.
+        log_ratio: float64 [n, tokens], log ρ of tokens of theirs: all `length` of them; one is enough for objectives
+            that look at W alone.
+        length: T.
+    """
+    count, tokens = log_ratio.shape
+    flat = log_ratio.reshape(-1)
+    behavior = torch.full_like(flat, math.log(0.5))
     sign = torch.full((count,), 1.0 if positive else -1.0, dtype=torch.float64)
-    sequences = PackedSequences(torch.arange(0, count * length + 1, length), count * length, w.device)
+    sequences = PackedSequences(torch.arange(0, count * tokens + 1, tokens), count * tokens, log_w.device)
     objective = get_objective(name)
     objective.check(hyperparameters, where="hyperparameters")
     phi = objective(
         Ratios(
             sequences=sequences,
             mask=None,
-            corrected_log_ratio=log_ratio,
-            sequence_log_ratio=w.log(),
-            clamped_sequence_log_ratio=w.log(),
+            corrected_log_ratio=flat,
+            sequence_log_ratio=log_w,
+            clamped_sequence_log_ratio=log_w,
             lengths=torch.full((count,), float(length), dtype=torch.float64),
             advantage=sign,
             sequence_advantage=sign,
             per_token_advantage=False,
-            log_probs=behavior + log_ratio,
+            log_probs=behavior + flat,
             behavior_log_probs=behavior,
             old_log_probs=behavior if objective.anchor == "old" else None,
         ),
         **hyperparameters,
     )
-    return phi if objective.level == "sequence" else phi.view(count, length)[:, 0]
+    return phi if objective.level == "sequence" else phi.view(count, tokens)
 
 
 def surrogate(phi: Callable[[Tensor], Tensor], w: Tensor, points: int = 20_001) -> Tensor:

@@ -100,6 +100,12 @@ class LossConfig(Section):
         "(recompute) or that drew each token (version); auto: recompute, and rollout in an asynchronous run.",
         ours=True,
     )
+    expected_k3: float | None = key(
+        None,
+        "KL per token of engine and trainer, as mismatch measures it, for warnings and predict; None: published.",
+        ge=0,
+        ours=True,
+    )
     correction: dict[str, Any] = key(
         {}, "Correction of π_train/μ: {weight: tis|mis|icepop, reject: [{…}], …}; empty is none.", ours=True
     )
