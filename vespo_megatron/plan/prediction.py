@@ -114,7 +114,17 @@ def likely_lengths(drawn: ResponseLengths) -> list[int]:
     return [max(1, round(min(float(length), drawn.max))) for length in sample]
 
 
-def check_table(measured: Measured) -> str | None:
+@dataclass(frozen=True)
+class CheckedPhi:
+    """φ of a run's steps, mean over them."""
+
+    label: str
+    measured: float
+    predicted: tuple[float, ...]
+    """In the order of `KNOWLEDGE`."""
+
+
+def check_run(measured: Measured) -> list[CheckedPhi] | None:
     """φ that the run had beside φ predicted from each of its steps; None where it measured none.
 
     Of sequence objectives by the sign of A; of token objectives over both.
@@ -128,12 +138,21 @@ def check_table(measured: Measured) -> str | None:
     rows = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, _CHECKED_STEPS)})] if rows else []
     if not rows:
         return None
-    predicted = np.mean([_predict_step(recipe, row, by_sign) for row in rows], axis=0)
-    lines = []
-    for label, name, values in zip(("φ, A ≥ 0", "φ, A < 0") if by_sign else ("φ",), wanted, predicted, strict=True):
-        was = math.fsum(row[name] for row in rows) / len(rows)
-        lines.append([label, *(f"{value:.3f}" for value in (was, *values))])
-    title = f"The run itself, {recipe.loss_fn.name} with behavior {recipe.behavior}, {len(rows)} steps:"
+    predicted = np.mean([_predict_step(recipe, row, by_sign) for row in rows], axis=0).tolist()
+    labels = ("φ, A ≥ 0", "φ, A < 0") if by_sign else ("φ",)
+    return [
+        CheckedPhi(label, math.fsum(row[name] for row in rows) / len(rows), tuple(values))
+        for label, name, values in zip(labels, wanted, predicted, strict=True)
+    ]
+
+
+def check_table(measured: Measured) -> str | None:
+    """`check_run` as Markdown."""
+    found, recipe = check_run(measured), measured.recipe
+    if found is None or recipe is None:
+        return None
+    lines = [[each.label, *(f"{value:.3f}" for value in (each.measured, *each.predicted))] for each in found]
+    title = f"The run itself, {recipe.loss_fn.name} with behavior {recipe.behavior}, mean of its steps:"
     return "\n".join([title, "", _markdown(("", "measured", *KNOWLEDGE), lines), *left_out(recipe)])
 
 
