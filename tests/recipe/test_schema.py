@@ -51,7 +51,7 @@ POSITIVE = """
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
-    checkpointing.timeout guard.reward_drop guard.loss_spike
+    checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()
 # Key → the largest value that is too low and the smallest that is too high; stated here and nowhere taken from.
 TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {

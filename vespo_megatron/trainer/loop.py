@@ -18,8 +18,8 @@ from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.checkpoint import Checkpointer, ResumePoint
 from vespo_megatron.trainer.controller_link import ControllerLink
-from vespo_megatron.trainer.ess_learning_rate import scale_by_ess
 from vespo_megatron.trainer.guard import Guard
+from vespo_megatron.trainer.learning_rate import scale_by_ess, scale_by_staleness
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.profile import profiled
 from vespo_megatron.trainer.step import TrainStep
@@ -151,6 +151,7 @@ class Trainer:
         if not self.guard.update_is_finite(reports):
             return False
         scale_by_ess(self.recipe.loss_fn, self.policy, self.objective, reports)
+        scale_by_staleness(self.recipe.grpo.async_grpo, self.policy, reports)
         return True
 
     def _profiled(self, step: int) -> Any:

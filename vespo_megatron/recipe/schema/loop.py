@@ -26,6 +26,12 @@ class AsyncGRPOConfig(Section):
     staleness_threshold: float | None = key(
         None, "veRL's name of the same number; give one of the two.", ge=0, ours=True
     )
+    learning_rate_lag: float | None = key(
+        None,
+        "An update whose largest lag is above this has its learning rate times this over that lag; None: never.",
+        gt=0,
+        ours=True,
+    )
     sync_every: int = key(1, "Steps between weight updates.", ge=1, ours=True)
     on_weight_update: Literal["abort_and_continue", "in_place", "drain"] = key(
         "abort_and_continue", "What becomes of the responses under way.", ours=True

@@ -1,4 +1,4 @@
-"""VCPO's rule on a step: the learning rate of an update follows the effective sample size of its weights."""
+"""Learning rate of one update: scaled by the effective sample size of its weights (VCPO), and by how stale they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from vespo_megatron.losses import learning_rate_scale
 from vespo_megatron.megatron.parallel import data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy
-from vespo_megatron.recipe.schema import LossConfig
+from vespo_megatron.recipe.schema import AsyncGRPOConfig, LossConfig
 from vespo_megatron.trainer.objective import Objective
 
 
@@ -29,3 +29,22 @@ def scale_by_ess(loss_fn: LossConfig, policy: MegatronPolicy, objective: Objecti
     dist.all_reduce(ess)
     share = ess.item() / (rank_info.data_size * rank_info.context_size)
     policy.scale_learning_rate(learning_rate_scale(share, rule, loss_fn.ess_base))
+
+
+def staleness_scale(lag: int, free_lag: float) -> float:
+    """Factor that keeps lag · learning rate at or below `free_lag` times the learning rate, in (0, 1].
+
+    The bias of a stale surrogate's gradient grows as S·η, S the largest lag, and where that binds the learning rate has
+    to stay below R/(S·G) (arXiv 2607.01083, of which the abstract was read, not the experiments).
+    """
+    return min(1.0, free_lag / lag) if lag > 0 else 1.0
+
+
+def scale_by_staleness(asynchronous: AsyncGRPOConfig, policy: MegatronPolicy, reports: Sequence[Any]) -> None:
+    """Scale the coming update's learning rate by the largest lag in it, where the recipe says so; a collective."""
+    if asynchronous.learning_rate_lag is None:
+        return
+    lags = [0, *(int(each.batch.lags.max()) for _, each in reports if each.batch.lags is not None)]
+    largest = torch.tensor(max(lags), device=policy.rank_info.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    policy.scale_learning_rate(staleness_scale(int(largest), asynchronous.learning_rate_lag))
