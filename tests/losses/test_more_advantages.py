@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 
+from tests.losses.batches import make_batch
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import AdvantageOptions, compute_advantages
+from vespo_megatron.losses import AGGREGATIONS, AdvantageOptions, Normalizer, compute_advantages, policy_loss
 
 GENERATOR = torch.Generator().manual_seed(5)
 GROUPS = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5, 5]
@@ -147,3 +148,37 @@ def test_a_group_that_is_all_truncated_or_differs_in_truncated_rewards_alone_has
     settings = {"truncated": cut, "overlong": "drop", "drop_groups_without_signal": True}
     assert compute_advantages(rewards, groups, **settings).keep.tolist() == [False, False, True, True, True]
     assert not compute_advantages(rewards, groups, **settings, overlong_in_baseline=False).keep.any()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", ["vespo", "grpo", "gspo"])
+def test_a_masked_response_leaves_numerator_and_denominator(name, aggregation):
+    """The loss of a batch with a response that is filtered is that of the batch without it (TRL#6439)."""
+    batch = make_batch(7)
+    cut = 3
+    inside = batch.segment_ids == cut
+    mask = batch.mask & ~inside
+
+    def gradient(tokens, sequences, mask):
+        log_probs = batch.log_probs[tokens].clone().requires_grad_()
+        lengths = batch.cu_seqlens.diff()[sequences]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        counts = [int(mask_of.sum()) for mask_of in mask.split(lengths.tolist())]
+        output = policy_loss(
+            log_probs,
+            batch.behavior_log_probs[tokens],
+            batch.advantages[sequences],
+            offsets,
+            name=name,
+            mask=mask,
+            aggregation=aggregation,
+            normalizer=Normalizer.from_lengths(counts, 50.0),
+        )
+        output.loss.backward()
+        return log_probs.grad
+
+    everything = torch.arange(batch.num_sequences)
+    whole = gradient(torch.ones_like(inside), everything, mask)
+    without = gradient(~inside, everything[everything != cut], batch.mask[~inside])
+    assert without.any() and not whole[inside].any()
+    torch.testing.assert_close(whole[~inside], without, rtol=0, atol=1e-14)

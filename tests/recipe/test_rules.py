@@ -230,6 +230,7 @@ def test_a_possible_recipe_is_let_through(values):
         ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),
         ({G + "stop_token_ids": [128]}, {}, "stop_token_ids", "ids below"),
         ({G + "top_p": 0.9}, {"vocab_size": 151936}, "generation.top_k", "set it to 4096 beside top_p"),
+        ({G + "min_p": 0.01}, {"vocab_size": 151936}, "generation.top_k", "min_p to 0"),
         ({G + "top_k": 5000}, {"vocab_size": 151936}, "generation.top_k", "1 to 4096"),
     ],
 )

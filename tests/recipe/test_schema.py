@@ -69,6 +69,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     "policy.generation.top_p": (0.0, 1.0000001),
     "policy.generation.val_top_p": (0.0, 1.0000001),
     "policy.generation.top_k": (-2, NOTHING),
+    "policy.generation.min_p": (-1e-300, 1.0),
     f"{SERVER}.mem_fraction_static": (0.0, 1.0),
     f"{SERVER}.port": (-1, 65536),
     f"{SERVER}.weight_bucket_bytes": (7, NOTHING),

@@ -22,7 +22,7 @@ def test_lag_times_learning_rate_stays_below_its_bound():
 @pytest.mark.parametrize(("free", "elsewhere", "expected"), [(None, 9, None), (2.0, 0, 0.5), (2.0, 8, 0.25)])
 def test_the_largest_lag_on_any_rank_decides(free, elsewhere, expected, monkeypatch):
     """`elsewhere` is the largest lag that another rank has."""
-    monkeypatch.setattr(learning_rate.dist, "all_reduce", lambda value, op: value.clamp_(min=elsewhere))
+    monkeypatch.setattr(learning_rate.dist, "all_reduce", lambda value, **_: value.clamp_(min=elsewhere))
     scaled = []
     policy = SimpleNamespace(rank_info=SimpleNamespace(device=torch.device("cpu")), scale_learning_rate=scaled.append)
     reports = [

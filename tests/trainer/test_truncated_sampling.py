@@ -44,6 +44,15 @@ def test_at_equal_weights_the_importance_weight_is_one(behavior, importable):
         assert row["vespo/w_mean_last_update"] != pytest.approx(1.0, abs=1e-4), "nothing was learnt"
 
 
+PRUNED = ("policy.generation.top_p=1.0", "policy.generation.top_k=null", "policy.generation.min_p=0.3")
+
+
+def test_with_a_pruned_vocabulary_too(importable):
+    for row in first_steps(make_run(importable, "pruned", "loss_fn.behavior=rollout", *PRUNED)):
+        assert row["vespo/w_mean_first_update"] == pytest.approx(1.0, abs=1e-4)
+        assert row["mismatch/k3_first_update"] < 1e-9
+
+
 @pytest.mark.sglang
 def test_with_sglang_s_real_server(importable, sglang_servers):
     run_dir = make_run(

@@ -42,6 +42,7 @@ class Sampler:
             temperature=generation.temperature,
             top_p=generation.top_p,
             top_k=-1 if generation.top_k is None else generation.top_k,
+            min_p=generation.min_p,
             stop_token_ids=tuple(generation.stop_token_ids) or (tokenizer.eos_token_id,),
         )
         temperature, top_p = generation.val_temperature, generation.val_top_p

@@ -52,14 +52,16 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
         )
     generation = recipe.policy.generation
     top_k = shape.vocab_size if generation.top_k in (None, -1) else generation.top_k
-    truncates = generation.top_p < 1 or generation.top_k not in (None, -1)
+    truncates = generation.top_p < 1 or generation.min_p > 0 or generation.top_k not in (None, -1)
     if generation.backend == "sglang" and truncates and top_k > MAX_SAMPLING_MASK_TOKENS:
         yield UserError(
-            f"is {generation.top_k} with top_p {generation.top_p}; SGLang tells what a token was drawn from only where "
-            f"that is at most {MAX_SAMPLING_MASK_TOKENS} tokens, and without it π cannot be taken over the same",
+            f"is {generation.top_k} with top_p {generation.top_p}, min_p {generation.min_p}; SGLang tells what a token "
+            f"was drawn from only where that is at most {MAX_SAMPLING_MASK_TOKENS} tokens, and without it "
+            "π cannot be taken over the same",
             where=f"{_GENERATION}.top_k",
             expected=f"1 to {MAX_SAMPLING_MASK_TOKENS} where sampling truncates",
-            fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p, or top_p to 1.0 and top_k to null",
+            fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p or min_p, "
+            "or top_p to 1.0, min_p to 0 and top_k to null",
         )
     for token in generation.stop_token_ids:
         if not 0 <= token < shape.vocab_size:

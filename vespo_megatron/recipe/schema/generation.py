@@ -83,8 +83,15 @@ class GenerationConfig(Section):
     top_p: float = key(1.0, "Below 1 π, too, is taken over the tokens that μ could draw.", gt=0, le=1)
     top_k: TopK | None = key(
         None,
-        "None: all. SGLang wants one, of at most 4096, beside a top_p below 1.",
+        "None: all. SGLang wants one, of at most 4096, beside a top_p below 1 or a min_p.",
         expected="at least 1, or null for all",
+    )
+    min_p: float = key(
+        0.0,
+        "Tokens below this share of the likeliest one's probability are pruned, from μ and π alike; 0: none.",
+        ge=0,
+        lt=1,
+        ours=True,
     )
     stop_token_ids: list[TokenId] = key([], "Empty: the tokenizer's end-of-sequence token.")
     val_temperature: float | None = key(
