@@ -45,6 +45,18 @@ def test_an_objective_is_one_graph(name):
     torch.testing.assert_close(gradient(compiled(loss), batch), gradient(loss, batch), rtol=1e-12, atol=1e-14)
 
 
+def test_so_is_one_with_hyperparameters():
+    batch = make_batch(3)
+
+    def loss(log_probs, behavior, advantages, cu_seqlens, mask):
+        given = {"clip_low": 0.1, "dual_clip": None, "opsm_delta": 0.1}
+        return policy_loss(
+            log_probs, behavior, advantages, cu_seqlens, mask=mask, name="grpo", metrics="none", **given
+        ).loss
+
+    torch.testing.assert_close(gradient(compiled(loss), batch), gradient(loss, batch), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("name", ["vespo", "grpo"])
 def test_so_is_one_with_a_correction(name, correction):

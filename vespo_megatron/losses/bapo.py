@@ -34,7 +34,7 @@ class BoundSearch:
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> BoundSearch | None:
         """Of BAPO's hyperparameters, those that say how to search, else the defaults; None: bounds are given."""
-        if "ratio_low" in hyperparameters or "ratio_high" in hyperparameters:
+        if hyperparameters.get("ratio_low") is not None:
             return None
         return cls(**{f.name: hyperparameters[f.name] for f in fields(cls) if f.name in hyperparameters})
 

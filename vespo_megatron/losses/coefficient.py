@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses.config import COMMON_HYPERPARAMETERS, PolicyLossConfig
+from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios
 from vespo_megatron.losses.correction.weights import Weights
+from vespo_megatron.losses.hyperparameters import COMMON
 from vespo_megatron.losses.objectives.hooks import opsm_keep
 from vespo_megatron.losses.registry import Objective
 from vespo_megatron.losses.sequence import PackedSequences
@@ -63,7 +64,7 @@ def coefficient(corrected: CorrectedRatios, config: PolicyLossConfig) -> Coeffic
     """The coefficient of one micro-batch under `config.objective`."""
     ratios, weights, objective = corrected.ratios, corrected.sequence_weights, config.objective
     hyperparameters = dict(config.hyperparameters)
-    common = {name: hyperparameters.pop(name) for name in COMMON_HYPERPARAMETERS if name in hyperparameters}
+    common = {name: hyperparameters.pop(name) for name in COMMON if name in hyperparameters}
     phi = objective(ratios, **hyperparameters)
     per_sequence = objective.level == "sequence"
     bad = corrected.bad | (~phi.isfinite() if per_sequence else _bad_tokens(phi, corrected, objective))

@@ -10,6 +10,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses.aggregation import check_aggregation
 from vespo_megatron.losses.behavior import BEHAVIORS
 from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.hyperparameters import check_hyperparameters
 from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
 
@@ -20,9 +21,6 @@ KL_TYPES = ("k1", "k2", "k3")
 KL_WEIGHTS = ("none", "score", "anchor", "behavior")
 METRIC_LEVELS = ("full", "none")
 BAD_SAMPLE = ("error", "drop")
-COMMON_HYPERPARAMETERS = ("opsm_delta", "opsm_anchor")
-"""Hyperparameters that compose with every objective."""
-OPSM_ANCHORS = ("behavior", "old")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         objective = self.objective
-        objective.check(name for name in self.hyperparameters if name not in COMMON_HYPERPARAMETERS)
+        check_hyperparameters(objective, self.hyperparameters)
         check_aggregation(self.aggregation)
         for value, known, key in (
             (self.behavior, BEHAVIORS, "behavior"),
@@ -80,10 +78,7 @@ class PolicyLossConfig:
                 expected="recompute",
                 fix="set loss_fn.behavior=recompute (version in an asynchronous run), or loss_fn.name=grpo",
             )
-        anchor = self.hyperparameters.get("opsm_anchor", "behavior")
-        if anchor not in OPSM_ANCHORS:
-            raise unknown("anchor", anchor, OPSM_ANCHORS, where="loss_fn.hyperparameters.opsm_anchor")
-        if anchor == "old" and self.behavior == "rollout":
+        if self.hyperparameters.get("opsm_anchor") == "old" and self.behavior == "rollout":
             raise UserError(
                 "there is no π_old with behavior: rollout",
                 where="loss_fn.hyperparameters.opsm_anchor",

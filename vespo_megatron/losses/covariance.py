@@ -25,7 +25,7 @@ class CovarianceSearch:
     @classmethod
     def from_hyperparameters(cls, given: Mapping[str, Any]) -> Self | None:
         """None where what is searched for is given."""
-        if any(name in given for name in _FOUND):
+        if any(given.get(name) is not None for name in _FOUND):
             return None
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
@@ -63,7 +63,7 @@ class ClipSearch:
     @classmethod
     def from_hyperparameters(cls, given: Mapping[str, Any]) -> Self | None:
         """None where what is searched for is given."""
-        if any(name in given for name in _FOUND):
+        if any(given.get(name) is not None for name in _FOUND):
             return None
         return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 

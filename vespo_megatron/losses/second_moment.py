@@ -23,7 +23,7 @@ class SecondMomentSearch:
     @classmethod
     def from_hyperparameters(cls, given: Mapping[str, Any]) -> SecondMomentSearch | None:
         """None where the bound is given."""
-        return None if "m2_max" in given else cls(given.get("m2_threshold", cls.m2_threshold))
+        return None if given.get("m2_max") is not None else cls(given.get("m2_threshold", cls.m2_threshold))
 
     def contributions(self, ratios: Ratios) -> Tensor:
         """[1, tokens]: (log ρ)²."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vespo_megatron.losses.hyperparameters import check_hyperparameters
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Phi, get_objective
 from vespo_megatron.losses.sequence import PackedSequences
@@ -77,7 +78,7 @@ def response_phi(
     sign = torch.full((count,), 1.0 if positive else -1.0, dtype=torch.float64)
     sequences = PackedSequences(torch.arange(0, count * tokens + 1, tokens), count * tokens, log_w.device)
     objective = get_objective(name)
-    objective.check(hyperparameters, where="hyperparameters")
+    check_hyperparameters(objective, hyperparameters, where="hyperparameters")
     phi = objective(
         Ratios(
             sequences=sequences,

@@ -44,7 +44,8 @@ def objective(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _phi(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    low, high, dual = given["ratio_clip_min"], given["ratio_clip_max"], given["ratio_clip_c"]
+    low = min(given["ratio_clip_min"], 1.0)  # above 1 it is a bound below 0, which a ratio never reaches
+    high, dual = given["ratio_clip_max"], given["ratio_clip_c"]
     if given["force_on_policy_ratio"] or given["disable_ppo_ratio"]:  # the gradient of log π, ratio one or none
         return "reinforce", {}
     if given["use_cispo"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses.objectives.parts import clipped_ratio
+from vespo_megatron.losses.objectives.parts import at_most, clipped_ratio
 from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP, Ratios
 from vespo_megatron.losses.registry import objective
 
@@ -30,7 +30,7 @@ def dppo_tv(
     moved = ratios.log_probs.exp() - ratios.behavior_log_probs.exp()
     advantage = ratios.token_advantage
     drop = ((advantage > 0) & (moved > delta_high)) | ((advantage < 0) & (-moved > delta_low))
-    return torch.where(drop, 0.0, ratios.log_ratio.exp().clamp(max=ratio_max))
+    return torch.where(drop, 0.0, at_most(ratios.log_ratio.exp(), ratio_max))
 
 
 @objective(
@@ -56,7 +56,7 @@ def dppo_kl(
     drop = ((advantage > 0) & (pi > mu) & (divergence > delta_high)) | (
         (advantage < 0) & (pi < mu) & (divergence > delta_low)
     )
-    return torch.where(drop, 0.0, ratios.log_ratio.exp().clamp(max=ratio_max))
+    return torch.where(drop, 0.0, at_most(ratios.log_ratio.exp(), ratio_max))
 
 
 @objective(
@@ -81,7 +81,7 @@ def minirl(
     with no length norm (seq-mean-token-sum), A = R − mean. `dual_clip` (verl's) bounds π_θ/π_old where A < 0.
     """
     kept = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
-    return kept * _mismatch(ratios).clamp(max=tis_cap)
+    return kept * at_most(_mismatch(ratios), tis_cap)
 
 
 def _mismatch(ratios: Ratios) -> Tensor:

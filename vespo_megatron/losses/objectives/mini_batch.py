@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vespo_megatron.errors import UserError
 from vespo_megatron.losses.bapo import BoundSearch
 from vespo_megatron.losses.covariance import ClipSearch, CovarianceSearch
 from vespo_megatron.losses.objectives.parts import clipped_ratio
@@ -47,12 +46,6 @@ def bapo(
     are given; give `ratio_low` and `ratio_high` (from `BoundSearch.bounds` on the mini-batch's summed
     `BoundSearch.contributions`) for a result that does not depend on how the mini-batch is split.
     """
-    if (ratio_low is None) != (ratio_high is None):
-        raise UserError(
-            "one bound is given without the other",
-            where="loss_fn.hyperparameters of bapo",
-            expected="both of ratio_low and ratio_high, or neither",
-        )
     if ratio_low is None or ratio_high is None:
         search = BoundSearch(target_share, low_start, low_max, low_step, high_start, high_max, high_step)
         contributions = ratios.sequences.all_reduce(search.contributions(ratios))

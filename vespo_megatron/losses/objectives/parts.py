@@ -1,4 +1,4 @@
-"""What several φ are made of: PPO's clip of a ratio, with a bound for negatives, and constants by the sign of A."""
+"""What several φ are made of: PPO's clip of a ratio, bounded for negatives; truncation; constants by the sign of A."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def clipped_ratio(
 def by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:
     """`positive` where A ≥ 0, `negative` elsewhere, in the type of `advantage` and of its shape."""
     return torch.where(advantage >= 0, advantage.new_full((), positive), advantage.new_full((), negative))
+
+
+def at_most(values: Tensor, cap: float | None) -> Tensor:
+    """`values`, truncated where there is a cap."""
+    return values if cap is None else values.clamp(max=cap)

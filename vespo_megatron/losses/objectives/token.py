@@ -47,7 +47,7 @@ def sapo(ratios: Ratios, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tens
 
 
 @objective("cispo", level="token", aggregation="token-mean", source="arXiv 2506.13585")
-def cispo(ratios: Ratios, *, ratio_max: float = 5.0, ratio_min: float = 0.0) -> Tensor:
+def cispo(ratios: Ratios, *, ratio_max: float | None = 5.0, ratio_min: float = 0.0) -> Tensor:
     """clip(ρ, ratio_min, ratio_max), never zero by clipping: [tokens]. CISPO (MiniMax-M1, arXiv 2506.13585).
 
     Both bounds are absolute ratios, as in TRL. verl and slime give them relative to 1: their 4.0 is our 5.0.
