@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses.config import COMMON_HYPERPARAMETERS
+from vespo_megatron.losses.hyperparameters import COMMON
 from vespo_megatron.losses.predicted import Divergence, predict
 from vespo_megatron.losses.registry import get_objective
 from vespo_megatron.recipe.schema import Recipe
@@ -49,7 +49,7 @@ def ratio_divergence(name: str, behavior: str, engine: Divergence, staleness: Di
 def objective_hyperparameters(recipe: Recipe) -> dict[str, object]:
     """Those of the recipe's φ itself."""
     given = recipe.loss_fn.hyperparameters
-    return {name: value for name, value in given.items() if name not in COMMON_HYPERPARAMETERS}
+    return {name: value for name, value in given.items() if name not in COMMON}
 
 
 def scaled_away(recipe: Recipe) -> UserError | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vespo_megatron.losses.config import COMMON_HYPERPARAMETERS
 from vespo_megatron.losses.expected_mismatch import expected_mismatch, objective_hyperparameters, ratio_divergence
+from vespo_megatron.losses.hyperparameters import COMMON
 from vespo_megatron.losses.predicted import Divergence, Prediction, predict
 from vespo_megatron.losses.registry import get_objective
 from vespo_megatron.plan.measured_mismatch import Measured, ResponseLengths, Row, ratio_of_step
@@ -82,9 +82,7 @@ def scenario(
 def left_out(recipe: Recipe) -> list[str]:
     """Parts of the loss that the prediction does not have."""
     found = ["loss_fn.correction"] if recipe.loss_fn.correction else []
-    found += [
-        f"loss_fn.hyperparameters.{name}" for name in recipe.loss_fn.hyperparameters if name in COMMON_HYPERPARAMETERS
-    ]
+    found += [f"loss_fn.hyperparameters.{name}" for name in recipe.loss_fn.hyperparameters if name in COMMON]
     return [f"note: {', '.join(found)} left out: φ is of the ratio alone"] if found else []
 
 
