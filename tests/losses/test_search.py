@@ -5,7 +5,15 @@ import torch
 
 from tests.losses.batches import make_batch, select_sequences
 from tests.losses.test_surrogates import run
-from vespo_megatron.losses import LossInputs, PolicyLossConfig, compute_ratios, get_objective, objective_names
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import (
+    LossInputs,
+    PolicyLossConfig,
+    compute_policy_loss,
+    compute_ratios,
+    get_objective,
+    objective_names,
+)
 
 SEARCHED = [name for name in objective_names() if get_objective(name).search]
 WITHOUT_TIES = (6, 9, 0, 14, 4, 21)
@@ -30,7 +38,7 @@ def columns(batch):
 def test_what_is_found_does_not_depend_on_how_the_mini_batch_is_cut(name, seed):
     batch = make_batch(seed)
     config = PolicyLossConfig(name, SMALL.get(name, {}))
-    search = config.search
+    (search,) = config.searches
     whole = search.found(search.contributions(ratios_of(batch, config)))
     pieces = [select_sequences(batch, numbers)[0] for numbers in ([8, 3, 1], [0, 7], [2, 6, 4, 5])]
     parts = [search.contributions(ratios_of(piece, config)) for piece in pieces]
@@ -38,7 +46,7 @@ def test_what_is_found_does_not_depend_on_how_the_mini_batch_is_cut(name, seed):
     for key, value in search.found(total).items():
         torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-14)
     given = SMALL.get(name, {}) | {key: float(value) for key, value in whole.items()}
-    assert PolicyLossConfig(name, given).search is None
+    assert not PolicyLossConfig(name, given).searches
     alone, told = run(batch, name, **SMALL.get(name, {}))[1], run(batch, name, **given)[1]
     torch.testing.assert_close(told, alone, rtol=0, atol=1e-14)
 
@@ -53,7 +61,8 @@ def test_m2po_masks_as_areal_does(threshold):
         while masked < len(values) - 1 and not values[masked:].mean() < threshold:
             masked += 1
         config = PolicyLossConfig("m2po", {"m2_threshold": threshold})
-        found = config.search.found(config.search.contributions(ratios_of(batch, config)))["m2_max"]
+        (search,) = config.searches
+        found = search.found(search.contributions(ratios_of(batch, config)))["m2_max"]
         assert int((values <= found).sum()) == len(values) - masked
 
 
@@ -80,3 +89,41 @@ def test_clip_cov_draws_as_many_as_verl_from_those_it_draws_from():
     )
     differ = (drawn != plain).nonzero()[:, 0].tolist()
     assert len(differ) == number and set(differ) <= set(candidates)
+
+
+def entropies(batch):
+    """[tokens]: no two alike."""
+    return torch.linspace(0.1, 2.0, len(batch.mask), dtype=torch.float64).flip(0).sqrt()
+
+
+def masked_by_entropy(batch, name, **hyperparameters):
+    leaf = batch.leaf()
+    inputs = LossInputs(
+        leaf, batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, mask=batch.mask, entropy=entropies(batch)
+    )
+    output = compute_policy_loss(inputs, PolicyLossConfig(name, hyperparameters))
+    output.loss.backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("name", ["vespo", "grpo", "gspo", "m2po"])
+@pytest.mark.parametrize("fraction", [0.2, 0.55, 1.0])
+def test_the_top_entropy_mask_is_trl_s_quantile_whatever_the_objective(name, fraction):
+    batch = make_batch(3)
+    entropy = entropies(batch)
+    least = torch.quantile(entropy[batch.mask], 1 - fraction)
+    plain = masked_by_entropy(batch, name)
+    expected = torch.where(entropy >= least, plain, 0.0)
+    found = masked_by_entropy(batch, name, top_entropy_fraction=fraction)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    given = masked_by_entropy(batch, name, top_entropy_fraction=fraction, entropy_min=float(least))
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-14)
+
+
+def test_the_mask_says_what_it_misses():
+    batch = make_batch(3)
+    with pytest.raises(UserError, match="entropy: is missing"):
+        run(batch, "grpo", top_entropy_fraction=0.2)
+    for wrong in (0.0, 1.5, -1.0):
+        with pytest.raises(UserError, match="top_entropy_fraction"):
+            masked_by_entropy(batch, "grpo", top_entropy_fraction=wrong)

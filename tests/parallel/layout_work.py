@@ -141,11 +141,13 @@ CORRECTION = {
     "denominator": "kept",
     "reject": [{"statistic": "k3", "level": "mean", "high": 0.0013}],
 }
-CORRECTED = {
+WHOLE_MINI_BATCH = {
+    "by entropy": (LossConfig(name="grpo", hyperparameters={"top_entropy_fraction": 0.3}), "rollout"),
+    "M2PO": (LossConfig(name="m2po", hyperparameters={"m2_threshold": 0.001}), "rollout"),
     "corrected, three policies": (LossConfig(name="grpo", correction=CORRECTION), "recompute"),
     "corrected, two policies": (LossConfig(name="reinforce", correction=CORRECTION), "rollout"),
 }
-"""What is counted over the mini-batch before its first micro-batch: of π_old/μ, and of π_θ/μ."""
+"""What is counted or searched for over the mini-batch before its first micro-batch: (loss_fn, behaviour)."""
 
 
 def objectives(
@@ -160,12 +162,13 @@ def objectives(
     normalizer = Normalizer.from_lengths([int(sample.loss_mask.sum()) for sample in batch.samples])
 
     def loss_of(name: str):
-        objective = Objective(*CORRECTED.get(name, (LossConfig(name=name), "rollout")))
+        objective = Objective(*WHOLE_MINI_BATCH.get(name, (LossConfig(name=name), "rollout")))
         if objective.needs_old_log_probs:
             for micro_batch, output in zip(batches, policy.log_probs(batches), strict=False):
                 micro_batch.old_log_probs = output[0]
         of_micro_batch = objective.loss_function(
-            objective.mini_batch_normalizer(policy, batches, LIVE, normalizer), objective.config
+            objective.mini_batch_normalizer(policy, batches, LIVE, normalizer),
+            objective.mini_batch_config(policy, batches, LIVE),
         )
 
         def loss(log_probs, entropies, micro_batch):

@@ -104,7 +104,7 @@ def test_one_process_sends_itself_nothing(workers, checkpoint):
     assert len(workers.run(layout_work.messages, 2, folder=checkpoint[0], layout={})[0]) >= 3
 
 
-OBJECTIVES = ("vespo", "grpo", "gspo", *layout_work.CORRECTED)
+OBJECTIVES = ("vespo", "grpo", "gspo", *layout_work.WHOLE_MINI_BATCH)
 
 
 @pytest.fixture(scope="module")

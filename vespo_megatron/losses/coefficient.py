@@ -10,6 +10,7 @@ from torch import Tensor
 from vespo_megatron.losses.config import PolicyLossConfig
 from vespo_megatron.losses.corrected_ratios import CorrectedRatios
 from vespo_megatron.losses.correction.weights import Weights
+from vespo_megatron.losses.entropy import high_entropy
 from vespo_megatron.losses.hyperparameters import COMMON
 from vespo_megatron.losses.objectives.hooks import opsm_keep
 from vespo_megatron.losses.registry import Objective
@@ -80,7 +81,7 @@ def coefficient(corrected: CorrectedRatios, config: PolicyLossConfig) -> Coeffic
         phi=phi,
         is_per_sequence=per_sequence,
         sequence_factor=torch.where(bad, 0.0, factor),
-        token_weights=corrected.token_weights,
+        token_weights=corrected.token_weights.dropping(high_entropy(ratios, common)),
         bad=bad,
         sequences=ratios.sequences,
         mask=ratios.mask,

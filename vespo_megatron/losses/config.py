@@ -124,9 +124,23 @@ class PolicyLossConfig:
         return get_objective(self.name)
 
     @property
-    def search(self) -> Search | None:
-        """What has to be found over a whole mini-batch first; None: nothing, or it is given."""
-        return None if self.objective.search is None else self.objective.search(self.hyperparameters)
+    def searches(self) -> list[Search]:
+        """What has to be found over a whole mini-batch first, and is not given."""
+        from vespo_megatron.losses.entropy import EntropySearch
+
+        makers = (self.objective.search, EntropySearch.from_hyperparameters)
+        made = [make(self.hyperparameters) for make in makers if make is not None]
+        return [search for search in made if search is not None]
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the policy's entropy at each token is part of the loss."""
+        return self.entropy_coefficient != 0 or self.masks_by_entropy
+
+    @property
+    def masks_by_entropy(self) -> bool:
+        """Whether tokens of low entropy have no gradient."""
+        return "top_entropy_fraction" in self.hyperparameters
 
     @property
     def correction_before_clip(self) -> bool:

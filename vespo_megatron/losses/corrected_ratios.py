@@ -77,6 +77,7 @@ def corrected_ratios(
     """
     objective, correction = config.objective, config.correction
     of_tokens = objective.level == "token" or given.per_token_advantage or correction is not None
+    of_tokens = of_tokens or config.masks_by_entropy
     through_sums = not of_tokens and not torch.compiler.is_compiling()  # which fuses the passes over tokens by itself
     local = _sums_alone(given) if through_sums else _tokens_and_sums(given, config)
     sums = replace(local.sums, others=_others(given)).over_context_parallel(given.sequences)
@@ -110,6 +111,7 @@ def corrected_ratios(
         behavior_log_probs=given.behavior_log_probs,
         old_log_probs=given.old_log_probs if given.anchored_to_old else None,
         positions=given.positions,
+        entropy=given.entropy,
         bad=bad,
         corrected_log_ratio=log_ratio,
     )

@@ -78,6 +78,8 @@ class Choice:
 COMMON: dict[str, Number | Flag | Choice] = {
     "opsm_delta": Number(null=True),
     "opsm_anchor": Choice(("behavior", "old")),
+    "top_entropy_fraction": Number(high=1.0, above=True),
+    "entropy_min": Number(-math.inf, null=True, tensor=True),
 }
 """Hyperparameters that compose with every objective."""
 

@@ -69,6 +69,8 @@ class CheckedInputs:
     per_token_advantage: bool
     positions: Tensor | None
     """int64 [tokens], index of each token in its whole response."""
+    entropy: Tensor | None = None
+    """[tokens], detached; None where nothing asks for it."""
     others: tuple[Tensor, ...] = ()
     """[tokens] each: what terms beside −Σ φ·A·log π look at; a number in them that is not finite is as bad."""
 
@@ -92,7 +94,7 @@ def check(inputs: LossInputs, config: PolicyLossConfig) -> CheckedInputs:
     needed = {
         "old_log_probs": config.behavior != "rollout",
         "ref_log_probs": config.kl_coefficient != 0,
-        "entropy": config.entropy_coefficient != 0,
+        "entropy": config.needs_entropy,
     }
     for name, is_needed in needed.items():
         if is_needed and getattr(inputs, name) is None:
@@ -112,6 +114,7 @@ def check(inputs: LossInputs, config: PolicyLossConfig) -> CheckedInputs:
         advantage=inputs.advantages.detach().to(dtype),
         per_token_advantage=_advantage_per_token(inputs, sequences),
         positions=inputs.positions,
+        entropy=inputs.entropy.detach().to(dtype) if needed["entropy"] and inputs.entropy is not None else None,
         others=tuple(other.detach().to(dtype) for other in others),
     )
 

@@ -48,6 +48,8 @@ class Ratios(OneLine):
     """[tokens]: log π_old; None in behaviour mode `rollout`."""
     positions: Tensor | None = None
     """int64 [tokens]: index of each token in its whole response; None: as packed here."""
+    entropy: Tensor | None = None
+    """[tokens]: of the policy's own distribution; None where nothing asks for it."""
     bad: Tensor | None = None
     """bool [num_sequences]: a number of the sequence is not finite; for what looks at several sequences. None: none."""
     corrected_log_ratio: Tensor | None = None

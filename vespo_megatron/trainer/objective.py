@@ -72,22 +72,25 @@ class Objective:
 
         That depends on π_θ over the whole mini-batch, which costs a forward pass.
         """
-        search = self.config.search
-        if search is None:
+        searches = self.config.searches
+        if not searches:
             return self.config
         outputs = policy.log_probs(micro_batches, routes=routes)
         if not policy.rank_info.is_last_stage:
             return self.config
-        parts = []
-        for output, micro_batch in zip(outputs, micro_batches, strict=True):
-            inputs = self._inputs(output[0], output[1], micro_batch)
-            parts.append(search.contributions(compute_ratios(inputs, self.config)))
-        if search.gathers:
-            total = gathered(torch.cat(parts, 1), data_context_parallel_group())
-        else:
-            total = torch.stack(parts).sum(0)
-            dist.all_reduce(total, group=data_context_parallel_group())
-        found = {name: value.item() for name, value in search.found(total).items()}
+        ratios = [
+            compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
+            for output, micro_batch in zip(outputs, micro_batches, strict=True)
+        ]
+        found: dict[str, float] = {}
+        for search in searches:
+            parts = [search.contributions(each) for each in ratios]
+            if search.gathers:
+                total = gathered(torch.cat(parts, 1), data_context_parallel_group())
+            else:
+                total = torch.stack(parts).sum(0)
+                dist.all_reduce(total, group=data_context_parallel_group())
+            found |= {name: value.item() for name, value in search.found(total).items()}
         return replace(self.config, hyperparameters={**self.config.hyperparameters, **found})
 
     def mini_batch_normalizer(
