@@ -38,7 +38,7 @@ def rounded(named_tensors: Iterable[tuple[str, torch.Tensor]], bits: int) -> Ite
         yield name, tensor
 
 
-def train(bits: int, run_dir: Path) -> int:
+def train(run_dir: Path, bits: int) -> int:
     """The worker of a run whose engine has rounded weights."""
     from vespo_megatron.launch import worker
     from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        sys.exit(train(arguments.bits[0], arguments.worker))
+        sys.exit(train(arguments.worker, arguments.bits[0]))
     lines = ["| bits | behavior | k3 | k2 | φ of | measured | " + " | ".join(KNOWLEDGE) + " |", "|---" * 9 + "|"]
     with tempfile.TemporaryDirectory() as folder:
         for bits in arguments.bits:
