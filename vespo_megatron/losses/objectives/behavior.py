@@ -24,8 +24,8 @@ def dppo_tv(
     """min(ρ, ratio_max)·keep: [tokens]. DPPO with the total-variation mask (arXiv 2602.04879), anchored to μ.
 
     Drops a token that has moved further than δ in probability in the direction A pushes it:
-    (A > 0 and π − μ > delta_high) or (A < 0 and μ − π > delta_low). δ .15 is that of verl's scripts, which do not
-    truncate; Stable-RL truncates at 20.
+    (A > 0 and π − μ > delta_high) or (A < 0 and μ − π > delta_low). δ .15 is that of verl's script, which does
+    not truncate; 20 is where verl's compute_policy_loss_dppo_tv does when its configuration names no bound.
     """
     moved = ratios.log_probs.exp() - ratios.behavior_log_probs.exp()
     advantage = ratios.token_advantage

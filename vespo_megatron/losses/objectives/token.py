@@ -85,7 +85,7 @@ def maspo(
     σ = clip(σ_base·π_old^−α, σ_base, σ_max) · clip(1 + β₊·A, risk_min, risk_max) for A > 0, and with 1/(1 − β₋·A) for
     A < 0: rare tokens and confident positives get more room. The gate is detached and multiplies the ratio, as read in
     FlyTune/MASPO-RL, verl/trainer/ppo/core_algos.py (its defaults are ours). `ratio_max`: no gradient where A < 0 and ρ
-    is above it, of which the source has none; 20 is what Stable-RL truncates ratios at.
+    is above it, of which the source has none; 20 is what verl truncates DPPO's at.
     """
     ratio, advantage = ratios.log_ratio.exp(), ratios.token_advantage
     # In logarithms: π_old^−α overflows for tokens that are all but impossible.
