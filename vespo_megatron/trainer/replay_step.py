@@ -3,7 +3,7 @@
 Says for every sample with a number that is not finite where that appears first: in the data, the weights, the output of
 a layer, the log-probs, the loss, or going backward. Finding nothing is an answer too: then the fault was not in the
 numbers but on a rank (its device, a kernel, a collective), which the bundle names. Where the objective uses π_old
-(`loss_fn.behavior: recompute`) it is taken from the bundle's weights, hence equal to π_θ.
+(`loss_fn.behavior: recompute` or `version`) it is taken from the bundle's weights, hence equal to π_θ.
 """
 
 from __future__ import annotations
