@@ -60,7 +60,7 @@ def test_opo_is_verls_length_weighted_baseline():
 
 
 @pytest.mark.parametrize("baseline", [True, False])
-def test_whitening_over_tokens_is_nemo_rls_and_openrlhfs(baseline):
+def test_whitening_over_tokens_is_nemo_rls(baseline):
     name = "reinforce_plus_plus_baseline_tokens" if baseline else "reinforce_plus_plus_tokens"
     found = compute_advantages(REWARDS, GROUPS, name, lengths=LENGTHS).values.tolist()
     tokens = []

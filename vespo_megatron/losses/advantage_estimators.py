@@ -19,7 +19,7 @@ from vespo_megatron.losses.registry import unknown
 EPSILON = 1e-6
 """Added to a standard deviation before dividing, as verl and NeMo-RL do."""
 VARIANCE_FLOOR = 1e-8
-"""Least variance that advantages whitened over tokens are divided by (OpenRLHF, NeMo-RL)."""
+"""Least variance that advantages whitened over tokens are divided by (NeMo-RL)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _leave_one_out_std(groups: RewardGroups) -> Tensor:
 
 
 def _optimal_baseline(groups: RewardGroups) -> Tensor:
-    """R − Σ T·R / ΣT of the group, T the response's tokens (OPO, arXiv 2505.23585; verl `opo`)."""
+    """R − Σ T·R / ΣT of the group, T the response's tokens (OPO, arXiv 2505.23585; read in verl's `opo`)."""
     lengths = _lengths(groups, "opo")
     baseline = groups.sum(lengths * groups.rewards) / groups.sum(lengths).clamp(min=1)
     return groups.rewards - baseline[groups.index]
@@ -173,7 +173,7 @@ def _standardized(values: Tensor, trained: Tensor) -> Tensor:
 
 
 def _whitened(values: Tensor, groups: RewardGroups, name: str) -> Tensor:
-    """Over tokens, as OpenRLHF and NeMo-RL do: every response counts with its length."""
+    """Over tokens, as NeMo-RL's `ReinforcePlusPlusAdvantageEstimator` does: every response counts with its length."""
     tokens = torch.where(groups.trained, _lengths(groups, name), 0.0)
     count = tokens.sum().clamp(min=1)
     centred = values - (values * tokens).sum() / count
@@ -186,7 +186,7 @@ def _global(groups: RewardGroups) -> Tensor:
 
 
 def _global_tokens(groups: RewardGroups) -> Tensor:
-    """REINFORCE++ whitened over tokens, as OpenRLHF, verl and NeMo-RL do."""
+    """REINFORCE++ whitened over tokens, as NeMo-RL and, but for N − 1, verl do."""
     return _whitened(groups.rewards, groups, "reinforce_plus_plus_tokens")
 
 
@@ -196,7 +196,7 @@ def _global_baseline(groups: RewardGroups) -> Tensor:
 
 
 def _global_baseline_tokens(groups: RewardGroups) -> Tensor:
-    """REINFORCE++-baseline whitened over tokens, as OpenRLHF, verl and NeMo-RL do."""
+    """REINFORCE++-baseline whitened over tokens, as NeMo-RL and, but for N − 1, verl do."""
     return _whitened(_group_mean(groups), groups, "reinforce_plus_plus_baseline_tokens")
 
 
