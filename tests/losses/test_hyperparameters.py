@@ -101,6 +101,7 @@ def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
             batch.cu_seqlens,
             mask=batch.mask,
             name=name,
+            entropy=-batch.log_probs.float().detach(),
             **old,
             **given,
         )

@@ -51,7 +51,7 @@ class EntropySearch:
 
 def searches_entropy(given: Mapping[str, Any]) -> bool:
     """Whether the bound of the mask is still to be found."""
-    return "top_entropy_fraction" in given and "entropy_min" not in given
+    return "top_entropy_fraction" in given and given.get("entropy_min") is None
 
 
 def high_entropy(ratios: Ratios, given: Mapping[str, Any]) -> Tensor | None:

@@ -121,6 +121,7 @@ def policy_loss(
     normalizer: Normalizer | None = None,
     old_log_probs: Tensor | None = None,
     positions: Tensor | None = None,
+    entropy: Tensor | None = None,
     advantage_level: str = "auto",
     correction: dict[str, Any] | None = None,
     on_bad_sample: str = "error",
@@ -143,6 +144,7 @@ def policy_loss(
         normalizer: the same for every aggregation.
         old_log_probs: [tokens], log π_old: the ratio becomes π_θ/π_old, and a correction is of π_old/μ.
         positions: int64 [tokens], for minpro under a group.
+        entropy: [tokens], of the policy's own distribution, for `top_entropy_fraction`.
         advantage_level: sequence, token, or auto: by length.
         correction: as `loss_fn.correction` of a recipe.
         on_bad_sample: error or drop, for sequences with numbers that are not finite.
@@ -173,6 +175,7 @@ def policy_loss(
         mask=mask,
         old_log_probs=old_log_probs,
         positions=positions,
+        entropy=entropy,
         group=group,
         advantage_level=advantage_level,
     )
