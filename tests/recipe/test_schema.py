@@ -40,6 +40,7 @@ NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
     loss_fn.expected_k3
     grpo.val_period grpo.seed grpo.advantage_clip_high loss_fn.reference_policy_kl_penalty loss_fn.entropy_coefficient
+    loss_fn.expected_k3
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
     policy.megatron_cfg.optimizer.clip_grad policy.megatron_cfg.scheduler.lr_warmup_iters
     policy.megatron_cfg.scheduler.lr_warmup_init policy.generation.val_temperature
