@@ -4,6 +4,7 @@ import math
 import re
 import types
 import typing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tests.losses.batches import make_batch
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import PolicyLossConfig, get_objective, objective_names, policy_loss
+from vespo_megatron.losses import LossInputs, PolicyLossConfig, compute_policy_loss, get_objective, objective_names
 from vespo_megatron.losses.hyperparameters import COMMON, LARGEST, ORDERED, VALUES, Choice, Flag, Number
 from vespo_megatron.losses.theory import objective_phi
 from vespo_megatron.recipe import schema
@@ -81,7 +82,15 @@ def test_a_value_that_means_nothing_is_refused_by_its_key(name, key):
 @pytest.mark.parametrize(("name", "key"), EVERY)
 def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
     batch = make_batch(6)
-    old = {"old_log_probs": batch.old_log_probs.float()} if get_objective(name).anchor == "old" else {}
+    inputs = LossInputs(
+        batch.log_probs.float(),
+        batch.behavior_log_probs.float(),
+        batch.advantages.float(),
+        batch.cu_seqlens,
+        batch.mask,
+        old_log_probs=batch.old_log_probs.float(),
+        entropy=-batch.old_log_probs.float(),
+    )
     for value in edges(VALUES[key]):
         given = {key: value}
         if key in SEARCHED:
@@ -91,21 +100,8 @@ def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
             if key in pair and set(pair) <= set(get_objective(name).hyperparameters):
                 other = pair[1 - pair.index(key)]
                 given |= {other: value} if value is not None and VALUES[other].accepts(value) else {}
-        log_probs = batch.log_probs.float().requires_grad_()
-        if value == "old":
-            continue  # needs π_old, which `rollout` has not; test_correction.py runs it
-        output = policy_loss(
-            log_probs,
-            batch.behavior_log_probs.float(),
-            batch.advantages.float(),
-            batch.cu_seqlens,
-            mask=batch.mask,
-            name=name,
-            entropy=-batch.log_probs.float().detach(),
-            **old,
-            **given,
-        )
-        output.loss.backward()
+        log_probs = inputs.log_probs.clone().requires_grad_()
+        compute_policy_loss(replace(inputs, log_probs=log_probs), config(name, **given)).loss.backward()
         assert log_probs.grad.isfinite().all(), given
 
 
@@ -135,6 +131,19 @@ def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
 def test_what_is_wrong_is_said(name, given, message):
     with pytest.raises(UserError, match=f"^{re.escape(f'loss_fn.hyperparameters.{message}')}"):
         config(name, **given)
+
+
+@pytest.mark.parametrize("name", ["bapo", "m2po", "clip_cov", "kl_cov"])
+def test_null_for_what_is_found_of_a_mini_batch_still_has_it_found(name):
+    known = [key for key in get_objective(name).hyperparameters if getattr(VALUES[key], "tensor", False)]
+    assert config(name).searches
+    assert config(name, **dict.fromkeys(known)).searches
+    assert config(name, **dict.fromkeys(known, 1.0)).searches == []
+
+
+def test_null_for_the_least_entropy_has_it_found():
+    assert config("grpo", top_entropy_fraction=0.5, entropy_min=None).searches
+    assert config("grpo", top_entropy_fraction=0.5, entropy_min=1.0).searches == []
 
 
 def test_hyperparameters_that_are_no_names_and_values_are_refused():
