@@ -10,6 +10,7 @@
 #   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
+#   make test-wheel     the wheel in an empty environment, by pip from an index: torch and NumPy, none of the stack
 #   make test-triton    GPU kernels in Triton's interpreter, and compiled for an H100; installs Triton (285 MB)
 #   make lint    ruff, its format, types (mypy), dead code (vulture), import contracts; each a target of its own
 #   make venv    install only
@@ -28,7 +29,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-browser test-nemo test-triton nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
+.PHONY: train test test-nightly test-slurm test-browser test-nemo test-wheel test-triton nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -60,6 +61,9 @@ $(NEMO)/.installed: requirements/nemo.txt $(STAMP)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 		> "$$($(NEMO)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_base.pth"
 	touch $@
+
+test-wheel: $(STAMP)
+	$(BIN)/python -m pytest -m wheel tests/packaging
 
 test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0
@@ -111,7 +115,7 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.tx
 	$(PIP) $(TORCH_OPTIONS) -r requirements/torch.txt
 	$(PIP) -r requirements/cpu.txt
 	$(PIP) --no-deps -r requirements/sglang-cpu.txt
-	$(PIP) --no-deps --editable .
+	$(PIP) --editable '.[train]'  # all of it pinned above
 	touch $(STAMP)
 
 clean:

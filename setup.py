@@ -1,5 +1,8 @@
 """Package metadata. Pinned sets that were run together are in requirements/; extras here say what a feature needs.
 
+Without an extra it is `vespo_megatron.losses`, which needs torch and NumPy; `train` is everything that the command line
+imports, and whatever trains includes it.
+
 NVIDIA Apex is never a dependency: PyPI's `apex` is an unrelated Pyramid toolkit. SGLang's own requirements pin a CUDA
 torch, so `sglang-cpu` lists what its server needs on a CPU, and SGLang itself is installed without dependencies:
 `pip install --no-deps -r requirements/sglang-cpu.txt`.
@@ -14,6 +17,30 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vespo_megatron" / "__init__.py").read_text())[1]
 
 EXTRAS = {
+    "train": [
+        "aiohttp",
+        "annotated-types",
+        "datasets>=5",
+        "jinja2",
+        "math-verify==0.9.0",
+        "matplotlib",
+        "megatron-core==0.16.1",
+        "omegaconf>=2.3",
+        "packaging",
+        "psutil",
+        "pyarrow",
+        "pydantic>=2",
+        "pyinstrument",
+        "pyyaml",
+        "requests",
+        "safetensors",
+        "scipy",
+        "tensorboard",
+        "tqdm",
+        "transformers>=5",
+        "urllib3",
+        "xxhash",
+    ],
     "sglang-cpu": [
         "aiohttp",
         "apache-tvm-ffi==0.1.11",
@@ -57,9 +84,10 @@ EXTRAS = {
         "zstandard",
     ],
     # The bare transformer-engine imports with a RuntimeError that megatron-core does not catch.
-    "te": ["transformer-engine[pytorch,core_cu12]>=2.9,<2.12"],
-    "nemo": ["nemo-toolkit[core]==3.0.0", "einops", "sentencepiece", "pandas"],
+    "te": ["vespo-megatron[train]", "transformer-engine[pytorch,core_cu12]>=2.9,<2.12"],
+    "nemo": ["vespo-megatron[train]", "nemo-toolkit[core]==3.0.0", "einops", "sentencepiece", "pandas"],
     "dev": [
+        "vespo-megatron[train]",
         "accelerate",
         "atheris",
         "hypothesis",
@@ -71,7 +99,7 @@ EXTRAS = {
         "ruff",
         "vulture",
     ],
-    "bench": ["trl==1.16.0"],
+    "bench": ["vespo-megatron[train]", "trl==1.16.0"],
 }
 
 setup(
@@ -88,25 +116,8 @@ setup(
         "vespo_megatron": ["py.typed", "rollout_sglang/plugin/stubs/**/*.py", "study/templates/*", "slurm/templates/*"]
     },
     install_requires=[
-        "aiohttp",
-        "datasets>=5",
-        "jinja2",
-        "math-verify==0.9.0",
-        "matplotlib",
-        "megatron-core==0.16.1",
         "numpy",
-        "omegaconf>=2.3",
-        "psutil",
-        "pydantic>=2",
-        "pyinstrument",
-        "pyyaml",
-        "requests",
-        "safetensors",
-        "scipy",
-        "tensorboard",
         "torch>=2.10",  # addmm(out_dtype=) takes a float32 sum to add to (pytorch #167931)
-        "tqdm",
-        "transformers>=5",
     ],
     extras_require=EXTRAS,
     entry_points={

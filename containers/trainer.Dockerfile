@@ -14,7 +14,7 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY vespo_megatron vespo_megatron
 # The image's own torch is kept: Transformer Engine is compiled against it.
 RUN python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > /tmp/constraints.txt \
-    && pip install --constraint /tmp/constraints.txt . \
+    && pip install --constraint /tmp/constraints.txt '.[train]' \
     && pip install --constraint /tmp/constraints.txt --no-build-isolation 'transformer-engine[pytorch,core_cu12]>=2.9,<2.12' \
     && vespo-megatron --help > /dev/null
 COPY examples examples

@@ -28,7 +28,7 @@ def check_exp_manager(recipe: Recipe) -> None:
         from nemo.utils.exp_manager import ExpManagerConfig
     except ImportError as error:
         raise UserError(
-            f"NeMo cannot be imported ({error})", where="nemo_entry", fix="pip install 'vespo_megatron[nemo]'"
+            f"NeMo cannot be imported ({error})", where="nemo_entry", fix="pip install 'vespo-megatron[nemo]'"
         ) from None
     try:
         OmegaConf.merge(OmegaConf.structured(ExpManagerConfig), OmegaConf.create(recipe.exp_manager.model_dump()))
@@ -73,7 +73,7 @@ def _compose(arguments: list[str]) -> DictConfig:
         from nemo.core.config import hydra_runner
     except ImportError as error:
         raise UserError(
-            f"NeMo cannot be imported ({error})", where="nemo_entry", fix="pip install 'vespo_megatron[nemo]'"
+            f"NeMo cannot be imported ({error})", where="nemo_entry", fix="pip install 'vespo-megatron[nemo]'"
         ) from None
     composed: list[DictConfig] = []
     own, sys.argv = sys.argv, [sys.argv[0], *arguments]  # Hydra reads nothing else

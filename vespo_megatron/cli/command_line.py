@@ -62,12 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
+    from vespo_megatron.installed import missing_packages
     from vespo_megatron.run.processes import Stopped
 
     try:
         return COMMANDS[parsed.command].run(parsed) or 0
     except UserError as error:
         print(f"vespo-megatron: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not (missing := missing_packages()):
+            raise
+        print(
+            f"vespo-megatron: {parsed.command} needs {error.name}, which is not installed: "
+            f"pip install 'vespo-megatron[train]' brings it and whatever else is missing ({len(missing)} packages)",
+            file=sys.stderr,
+        )
         return 2
     except Stopped as stopped:
         print(f"vespo-megatron: {stopped}", file=sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata, util
 
 from vespo_megatron.doctor.findings import FAIL, OK, WARN, Finding
+from vespo_megatron.installed import missing_packages
 
 TRIED = {"torch": ">=2.11,<2.14", "megatron-core": "==0.16.1", "transformers": ">=5.0,<5.20"}
 """Package → the versions it is known to work with."""
@@ -32,16 +33,22 @@ def python() -> Iterator[Finding]:
 
 def required_packages() -> Iterator[Finding]:
     """What every trainer process imports."""
-    from packaging.specifiers import SpecifierSet
-
+    if missing := missing_packages():
+        yield Finding("packages", FAIL, f"{', '.join(missing)} missing", "pip install 'vespo-megatron[train]'")
     for package, tried in TRIED.items():
         found = version_of(package)
         if found is None:
             yield Finding(package, FAIL, "is not installed", f"pip install '{package}{tried}'")
-        elif SpecifierSet(tried).contains(found.split("+")[0], prereleases=True):
+        elif _was_tried(found, tried):
             yield Finding(package, OK, found)
         else:
             yield Finding(package, WARN, f"{found} has not been tried", f"run make test, or install {package}{tried}")
+
+
+def _was_tried(version: str, tried: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(tried).contains(version.split("+")[0], prereleases=True)
 
 
 def transformer_engine() -> Iterator[Finding]:
