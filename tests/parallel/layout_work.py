@@ -16,6 +16,7 @@ from vespo_megatron.megatron.micro_batch import MicroBatch, layouts, prepare
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.recipe.schema import LossConfig, PolicyConfig
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
+from vespo_megatron.trainer.expert_load import stage_load
 from vespo_megatron.trainer.objective import Objective
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
@@ -306,7 +307,7 @@ def router_gradient(folder: str, layout: dict[str, Any], store: str) -> dict[str
         np.random.default_rng(0).random((10, len(policy.replay.hooks), NUM_EXPERTS)).argsort(-1)[..., :TOPK]
     )
     policy.replay._mode = "replay"
-    with policy.replay.forward(0, table, None, "cpu"):
+    with policy.replay.forward(0, table, None, torch.device("cpu"), torch.ones(10, dtype=torch.bool)):
         gates, _ = router(hidden)
     policy.replay._mode = "off"
     (ours,) = torch.autograd.grad((gates * weights).sum(), router.weight)
@@ -348,6 +349,38 @@ def broken_replay(folder: str, layout: dict[str, Any], store: str, fault: str) -
         assert all(not hook.pending and not hook.forwards for hook in policy.replay.hooks)
         return str(error)
     return "no error"
+
+
+def expert_load(folder: str, layout: dict[str, Any], store: str, routes: str) -> dict[str, Any]:
+    """The load of one update as this rank reports it, and what the routers' own outputs say (one process).
+
+    Args:
+        routes: live, or R3, the samples' random routes.
+    """
+    policy = build(folder, layout, store)
+    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
+    use = RouteUse("replay", lambda each: (each.engine_routes, None)) if routes == "R3" else LIVE
+    seen: dict[int, torch.Tensor] = {}
+    at_hand: list[MicroBatch] = []
+
+    def count(router, _inputs, output):
+        if torch.is_grad_enabled():
+            real = at_hand[-1].layout.is_real[at_hand[-1].layout.sequence_parallel_slice]
+            seen[router.layer_number] = seen.get(router.layer_number, 0) + output[1][real].sum(dim=0)
+
+    if not layout:
+        policy.on_progress = lambda: at_hand.append(batches[len(at_hand)])
+        for layer in hf_weights.unwrap(policy.chunks[0]).decoder.layers:
+            if hasattr(layer.mlp, "router"):
+                layer.mlp.router.register_forward_hook(count)
+    policy.log_probs(batches)  # is nobody's load
+    at_hand.clear()
+    result = policy.update(batches, weighted_loss, routes=use)
+    return {
+        "stage": stage_load([result], policy),
+        "counts": dict(zip(policy.replay.layer_numbers, result.expert_load.tolist(), strict=True)),
+        "seen": {layer: counts.tolist() for layer, counts in seen.items()},
+    }
 
 
 def change_with_a_frozen_router(folder: str, layout: dict[str, Any], store: str) -> dict[str, float] | None:

@@ -39,6 +39,8 @@ class MicroBatch:
     """bool [R]"""
     advantages: torch.Tensor
     """float32 [B]"""
+    is_real: torch.Tensor
+    """bool [T / TP], the rows of this rank's routers: False for padding."""
     old_log_probs: torch.Tensor | None = None
     """float32 [R], log π_old by the training engine, once a log-prob pass has run."""
     ref_log_probs: torch.Tensor | None = None
@@ -123,5 +125,6 @@ def _slice(
         behavior_log_probs=to_device(layout.response_values([sample.behavior_log_probs for sample in batch.samples])),
         mask=to_device(layout.response_values([sample.loss_mask for sample in batch.samples])),
         advantages=to_device(batch.advantages.astype(np.float32)),
+        is_real=to_device(layout.is_real[layout.sequence_parallel_slice]),
         engine_routes=engine_routes,
     )

@@ -133,6 +133,11 @@ def data_context_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def stage_group() -> dist.ProcessGroup:
+    """The tensor × context × data parallel ranks of this pipeline stage: those whose rows of a layer add up."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
 def pipeline_group() -> dist.ProcessGroup:
     """The stages one micro-batch passes through."""
     return parallel_state.get_pipeline_model_parallel_group()

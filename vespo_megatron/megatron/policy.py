@@ -61,6 +61,8 @@ class UpdateResult:
     succeeded: bool
     reports: list[Any]
     """What the loss function reported, per micro-batch; empty but on the last pipeline stage."""
+    expert_load: torch.Tensor | None = None
+    """int64 [layers, experts], tokens of this rank's rows and layers; None where it is not counted."""
 
 
 class MegatronPolicy:
@@ -104,6 +106,8 @@ class MegatronPolicy:
         self.replay = RouteReplay(
             [hf_weights.unwrap(chunk) for chunk in self.chunks],
             recomputes=model_config.recompute_granularity == "full",
+            num_experts=self.shape.num_experts,
+            counts_load=config.megatron_cfg.track_moe_metrics,
         )
         self.exporter = hf_weights.WeightExporter(
             self.chunks, self.shape, rank_info, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
@@ -209,15 +213,16 @@ class MegatronPolicy:
         which then leaves weights, optimizer and schedule as they were.
         """
         reports = self.compute_gradients(micro_batches, loss, routes=routes)
+        load = None if self.replay.load is None else self.replay.load.counts
         if not before_step(reports):
-            return UpdateResult(math.nan, self.optimizer.param_groups[0]["lr"], False, reports)
+            return UpdateResult(math.nan, self.optimizer.param_groups[0]["lr"], False, reports, load)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
         self.updates_taken += 1
         self.scheduler.step(increment=1)
         if self.rank_info.device.type == "cpu":
             return_free_memory()
-        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports)
+        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports, load)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -244,7 +249,7 @@ class MegatronPolicy:
                 return_free_memory()
             chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
             table, observed = routes.tables(micro_batch)
-            with self.replay.forward(chunk, table, observed, self.rank_info.device):
+            with self.replay.forward(chunk, table, observed, self.rank_info.device, micro_batch.is_real):
                 output = model(
                     input_ids=micro_batch.input_ids,
                     position_ids=micro_batch.position_ids,
@@ -256,7 +261,9 @@ class MegatronPolicy:
 
         iterators = [iter(micro_batches) for _ in self.chunks]
         backward = not schedule["forward_only"]
-        with self.replay.running(routes.mode, micro_batches=len(micro_batches), backward=backward):
+        with self.replay.running(
+            routes.mode, micro_batches=len(micro_batches), backward=backward, device=self.rank_info.device
+        ):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],

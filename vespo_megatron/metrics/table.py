@@ -264,7 +264,7 @@ ROUTES = (
     ),
     Metric(
         "routes/agreement_layer_*",
-        "The same, late in the run, layer by layer.",
+        "The same, layer by layer.",
         "",
         WHOLE,
         "tokens",
@@ -274,6 +274,38 @@ ROUTES = (
     Metric("routes/drift_agreement", "Experts of θ_old that θ would choose too (R2).", "", WHOLE, "tokens"),
     Metric("routes/drift_agreement_layer_*", "The same, layer by layer.", "", WHOLE, "tokens"),
     Metric("routes/drift_differing_tokens", "Tokens that differ in any layer from θ_old's.", "", WHOLE, "tokens"),
+    Metric(
+        "routes/max_violation",
+        "Load of a layer's busiest expert over the layer's mean, less 1 (MaxVio); mean of the layers.",
+        "",
+        over="updates",
+        title="Expert load: MaxVio",
+    ),
+    Metric("routes/max_violation_worst_layer", "Of the layer where it is largest.", "", over="updates"),
+    Metric(
+        "routes/max_violation_layer_*",
+        "The same, layer by layer.",
+        "",
+        over="updates",
+        title="MaxVio by layer",
+    ),
+    Metric(
+        "routes/busiest_expert_share",
+        "Share of a layer's load on its busiest expert; mean of the layers.",
+        "",
+        over="updates",
+    ),
+    Metric("routes/busiest_expert_share_worst_layer", "Of the layer where it is largest.", "", over="updates"),
+    Metric("routes/busiest_expert_share_layer_*", "The same, layer by layer.", "", over="updates"),
+    Metric(
+        "routes/dead_experts",
+        "Experts of a layer that no token of an update was sent to; mean of the layers.",
+        "experts",
+        over="updates",
+        title="Dead experts",
+    ),
+    Metric("routes/dead_experts_worst_layer", "Of the layer where there are most.", "experts", over="updates"),
+    Metric("routes/dead_experts_layer_*", "The same, layer by layer.", "experts", over="updates"),
     Metric("routes/bytes_per_token", "Host memory of the routes that are held.", "bytes", WHOLE),
 )
 

@@ -119,8 +119,6 @@ MEANINGLESS: tuple[tuple[str, str], ...] = (
     ("policy.megatron_cfg.env_vars*", "set the environment of the job"),
     ("policy.megatron_cfg.fp8_cfg.*", "off"),
     ("policy.megatron_cfg.peft.*", "off"),
-    ("policy.megatron_cfg.track_moe_metrics", "routes/* are logged with router_replay"),
-    ("policy.megatron_cfg.moe_per_layer_logging", "routes/* are logged with router_replay"),
     (f"{_OPTIMIZER}.bf16", "policy.precision"),
     (f"{_OPTIMIZER}.params_dtype", "the optimizer's weights are float32"),
     (f"{_OPTIMIZER}.sgd_momentum", "of SGD"),

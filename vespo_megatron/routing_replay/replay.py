@@ -1,9 +1,10 @@
-"""Recording and replay of expert routes on live routers, through megatron-core's `RouterReplay` hook.
+"""Recording, replay and counting of expert routes on live routers, through megatron-core's `RouterReplay` hook.
 
 megatron-core calls `router.router_replay.get_replay_topk(...)` where a router would take its top-k. Upstream's object
 keeps one global list in construction order, the last recording only, and a backward queue that only recompute drains
 (router_replay.py:26, 94, 88). Here one `RouteReplay` per policy owns a `LayerReplay` per router, found by walking the
-live model and known by its layer number; it serves each router the micro-batch at hand, and counts.
+live model and known by its layer number; it serves each router the micro-batch at hand, and counts: how often each
+router used it, and in training how many tokens each expert got.
 
 Which micro-batch is at hand: inside `forward(...)` the one named there; outside, in a backward with activation
 recompute, the oldest whose forward this router has seen and not yet recomputed, since every schedule runs a chunk's
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.routing_replay.load import ExpertLoad
 from vespo_megatron.routing_replay.table import RouteTable
 
 Chosen = tuple[torch.Tensor, torch.Tensor]
@@ -98,13 +100,17 @@ class RouteReplay:
     Args:
         chunks: unwrapped models.
         recomputes: whether activation recompute runs the routers again in the backward.
+        num_experts: of a layer.
+        counts_load: whether passes with a backward count each expert's tokens.
 
     Raises:
         UserError: a router computes its top-k in a way that passes the hook by.
     """
 
-    def __init__(self, chunks: Sequence[DecoderChunk], *, recomputes: bool) -> None:
-        self.recomputes = recomputes
+    def __init__(
+        self, chunks: Sequence[DecoderChunk], *, recomputes: bool, num_experts: int, counts_load: bool
+    ) -> None:
+        self.recomputes, self.num_experts, self.counts_load = recomputes, num_experts, counts_load
         self.hooks: list[LayerReplay] = []
         for index, chunk in enumerate(chunks):
             layers: Sequence[TransformerLayer] = chunk.decoder.layers
@@ -124,6 +130,10 @@ class RouteReplay:
         self._mode = "off"
         self._current: _InFlight | None = None
         self._chunk = -1
+        self.load: ExpertLoad | None = None
+        """Of the last pass with a backward; None where nothing is counted."""
+        self._counting: ExpertLoad | None = None
+        self._is_real: torch.Tensor | None = None
 
     @property
     def layer_numbers(self) -> list[int]:
@@ -131,7 +141,7 @@ class RouteReplay:
         return [hook.layer_number for hook in self.hooks]
 
     @contextlib.contextmanager
-    def running(self, mode: str, *, micro_batches: int, backward: bool) -> Iterator[None]:
+    def running(self, mode: str, *, micro_batches: int, backward: bool, device: torch.device) -> Iterator[None]:
         """One pass over `micro_batches` micro-batches: mode 'off', 'record' or 'replay'.
 
         At the end every router must have used every micro-batch once, and once more where the backward recomputes;
@@ -142,6 +152,9 @@ class RouteReplay:
         """
         self._reset()
         self._mode = mode
+        if backward:
+            self.load = ExpertLoad(len(self.hooks), self.num_experts, device) if self.counts_load else None
+            self._counting = self.load
         try:
             yield
             if mode != "off":
@@ -151,32 +164,50 @@ class RouteReplay:
 
     @contextlib.contextmanager
     def forward(
-        self, chunk: int, table: RouteTable | None, observed: RouteTable | None, device: torch.device
+        self,
+        chunk: int,
+        table: RouteTable | None,
+        observed: RouteTable | None,
+        device: torch.device,
+        is_real: torch.Tensor,
     ) -> Iterator[None]:
-        """The forward of one micro-batch through one model chunk; `observed` takes what the routers would choose."""
-        if self._mode == "off":
+        """The forward of one micro-batch through one model chunk.
+
+        Args:
+            chunk: index of the model chunk.
+            table: what is recorded into or replayed.
+            observed: takes what the routers would choose.
+            device: where the model is.
+            is_real: bool [rows], False for padding, which is nobody's load.
+        """
+        if self._mode != "off":
+            self._current = self._in_flight(table, observed, device)
+        self._chunk, self._is_real = chunk, is_real
+        try:
             yield
-            return
+            if self._current is not None:
+                self._current.write_back()
+        finally:
+            self._current, self._chunk, self._is_real = None, -1, None
+
+    def _in_flight(self, table: RouteTable | None, observed: RouteTable | None, device: torch.device) -> _InFlight:
         if table is None:
             raise UserError("has no routes", where="micro-batch", expected=f"a route table to {self._mode}")
         if self._mode == "record":
-            self._current = _InFlight(table, torch.empty(0), observed=table)
-        else:
-            # One copy per micro-batch; the layers read columns of it without waiting for anything.
-            experts = torch.from_numpy(table.experts).to(device, non_blocking=True)
-            live = torch.from_numpy(table.live_rows.astype("int64")).to(device, non_blocking=True)
-            self._current = _InFlight(table, experts, live if len(live) else None, observed)
-        self._chunk = chunk
-        try:
-            yield
-            self._current.write_back()
-        finally:
-            self._current, self._chunk = None, -1
+            return _InFlight(table, torch.empty(0), observed=table)
+        # One copy per micro-batch; the layers read columns of it without waiting for anything.
+        experts = torch.from_numpy(table.experts).to(device, non_blocking=True)
+        live = torch.from_numpy(table.live_rows.astype("int64")).to(device, non_blocking=True)
+        return _InFlight(table, experts, live if len(live) else None, observed)
 
     def route(self, hook: LayerReplay, scores: torch.Tensor, choose: Callable[[], Chosen]) -> Chosen:
         """The (values, indices) [rows, topk] a router gets instead of its own top-k."""
-        if self._mode == "off":
-            return choose()
+        values, indices = choose() if self._mode == "off" else self._recorded_or_replayed(hook, scores, choose)
+        if self._counting is not None and self._is_real is not None:  # None in the backward: counted already
+            self._counting.add(hook.column, indices, self._is_real)
+        return values, indices
+
+    def _recorded_or_replayed(self, hook: LayerReplay, scores: torch.Tensor, choose: Callable[[], Chosen]) -> Chosen:
         if self._current is not None:
             batch = self._current
             hook.forwards += 1
@@ -232,6 +263,7 @@ class RouteReplay:
 
     def _reset(self) -> None:
         self._mode, self._current, self._chunk = "off", None, -1
+        self._counting = self._is_real = None
         for hook in self.hooks:
             hook.forwards = hook.recomputes = 0
             hook.pending.clear()

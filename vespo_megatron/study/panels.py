@@ -60,6 +60,9 @@ PANELS: tuple[Panel, ...] = (
     Panel(("staleness/lag_mean", "staleness/lag_max")),
     Panel(("routes/agreement",), share=True),
     Panel(("routes/agreement_layer_*",), over="layer"),
+    Panel(("routes/max_violation", "routes/max_violation_worst_layer")),
+    Panel(("routes/max_violation_layer_*",), over="layer"),
+    Panel(("routes/dead_experts", "routes/dead_experts_worst_layer")),
 )
 
 

@@ -17,12 +17,13 @@ from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.expert_load import expert_load_metrics, stage_load
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.off_policy_baseline import OffPolicyBaseline
 from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter
 from vespo_megatron.trainer.timers import Timers
-from vespo_megatron.trainer.update_metrics import reduce_updates
+from vespo_megatron.trainer.update_metrics import reduce_updates, taken
 from vespo_megatron.trainer.version_passes import VersionPass
 
 
@@ -145,7 +146,14 @@ class TrainStep:
         """Metrics of updates and routes over all ranks; complete on rank 0, empty elsewhere."""
         metrics = reduce_updates(results, self.objective, self.policy.rank_info, self.scatter)
         report = (routes.engine, routes.drift, *route_bytes(batch.micro_batches, self.policy.rank_info))
-        return metrics | route_metrics(self.scatter.to_rank_zero(report)) | self._version_metrics(batch)
+        reports = self.scatter.to_rank_zero((report, stage_load(taken(results), self.policy)))
+        per_layer = self.recipe.policy.megatron_cfg.moe_per_layer_logging
+        return (
+            metrics
+            | route_metrics([report for report, _ in reports])
+            | expert_load_metrics([load for _, load in reports], per_layer=per_layer)
+            | self._version_metrics(batch)
+        )
 
     def _fill_old_log_probs(self, batch: SlicedBatch, routes: StepRoutes) -> None:
         """π_old: log-probs by the training engine under the weights the rollout batch starts with."""

@@ -14,13 +14,18 @@ from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.scatter import Scatter
 
 
+def taken(results: Sequence[UpdateResult]) -> Sequence[UpdateResult]:
+    """The updates whose metrics count: those that were taken; the last one where all were refused."""
+    return [result for result in results if result.succeeded] or results[-1:]
+
+
 def reduce_updates(
     results: Sequence[UpdateResult], objective: Objective, rank_info: RankInfo, scatter: Scatter
 ) -> dict[str, Any]:
     """Metrics of the updates that were taken, over all ranks; complete on rank 0, empty elsewhere. A collective."""
     skipped = sum(not result.succeeded for result in results)
     last_rate = results[-1].learning_rate
-    results = [result for result in results if result.succeeded] or results[-1:]
+    results = taken(results)
     merged: dict[str, float] = {}
     histograms: dict[str, Any] = {}
     if rank_info.is_last_stage:

@@ -68,6 +68,8 @@ class MegatronConfig(Section):
     )
     freeze_moe_router: bool = key(False, "Do not train the routers' weights.")
     moe_router_dtype: Literal["fp32", "fp64"] | None = key("fp32", "Router numerics; null: as the model.")
+    track_moe_metrics: bool = key(True, "Count each expert's tokens in training: routes/max_violation and its kin.")
+    moe_per_layer_logging: bool = key(True, "Log them of every layer besides their mean and the worst layer.")
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = key(
         "alltoall", "How tokens travel to their experts."
     )
