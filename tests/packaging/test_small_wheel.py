@@ -22,6 +22,7 @@ CASES = {
     "slurm": ["recipe.yaml"],
     "compare": ["study.yaml"],
     "plan": ["recipe.yaml", "--gpu", "h100-80"],
+    "predict": ["recipe.yaml"],
     "simulate": ["recipe.yaml", "--gpu", "h100-80"],
     "report": ["."],
     "kernels": [],

@@ -1,10 +1,12 @@
 """φ(W), surrogate f(W) and implicit proposal of any objectives, as a picture and a table (`vespo-megatron kernels`).
 
-With `--compare vespo,grpo,gspo,sapo` it is the paper's Figure 2 from this project's own code.
+`--figure paper-2` is the paper's Figure 2 from this project's own code.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,20 +21,53 @@ TABLE_W = (0.1, 0.5, 1.0, 2.0, 4.0)
 
 
 def read_weights(path: Path) -> Tensor:
-    """W from a file with one log W per line: float64 [n]. Raises UserError for what is no number."""
+    """W from a file with one log W per line: float64 [n].
+
+    Raises:
+        UserError: a file that cannot be read, and a line that is no finite number.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), expected="a file of one log W per line") from None
     values = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            try:
-                values.append(float(line))
-            except ValueError as error:
-                raise UserError(f"{line!r} is no number", where=f"{path}:{number}", expected="log W") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = float(line)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{line.strip()!r} is no finite number", where=f"{path}:{number}", expected="log W")
+        values.append(value)
     if not values:
         raise UserError("is empty", where=str(path), expected="one log W per line")
     return torch.tensor(values, dtype=torch.float64).clamp(-20, 20).exp()
 
 
-def run_kernels(names: list[str], *, w: Tensor, length: int = 1, output: Path | None = None) -> str:
+@dataclass(frozen=True)
+class Axes:
+    """How W is drawn, and where f is 0."""
+
+    w: Tensor
+    """float64 [points]"""
+    scale: str
+    f_at_zero: float
+    """The W at which f is 0."""
+    f_limits: tuple[float, float]
+
+
+LOGARITHMIC = Axes(torch.logspace(-1.5, 1.0, 1200, dtype=torch.float64), "log", 1.0, (-3.0, 3.0))
+LINEAR = Axes(torch.linspace(1e-3, 3.0, 1200, dtype=torch.float64), "linear", 1e-6, (0.0, 3.0))
+FIGURES: dict[str, tuple[list[str], Axes]] = {"paper-2": (["sapo", "vespo", "grpo"], LINEAR)}
+"""Pictures by name. paper-2: Figure 2 of arXiv 2602.10693 v3: a linear W, f as it is with f(0) = 0, of SAPO, VESPO and
+the hard clip (`grpo`)."""
+
+
+def run_kernels(
+    names: list[str], *, w: Tensor, length: int = 1, output: Path | None = None, axes: Axes = LOGARITHMIC
+) -> str:
     """Draw φ and f of `names` for both signs of A to `output` (PNG), and return the table as Markdown.
 
     Args:
@@ -40,12 +75,16 @@ def run_kernels(names: list[str], *, w: Tensor, length: int = 1, output: Path | 
         length: tokens of a response.
 
     Raises:
-        UserError: unknown objective (the nearest is named).
+        UserError: no objective, or an unknown one (the nearest is named); a length below 1.
     """
+    if not names:
+        raise UserError("names no objective", where="--compare", expected="for example vespo,grpo")
+    if length < 1:
+        raise UserError(f"is {length}", where="--length", expected="the tokens of a response, at least 1")
     for name in names:
         get_objective(name)
     if output is not None:
-        draw(names, length, output)
+        draw(names, length, output, axes)
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for name in names:
         for positive in (True, False):
@@ -65,12 +104,12 @@ def vespo_constants(positive: bool) -> tuple[float, float]:
     return defaults[f"c1_{sign}"], defaults[f"c2_{sign}"]
 
 
-def draw(names: list[str], length: int, output: Path) -> None:
-    """φ above, f below (f(1) = 0), A ≥ 0 left, A < 0 right; W on a logarithmic axis."""
+def draw(names: list[str], length: int, output: Path, drawn: Axes = LOGARITHMIC) -> None:
+    """φ above, f below, A ≥ 0 left, A < 0 right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    w = torch.logspace(-1.5, 1.0, 1200, dtype=torch.float64)
+    w, zero = drawn.w, torch.tensor([drawn.f_at_zero], dtype=torch.float64)
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
@@ -81,17 +120,22 @@ def draw(names: list[str], length: int, output: Path) -> None:
                 return objective_phi(name, at, positive=positive, length=length)
 
             axes[0, column].plot(w, phi(w), label=name)
-            axes[1, column].plot(w, surrogate(phi, w), label=name)
+            axes[1, column].plot(w, surrogate(phi, w) - surrogate(phi, zero), label=name)
         axes[0, column].set_title("A ≥ 0" if positive else "A < 0")
         axes[0, column].set_ylim(-0.05, 2.5)
-        axes[1, column].set_ylim(-3, 3)
+        axes[1, column].set_ylim(*drawn.f_limits)
         axes[1, column].set_xlabel("W")
-        axes[1, column].set_xscale("log")
+        axes[1, column].set_xscale(drawn.scale)
         for row in (0, 1):
             axes[row, column].axvline(1.0, color="grey", linewidth=0.5)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].set_ylabel("φ(W): coefficient of A·∇log π")
-    axes[1, 0].set_ylabel("f(W): surrogate, f(1) = 0")
+    axes[1, 0].set_ylabel(f"f(W): surrogate, f({drawn.f_at_zero:.0f}) = 0")
     axes[0, 0].legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+        raise UserError(
+            f"cannot be written: {error}", where=str(output), expected="a .png, .svg or .pdf that can be written"
+        ) from None
