@@ -22,8 +22,8 @@ def reinforce(ratios: Ratios) -> Tensor:
 def grpo(ratios: Ratios, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 3.0) -> Tensor:
     """Clipped token ratio: [tokens]. GRPO with DAPO's clip-higher.
 
-    Bounds are relative: 1 − clip_low and 1 + clip_high. `dual_clip` bounds ρ for A < 0: 3 is verl's, 10 that of the
-    VESPO scripts, None switches it off. GRPO aggregates seq-mean-token-mean, DAPO token-mean.
+    Bounds are relative: 1 − clip_low and 1 + clip_high. `dual_clip` bounds ρ for A < 0: 3 is verl's, 10 that of its
+    30B examples, None switches it off. GRPO aggregates seq-mean-token-mean, DAPO token-mean.
     """
     return clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
 
