@@ -62,7 +62,7 @@ LOGARITHMIC = Axes(torch.logspace(-1.5, 1.0, 1200, dtype=torch.float64), "log", 
 LINEAR = Axes(torch.linspace(1e-3, 3.0, 1200, dtype=torch.float64), "linear", 1e-6, (0.0, 3.0))
 FIGURES: dict[str, tuple[list[str], Axes]] = {"paper-2": (["sapo", "vespo", "grpo"], LINEAR)}
 """Pictures by name. paper-2: Figure 2 of arXiv 2602.10693 v3: a linear W, f as it is with f(0) = 0, of SAPO, VESPO and
-the hard clip (`grpo`)."""
+the hard clip (`grpo`); its axes and curves are as described to this project, not read at the source."""
 
 
 def run_kernels(
