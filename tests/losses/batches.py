@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from vespo_megatron.losses import LossInputs
 
 LENGTHS = (5, 0, 1, 12, 7, 1, 4, 30, 3)
 ALL_MASKED = 8
@@ -97,6 +100,22 @@ def make_batch(
     for tensor in (batch.log_probs, batch.behavior_log_probs, batch.old_log_probs, batch.token_advantages):
         tensor[~mask] = torch.nan
     return batch
+
+
+def loss_inputs(batch: Batch, log_probs: Tensor, *, per_token: bool = False, **changes: Any) -> LossInputs:
+    """The batch as the loss takes it, every input given; `per_token` advantages; `changes` of `LossInputs`' fields."""
+    inputs = LossInputs(
+        log_probs,
+        batch.behavior_log_probs,
+        batch.token_advantages if per_token else batch.advantages,
+        batch.cu_seqlens,
+        mask=batch.mask,
+        old_log_probs=batch.old_log_probs,
+        ref_log_probs=batch.old_log_probs,
+        positions=batch.positions,
+        advantage_level="token" if per_token else "sequence",
+    )
+    return replace(inputs, **changes)
 
 
 def select_tokens(batch: Batch, tokens: list[Tensor]) -> Batch:

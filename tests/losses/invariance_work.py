@@ -10,12 +10,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from tests.losses.batches import Batch, make_batch, select_sequences, zigzag
+from tests.losses.batches import Batch, loss_inputs, make_batch, select_sequences, zigzag
 from tests.losses.surrogates import GIVEN
 from vespo_megatron.losses import (
     AGGREGATIONS,
     CorrectionConfig,
-    LossInputs,
     MetricSums,
     Normalizer,
     PolicyLossConfig,
@@ -50,26 +49,10 @@ CORRECTIONS = (
 )
 
 
-def loss_inputs(batch: Batch, log_probs: torch.Tensor, per_token: bool, group=None) -> LossInputs:
-    """The batch as the loss takes it."""
-    return LossInputs(
-        log_probs,
-        batch.behavior_log_probs,
-        batch.token_advantages if per_token else batch.advantages,
-        batch.cu_seqlens,
-        mask=batch.mask,
-        old_log_probs=batch.old_log_probs,
-        ref_log_probs=batch.old_log_probs,
-        positions=batch.positions,
-        group=group,
-        advantage_level="token" if per_token else "sequence",
-    )
-
-
 def gradient(batch: Batch, config: PolicyLossConfig, normalizer: Normalizer, per_token: bool, group=None):
     """(d loss / d log_probs [tokens], metrics) of one micro-batch on one rank."""
     log_probs = batch.leaf()
-    output = compute_policy_loss(loss_inputs(batch, log_probs, per_token, group), config, normalizer)
+    output = compute_policy_loss(loss_inputs(batch, log_probs, per_token=per_token, group=group), config, normalizer)
     output.loss.backward()
     return log_probs.grad, output.metrics
 
@@ -82,7 +65,7 @@ def counted(
         return normalizer
     total = torch.zeros(4, dtype=torch.float64)
     for piece, group in pieces:
-        total += correction_counts(loss_inputs(piece, piece.log_probs, False, group), config)
+        total += correction_counts(loss_inputs(piece, piece.log_probs, group=group), config)
     if whole is not None:
         dist.all_reduce(total, group=whole)
     return normalizer.corrected(total, kept=config.correction.denominator == "kept")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tests.losses.batches import make_batch
-from vespo_megatron.losses import LossInputs, PolicyLossConfig, compute_policy_loss
+from tests.losses.batches import loss_inputs, make_batch
+from vespo_megatron.losses import PolicyLossConfig, compute_policy_loss
 from vespo_megatron.losses.behavior import BEHAVIORS, describe
 from vespo_megatron.metrics.documentation import markdown
 
@@ -36,14 +36,8 @@ def reference_loss(batch, anchor):
 
 def run(batch, behavior, name="vespo"):
     leaf = batch.leaf()
-    inputs = LossInputs(
-        leaf,
-        batch.behavior_log_probs,
-        batch.advantages,
-        batch.cu_seqlens,
-        mask=batch.mask,
-        old_log_probs=None if behavior == "rollout" else batch.old_log_probs,
-    )
+    old = None if behavior == "rollout" else batch.old_log_probs
+    inputs = loss_inputs(batch, leaf, old_log_probs=old)
     output = compute_policy_loss(inputs, PolicyLossConfig(name, behavior=behavior))
     output.loss.backward()
     return output, leaf.grad

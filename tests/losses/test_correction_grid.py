@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from tests.losses.batches import make_batch
-from vespo_megatron.losses import CorrectionConfig, LossInputs, PolicyLossConfig, compute_policy_loss, correction_counts
+from tests.losses.batches import loss_inputs, make_batch
+from vespo_megatron.losses import CorrectionConfig, PolicyLossConfig, compute_policy_loss, correction_counts
 from vespo_megatron.losses.aggregation import Normalizer
 
 
@@ -233,14 +233,7 @@ def found_gradient(batch, name, behavior, correction, **hyperparameters):
         name, hyperparameters, behavior=behavior, correction=CorrectionConfig.from_mapping(correction)
     )
     leaf = batch.leaf()
-    inputs = LossInputs(
-        leaf,
-        batch.behavior_log_probs,
-        batch.advantages,
-        batch.cu_seqlens,
-        mask=batch.mask,
-        old_log_probs=batch.old_log_probs,
-    )
+    inputs = loss_inputs(batch, leaf)
     normalizer = Normalizer.from_lengths(batch.unmasked_lengths)
     counts = correction_counts(inputs, config)
     normalizer = normalizer.corrected(counts, kept=config.correction.denominator == "kept")

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from tests.losses.batches import make_batch, select_sequences
+from tests.losses.batches import loss_inputs, make_batch, select_sequences
 from tests.losses.test_surrogates import run
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import (
-    LossInputs,
     PolicyLossConfig,
     compute_policy_loss,
     compute_ratios,
     get_objective,
     objective_names,
 )
+from vespo_megatron.losses.search import found_in
 
 SEARCHED = [name for name in objective_names() if get_objective(name).search]
 WITHOUT_TIES = (6, 9, 0, 14, 4, 21)
@@ -22,8 +22,7 @@ SMALL = {"clip_cov": {"share": 0.1, "cov_low": 0.05}, "kl_cov": {"share": 0.1}, 
 
 
 def ratios_of(batch, config):
-    inputs = LossInputs(batch.log_probs, batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, mask=batch.mask)
-    return compute_ratios(inputs, config)
+    return compute_ratios(loss_inputs(batch, batch.log_probs, old_log_probs=None), config)
 
 
 def columns(batch):
@@ -41,9 +40,9 @@ def test_what_is_found_does_not_depend_on_how_the_mini_batch_is_cut(name, seed):
     (search,) = config.searches
     whole = search.found(search.contributions(ratios_of(batch, config)))
     pieces = [select_sequences(batch, numbers)[0] for numbers in ([8, 3, 1], [0, 7], [2, 6, 4, 5])]
-    parts = [search.contributions(ratios_of(piece, config)) for piece in pieces]
-    total = torch.cat(parts, 1) if search.gathers else torch.stack(parts).sum(0)
-    for key, value in search.found(total).items():
+    found = found_in(search, [ratios_of(piece, config) for piece in pieces], None)
+    assert set(found) == set(whole)
+    for key, value in found.items():
         torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-14)
     given = SMALL.get(name, {}) | {key: float(value) for key, value in whole.items()}
     assert not PolicyLossConfig(name, given).searches
@@ -98,10 +97,9 @@ def entropies(batch):
 
 def masked_by_entropy(batch, name, **hyperparameters):
     leaf = batch.leaf()
-    inputs = LossInputs(
-        leaf, batch.behavior_log_probs, batch.advantages, batch.cu_seqlens, mask=batch.mask, entropy=entropies(batch)
+    output = compute_policy_loss(
+        loss_inputs(batch, leaf, old_log_probs=None, entropy=entropies(batch)), PolicyLossConfig(name, hyperparameters)
     )
-    output = compute_policy_loss(inputs, PolicyLossConfig(name, hyperparameters))
     output.loss.backward()
     return leaf.grad
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.losses.batches import make_batch
+from tests.losses.batches import loss_inputs, make_batch
 from vespo_megatron.losses import CorrectionConfig, LossInputs, PolicyLossConfig, Rejection, compute_policy_loss
 from vespo_megatron.losses.coefficient import coefficient
 from vespo_megatron.losses.corrected_ratios import corrected_ratios
@@ -36,17 +36,7 @@ CONFIGS = [
 
 def made_inputs(group=None):
     batch = make_batch(2)
-    return LossInputs(
-        batch.leaf(),
-        batch.behavior_log_probs,
-        batch.advantages,
-        batch.cu_seqlens,
-        mask=batch.mask,
-        old_log_probs=batch.old_log_probs,
-        ref_log_probs=batch.old_log_probs,
-        entropy=batch.log_probs,
-        group=group,
-    )
+    return loss_inputs(batch, batch.leaf(), entropy=batch.log_probs, group=group)
 
 
 def steps(inputs, config):

@@ -167,10 +167,8 @@ def objectives(
         if objective.needs_old_log_probs:
             for micro_batch, output in zip(batches, policy.log_probs(batches), strict=False):
                 micro_batch.old_log_probs = output[0]
-        of_micro_batch = objective.loss_function(
-            objective.mini_batch_normalizer(policy, batches, LIVE, normalizer),
-            objective.mini_batch_config(policy, batches, LIVE),
-        )
+        config, counts = objective.over_mini_batch(policy, batches, LIVE, normalizer)
+        of_micro_batch = objective.loss_function(counts, config)
 
         def loss(log_probs, entropies, micro_batch):
             value, _ = of_micro_batch(log_probs, entropies, micro_batch)

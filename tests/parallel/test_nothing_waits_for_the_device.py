@@ -22,7 +22,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer, PolicyLossConfig, objective_names
 
 ONLY_WHERE_BATCHES_MEET = ("bapo", "m2po", "clip_cov", "kl_cov")
-"""What they search for holds for a whole mini-batch and is settled before it (`Objective.mini_batch_config`)."""
+"""What they search for holds for a whole mini-batch and is settled before it (`Objective.over_mini_batch`)."""
 WAITS = ("reading a value", "minpro, rollout", "minpro, recompute")
 """MinPRO asks for the longest response (`Ratios.prefix_min_log_ratio`)."""
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tests.losses.batches import make_batch
-from vespo_megatron.losses import CorrectionConfig, LossInputs, PolicyLossConfig, compute_policy_loss
+from tests.losses.batches import loss_inputs, make_batch
+from vespo_megatron.losses import CorrectionConfig, PolicyLossConfig, compute_policy_loss
 from vespo_megatron.recipe.nemo_rl_loss import DEFAULTS, objective
 
 SEQUENCE = {"sequence_level_importance_ratios": True, "token_level_loss": False}
@@ -115,14 +115,7 @@ def test_a_recipe_that_carries_over_has_their_gradient(label, seed):
         correction=CorrectionConfig.from_mapping(ours.get("loss_fn.correction")),
     )
     leaf = batch.leaf()
-    inputs = LossInputs(
-        leaf,
-        batch.behavior_log_probs,
-        batch.advantages,
-        batch.cu_seqlens,
-        mask=batch.mask,
-        old_log_probs=batch.old_log_probs,
-    )
+    inputs = loss_inputs(batch, leaf)
     compute_policy_loss(inputs, config).loss.backward()
     expected = theirs(batch, SWITCHES[label])
     expected[~batch.mask] = 0.0

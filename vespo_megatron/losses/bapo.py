@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from vespo_megatron.losses.ratios import Ratios
 class BoundSearch:
     """How the bounds are searched for: the lower one rises to its maximum first, then the upper one.
 
-    Sum `contributions` over everything the bounds are to hold for, then call `bounds`.
+    Sum `contributions` over everything the bounds are to hold for, then call `found`.
     """
 
     target_share: float = 0.5
@@ -29,14 +28,8 @@ class BoundSearch:
     high_max: float = 3.0
     high_step: float = 0.05
 
-    gathers = False
-
-    @classmethod
-    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> BoundSearch | None:
-        """Of BAPO's hyperparameters, those that say how to search, else the defaults; None: bounds are given."""
-        if hyperparameters.get("ratio_low") is not None:
-            return None
-        return cls(**{f.name: hyperparameters[f.name] for f in fields(cls) if f.name in hyperparameters})
+    gathers: ClassVar = False
+    finds: ClassVar[tuple[str, ...]] = ("ratio_low", "ratio_high")
 
     @property
     def lows(self) -> list[float]:
@@ -62,12 +55,7 @@ class BoundSearch:
         return torch.stack(sums)
 
     def found(self, contributions: Tensor) -> dict[str, Tensor]:
-        """`bounds` by the names that BAPO has for them."""
-        low, high = self.bounds(contributions)
-        return {"ratio_low": low, "ratio_high": high}
-
-    def bounds(self, contributions: Tensor) -> tuple[Tensor, Tensor]:
-        """The first bounds (low, high) that reach `target_share`, else the last: two 0-d tensors, no host wait.
+        """The first bounds that reach `target_share`, else the last: `ratio_low`, `ratio_high` [], no host wait.
 
         Args:
             contributions: summed over everything the bounds are to hold for.
@@ -81,7 +69,7 @@ class BoundSearch:
         first = reached.to(torch.int8).argmax().reshape(1)
         low_of = contributions.new_tensor(lows + [lows[-1]] * (len(highs) - 1))
         high_of = contributions.new_tensor([highs[0]] * len(lows) + highs[1:])
-        return low_of.gather(0, first)[0], high_of.gather(0, first)[0]
+        return {"ratio_low": low_of.gather(0, first)[0], "ratio_high": high_of.gather(0, first)[0]}
 
 
 def candidates(start: float, stop: float, step: float) -> list[float]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.aggregation import check_aggregation
 from vespo_megatron.losses.behavior import BEHAVIORS
 from vespo_megatron.losses.correction import CorrectionConfig
+from vespo_megatron.losses.entropy import entropy_search
 from vespo_megatron.losses.hyperparameters import check_hyperparameters
 from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
-
-if TYPE_CHECKING:
-    from vespo_megatron.losses.search import Search
+from vespo_megatron.losses.search import Search, to_find
 
 KL_TYPES = ("k1", "k2", "k3")
 KL_WEIGHTS = ("none", "score", "anchor", "behavior")
@@ -126,11 +125,12 @@ class PolicyLossConfig:
     @property
     def searches(self) -> list[Search]:
         """What has to be found over a whole mini-batch first, and is not given."""
-        from vespo_megatron.losses.entropy import EntropySearch
-
-        makers = (self.objective.search, EntropySearch.from_hyperparameters)
-        made = [make(self.hyperparameters) for make in makers if make is not None]
-        return [search for search in made if search is not None]
+        of_objective = self.objective.search
+        wanted = (
+            None if of_objective is None else to_find(of_objective, self.hyperparameters),
+            entropy_search(self.hyperparameters),
+        )
+        return [search for search in wanted if search is not None]
 
     @property
     def needs_entropy(self) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.losses.ratios import Ratios
-from vespo_megatron.losses.search import counted_tokens, gathered
+from vespo_megatron.losses.search import counted_tokens
 
-_FOUND = ("mean_advantage", "mean_log_prob", "lot_max", "cov_min")
+
+def covariance(
+    advantage: Tensor, log_probs: Tensor, mean_advantage: float | Tensor, mean_log_prob: float | Tensor
+) -> Tensor:
+    """(A − mean A)·(log π − mean log π): float64, of the shape given."""
+    return (advantage.double() - mean_advantage) * (log_probs.double() - mean_log_prob)
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,8 @@ class CovarianceSearch:
     """The covariance that the highest `share` of tokens have, at least one token."""
 
     share: float = 2e-4
-    gathers = True
-
-    @classmethod
-    def from_hyperparameters(cls, given: Mapping[str, Any]) -> Self | None:
-        """None where what is searched for is given."""
-        if any(given.get(name) is not None for name in _FOUND):
-            return None
-        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
-
-    def covariance(self, ratios: Ratios, mean_advantage: float | Tensor, mean_log_prob: float | Tensor) -> Tensor:
-        """[tokens]: (A − mean A)·(log π − mean log π)."""
-        return _covariance(ratios.token_advantage, ratios.log_probs, mean_advantage, mean_log_prob)
+    gathers: ClassVar = True
+    finds: ClassVar[tuple[str, ...]] = ("mean_advantage", "mean_log_prob", "cov_min")
 
     def contributions(self, ratios: Ratios) -> Tensor:
         """[2, tokens]: A and log π."""
@@ -39,14 +33,9 @@ class CovarianceSearch:
 
     def found(self, contributions: Tensor) -> dict[str, Tensor]:
         """The two means, and `cov_min` []: the least covariance that is high."""
-        advantage, log_prob = contributions[0], contributions[1]
         means = _means(contributions)
-        covariance = _covariance(advantage, log_prob, means["mean_advantage"], means["mean_log_prob"])
-        return means | {"cov_min": _nth_largest(covariance, _number(self.share, len(covariance)))}
-
-    def on_call(self, ratios: Ratios) -> dict[str, Tensor]:
-        """`found` of the tokens of this call, over context parallelism."""
-        return self.found(gathered(self.contributions(ratios), ratios.sequences.group))
+        high = covariance(*contributions, **means)
+        return means | {"cov_min": _nth_largest(high, _number(self.share, len(high)))}
 
 
 @dataclass(frozen=True)
@@ -58,51 +47,32 @@ class ClipSearch:
     cov_high: float = 5.0
     clip_low: float = 0.2
     clip_high: float = 0.28
-    gathers = True
+    gathers: ClassVar = True
+    finds: ClassVar[tuple[str, ...]] = ("mean_advantage", "mean_log_prob", "lot_max")
 
-    @classmethod
-    def from_hyperparameters(cls, given: Mapping[str, Any]) -> Self | None:
-        """None where what is searched for is given."""
-        if any(given.get(name) is not None for name in _FOUND):
-            return None
-        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+    def columns(self, ratios: Ratios) -> list[Tensor]:
+        """[tokens] each: A, log π, whether the clip leaves it (1 or 0), and its lot."""
+        ratio, advantage = ratios.log_ratio.exp(), ratios.token_advantage
+        left = torch.where(advantage >= 0, ratio <= 1 + self.clip_high, ratio >= 1 - self.clip_low)
+        return [advantage, ratios.log_probs, left.to(ratio.dtype), _lot(ratios.log_probs, ratios.behavior_log_probs)]
 
-    def candidates(self, ratios: Ratios, mean_advantage: float | Tensor, mean_log_prob: float | Tensor) -> Tensor:
-        """bool [tokens]: within the covariances, and not clipped."""
-        covariance = _covariance(ratios.token_advantage, ratios.log_probs, mean_advantage, mean_log_prob)
-        return (covariance > self.cov_low) & (covariance < self.cov_high) & self._inside(ratios)
-
-    def lots(self, ratios: Ratios) -> Tensor:
-        """[tokens] in [0, 1): a number that looks random, of the token's own numbers."""
-        return _lot(ratios.log_probs, ratios.behavior_log_probs)
-
-    def _inside(self, ratios: Ratios) -> Tensor:
-        ratio = ratios.log_ratio.exp()
-        return torch.where(ratios.token_advantage >= 0, ratio <= 1 + self.clip_high, ratio >= 1 - self.clip_low)
+    def candidates(
+        self, columns: list[Tensor] | Tensor, mean_advantage: float | Tensor, mean_log_prob: float | Tensor
+    ) -> Tensor:
+        """bool [tokens]: within the covariances, and not clipped; `columns` as the method of that name gives them."""
+        advantage, log_probs, left = columns[0], columns[1], columns[2]
+        high = covariance(advantage, log_probs, mean_advantage, mean_log_prob)
+        return (high > self.cov_low) & (high < self.cov_high) & (left > 0)
 
     def contributions(self, ratios: Ratios) -> Tensor:
-        """[4, tokens]: A, log π, whether the clip leaves it, its lot."""
-        inside = self._inside(ratios).to(ratios.log_probs.dtype)
-        return counted_tokens(ratios, [ratios.token_advantage, ratios.log_probs, inside, self.lots(ratios)])
+        """[4, tokens]: `columns`."""
+        return counted_tokens(ratios, self.columns(ratios))
 
     def found(self, contributions: Tensor) -> dict[str, Tensor]:
         """The two means, and `lot_max` []: the largest lot that is drawn."""
-        advantage, log_prob, inside, lots = contributions
-        means = _means(contributions)
-        covariance = _covariance(advantage, log_prob, means["mean_advantage"], means["mean_log_prob"])
-        candidates = (covariance > self.cov_low) & (covariance < self.cov_high) & (inside > 0)
-        drawn = _nth_largest(-lots[candidates], _number(self.share, len(lots)))
+        means, lots = _means(contributions), contributions[3]
+        drawn = _nth_largest(-lots[self.candidates(contributions, **means)], _number(self.share, len(lots)))
         return means | {"lot_max": -drawn}
-
-    def on_call(self, ratios: Ratios) -> dict[str, Tensor]:
-        """`found` of the tokens of this call, over context parallelism."""
-        return self.found(gathered(self.contributions(ratios), ratios.sequences.group))
-
-
-def _covariance(
-    advantage: Tensor, log_prob: Tensor, mean_advantage: float | Tensor, mean_log_prob: float | Tensor
-) -> Tensor:
-    return (advantage.double() - mean_advantage) * (log_prob.double() - mean_log_prob)
 
 
 def _means(contributions: Tensor) -> dict[str, Tensor]:
@@ -121,6 +91,7 @@ def _nth_largest(values: Tensor, number: int) -> Tensor:
     return values.topk(min(number, len(values))).values[-1]
 
 
-def _lot(log_prob: Tensor, behavior: Tensor) -> Tensor:
-    mixed = torch.sin(log_prob.double() * 12.9898 + behavior.double() * 78.233) * 43758.5453
+def _lot(log_probs: Tensor, behavior: Tensor) -> Tensor:
+    """[tokens] in [0, 1): a number that looks random, of the token's own numbers."""
+    mixed = torch.sin(log_probs.double() * 12.9898 + behavior.double() * 78.233) * 43758.5453
     return mixed - mixed.floor()

@@ -8,58 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.ratios import Ratios
-from vespo_megatron.losses.search import counted_tokens, gathered
+from vespo_megatron.losses.search import counted_tokens, on_call, to_find
 
 
 @dataclass(frozen=True)
 class EntropySearch:
-    """The entropy that the highest `fraction` of tokens have."""
+    """The entropy that the highest `top_entropy_fraction` of tokens have."""
 
-    fraction: float
-    gathers = True
-
-    @classmethod
-    def from_hyperparameters(cls, given: Mapping[str, Any]) -> EntropySearch | None:
-        """None without the mask, or where its bound is given."""
-        return cls(given["top_entropy_fraction"]) if searches_entropy(given) else None
+    top_entropy_fraction: float
+    gathers: ClassVar = True
+    finds: ClassVar[tuple[str, ...]] = ("entropy_min",)
 
     def contributions(self, ratios: Ratios) -> Tensor:
         """[1, tokens]: entropy."""
         return counted_tokens(ratios, [_entropy(ratios)])
 
     def found(self, contributions: Tensor) -> dict[str, Tensor]:
-        """`entropy_min` []: the (1 − fraction) quantile, between two values by a straight line."""
+        """`entropy_min` []: the (1 − top_entropy_fraction) quantile, between two values by a straight line."""
         values = contributions[0].sort().values
         if not len(values):
             return {"entropy_min": values.new_zeros(())}
-        place = (1 - self.fraction) * (len(values) - 1)
+        place = (1 - self.top_entropy_fraction) * (len(values) - 1)
         below = int(place)
         above = min(below + 1, len(values) - 1)
         return {"entropy_min": torch.lerp(values[below], values[above], place - below)}
 
-    def on_call(self, ratios: Ratios) -> dict[str, Tensor]:
-        """`found` of the tokens of this call, over context parallelism."""
-        return self.found(gathered(self.contributions(ratios), ratios.sequences.group))
 
-
-def searches_entropy(given: Mapping[str, Any]) -> bool:
-    """Whether the bound of the mask is still to be found."""
-    return "top_entropy_fraction" in given and given.get("entropy_min") is None
+def entropy_search(given: Mapping[str, Any]) -> EntropySearch | None:
+    """The search that these hyperparameters ask for; None without the mask, or where its bound is given."""
+    return to_find(EntropySearch, given) if "top_entropy_fraction" in given else None
 
 
 def high_entropy(ratios: Ratios, given: Mapping[str, Any]) -> Tensor | None:
     """bool [tokens]: what the mask keeps; None without it."""
     if "top_entropy_fraction" not in given:
         return None
-    search = EntropySearch.from_hyperparameters(given)
-    least = given["entropy_min"] if search is None else search.on_call(ratios)["entropy_min"]
+    search = entropy_search(given)
+    least = given["entropy_min"] if search is None else on_call(search, ratios)["entropy_min"]
     return _entropy(ratios).double() >= least
 
 

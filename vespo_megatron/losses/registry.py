@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,8 @@ class Objective:
     uses_ratio: bool = True
     """Whether φ has the ratio in it: then it corrects what the ratio is against, and a weight of the same ratio would
     count it twice."""
-    search: Callable[[Mapping[str, Any]], Search | None] | None = None
-    """What the objective has to know of a whole mini-batch before its first token: from the hyperparameters that are
-    given, how it is searched for; None where they say it. None: nothing."""
+    search: type[Search] | None = None
+    """How what it has to know of a whole mini-batch is searched for before the first token; None: nothing."""
     is_users_own: bool = False
     """Whether φ is no function of this library: it may give numbers that are not finite on one rank alone."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vespo_megatron.losses.ratios import Ratios
-from vespo_megatron.losses.search import counted_tokens, gathered
+from vespo_megatron.losses.search import counted_tokens
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,8 @@ class SecondMomentSearch:
     """The largest bound for which the mean of what is within it is below a threshold."""
 
     m2_threshold: float = 0.04
-    gathers = True
-
-    @classmethod
-    def from_hyperparameters(cls, given: Mapping[str, Any]) -> SecondMomentSearch | None:
-        """None where the bound is given."""
-        return None if given.get("m2_max") is not None else cls(given.get("m2_threshold", cls.m2_threshold))
+    gathers: ClassVar = True
+    finds: ClassVar[tuple[str, ...]] = ("m2_max",)
 
     def contributions(self, ratios: Ratios) -> Tensor:
         """[1, tokens]: (log ρ)²."""
@@ -37,7 +32,3 @@ class SecondMomentSearch:
         means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device)
         below = int((means < self.m2_threshold).sum())  # means of sorted values only rise
         return {"m2_max": values[max(below - 1, 0)]}
-
-    def on_call(self, ratios: Ratios) -> dict[str, Tensor]:
-        """`found` of the tokens of this call, over context parallelism."""
-        return self.found(gathered(self.contributions(ratios), ratios.sequences.group))

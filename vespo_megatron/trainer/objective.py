@@ -20,7 +20,7 @@ from vespo_megatron.losses import (
     compute_ratios,
     correction_counts,
 )
-from vespo_megatron.losses.search import gathered
+from vespo_megatron.losses.search import found_in
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import context_parallel_group, data_context_parallel_group
 from vespo_megatron.megatron.policy import LossFunction, MegatronPolicy, RouteUse
@@ -65,56 +65,41 @@ class Objective:
         """Whether log-probs of the initial policy are part of the objective."""
         return self.config.kl_coefficient != 0
 
-    def mini_batch_config(
-        self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse
-    ) -> PolicyLossConfig:
-        """The configuration for one mini-batch, with what its objective searches for in all of it; a collective.
-
-        That depends on π_θ over the whole mini-batch, which costs a forward pass.
-        """
-        searches = self.config.searches
-        if not searches:
-            return self.config
-        outputs = policy.log_probs(micro_batches, routes=routes)
-        if not policy.rank_info.is_last_stage:
-            return self.config
-        ratios = [
-            compute_ratios(self._inputs(output[0], output[1], micro_batch), self.config)
-            for output, micro_batch in zip(outputs, micro_batches, strict=True)
-        ]
-        found: dict[str, float] = {}
-        for search in searches:
-            parts = [search.contributions(each) for each in ratios]
-            if search.gathers:
-                total = gathered(torch.cat(parts, 1), data_context_parallel_group())
-            else:
-                total = torch.stack(parts).sum(0)
-                dist.all_reduce(total, group=data_context_parallel_group())
-            found |= {name: value.item() for name, value in search.found(total).items()}
-        return replace(self.config, hyperparameters={**self.config.hyperparameters, **found})
-
-    def mini_batch_normalizer(
+    def over_mini_batch(
         self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse, normalizer: Normalizer
-    ) -> Normalizer:
-        """The counts of one mini-batch, with those of a correction that counts over all of it; a collective.
+    ) -> tuple[PolicyLossConfig, Normalizer]:
+        """The configuration and the counts of one mini-batch, with what holds for all of it; a collective.
 
-        What is kept of π_old/μ is known. Of π_θ/μ (behaviour `rollout`) it is not before π_θ is, which costs a forward
-        pass.
+        What an objective searches for depends on π_θ over the whole mini-batch, as does what a correction keeps of
+        π_θ/μ (behaviour `rollout`): one forward pass for both. What a correction keeps of π_old/μ is known.
         """
-        correction = self.config.correction
-        if correction is None or not correction.needs_mini_batch:
-            return normalizer
+        searches, correction = self.config.searches, self.config.correction
+        counts = correction is not None and correction.needs_mini_batch
         known = self.needs_old_log_probs
-        outputs = [] if known else policy.log_probs(micro_batches, routes=routes)
+        scores = policy.log_probs(micro_batches, routes=routes) if searches or (counts and not known) else []
         if not policy.rank_info.is_last_stage:
-            return normalizer
-        total = torch.zeros(4, dtype=torch.float64, device=policy.rank_info.device)
-        for index, micro_batch in enumerate(micro_batches):
-            log_probs = micro_batch.old_log_probs if known else outputs[index][0]
-            if log_probs is not None:
-                total += correction_counts(self._inputs(log_probs, log_probs, micro_batch), self.config)
-        dist.all_reduce(total, group=data_context_parallel_group())
-        return normalizer.corrected(total, kept=correction.denominator == "kept")
+            return self.config, normalizer
+        group, config = data_context_parallel_group(), self.config
+        scored = [
+            self._inputs(score[0], score[1], micro_batch)
+            for score, micro_batch in zip(scores, micro_batches, strict=bool(scores))
+        ]
+        if searches:
+            ratios = [compute_ratios(inputs, self.config) for inputs in scored]
+            found = {name: value.item() for each in searches for name, value in found_in(each, ratios, group).items()}
+            config = replace(config, hyperparameters={**config.hyperparameters, **found})
+        if correction is not None and counts:
+            total = torch.zeros(4, dtype=torch.float64, device=policy.rank_info.device)
+            for inputs in self._old_inputs(micro_batches) if known else scored:
+                total += correction_counts(inputs, self.config)
+            dist.all_reduce(total, group=group)
+            normalizer = normalizer.corrected(total, kept=correction.denominator == "kept")
+        return config, normalizer
+
+    def _old_inputs(self, micro_batches: Sequence[MicroBatch]) -> list[LossInputs]:
+        """Of π_old in place of π_θ, which the counts of π_old/μ do not look at."""
+        old = [(micro_batch.old_log_probs, micro_batch) for micro_batch in micro_batches]
+        return [self._inputs(values, values, micro_batch) for values, micro_batch in old if values is not None]
 
     def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
         return LossInputs(
@@ -132,7 +117,7 @@ class Objective:
         )
 
     def loss_function(self, normalizer: Normalizer, config: PolicyLossConfig | None = None) -> LossFunction:
-        """The loss of one mini-batch; `normalizer` holds its global counts, `config` comes from `mini_batch_config`."""
+        """The loss of one mini-batch; `normalizer` holds its global counts, `config` comes from `over_mini_batch`."""
         config = config or self.config
 
         def loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, Any]:

@@ -128,8 +128,7 @@ class TrainStep:
             if self._baseline is not None:
                 with self.timers("off_policy_baseline"):
                     self._baseline.apply(micro_batches)
-            config = self.objective.mini_batch_config(self.policy, micro_batches, routes.extra_pass())
-            counts = self.objective.mini_batch_normalizer(self.policy, micro_batches, routes.extra_pass(), normalizer)
+            config, counts = self.objective.over_mini_batch(self.policy, micro_batches, routes.extra_pass(), normalizer)
             result = self.policy.update(
                 micro_batches,
                 self.objective.loss_function(counts, config),

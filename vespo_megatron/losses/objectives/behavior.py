@@ -9,6 +9,8 @@ from vespo_megatron.losses.objectives.parts import at_most, clipped_ratio
 from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP, Ratios
 from vespo_megatron.losses.registry import objective
 
+ALREADY_CORRECTED = "its ratio is already π_θ/μ; a weight π_old/μ would count the mismatch twice"
+
 
 @objective(
     "dppo_tv",
@@ -16,7 +18,7 @@ from vespo_megatron.losses.registry import objective
     aggregation="token-mean",
     source="arXiv 2602.04879",
     anchor="behavior",
-    corrections="its ratio is already π_θ/μ; a weight π_old/μ would count the mismatch twice",
+    corrections=ALREADY_CORRECTED,
 )
 def dppo_tv(
     ratios: Ratios, *, delta_low: float = 0.15, delta_high: float = 0.15, ratio_max: float | None = 20.0
@@ -39,7 +41,7 @@ def dppo_tv(
     aggregation="token-mean",
     source="arXiv 2602.04879",
     anchor="behavior",
-    corrections="its ratio is already π_θ/μ; a weight π_old/μ would count the mismatch twice",
+    corrections=ALREADY_CORRECTED,
 )
 def dppo_kl(
     ratios: Ratios, *, delta_low: float = 0.05, delta_high: float = 0.05, ratio_max: float | None = 20.0

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from vespo_megatron.losses.bapo import BoundSearch
-from vespo_megatron.losses.covariance import ClipSearch, CovarianceSearch
-from vespo_megatron.losses.objectives.parts import clipped_ratio
-from vespo_megatron.losses.objectives.sequence import SMALLEST_ADVANTAGE
+from vespo_megatron.losses.covariance import ClipSearch, CovarianceSearch, covariance
+from vespo_megatron.losses.objectives.parts import bounded_for_negatives, clipped_ratio, divisor
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import objective
+from vespo_megatron.losses.search import on_call
 from vespo_megatron.losses.second_moment import SecondMomentSearch
 
 
-@objective(
-    "bapo", level="token", aggregation="token-mean", source="arXiv 2510.18927", search=BoundSearch.from_hyperparameters
-)
+@objective("bapo", level="token", aggregation="token-mean", source="arXiv 2510.18927", search=BoundSearch)
 def bapo(
     ratios: Ratios,
     *,
@@ -43,13 +41,13 @@ def bapo(
     script), which is a share of .5 (of 1/3); contributions are those of the clipped surrogate, min(ρ, high)·A and
     max(ρ, low)·|A|, summed over every rank; dual clip 3. Under that count a rising lower bound can only lower the
     share: this is what the source does, kept as it is. It searches per micro-batch call, and so do we when no bounds
-    are given; give `ratio_low` and `ratio_high` (from `BoundSearch.bounds` on the mini-batch's summed
+    are given; give `ratio_low` and `ratio_high` (from `BoundSearch.found` on the mini-batch's summed
     `BoundSearch.contributions`) for a result that does not depend on how the mini-batch is split.
     """
     if ratio_low is None or ratio_high is None:
         search = BoundSearch(target_share, low_start, low_max, low_step, high_start, high_max, high_step)
-        contributions = ratios.sequences.all_reduce(search.contributions(ratios))
-        ratio_low, ratio_high = search.bounds(contributions)
+        found = on_call(search, ratios)
+        ratio_low, ratio_high = found["ratio_low"], found["ratio_high"]
     return clipped_ratio(ratios.log_ratio, ratios.token_advantage, ratio_low, ratio_high, dual_clip)
 
 
@@ -58,7 +56,7 @@ def bapo(
     level="token",
     aggregation="token-mean",
     source="arXiv 2510.01161",
-    search=SecondMomentSearch.from_hyperparameters,
+    search=SecondMomentSearch,
 )
 def m2po(
     ratios: Ratios,
@@ -76,7 +74,7 @@ def m2po(
     by log μ − log π_prox. The paper was not read: the default threshold is ours.
     """
     if m2_max is None:
-        m2_max = SecondMomentSearch(m2_threshold).on_call(ratios)["m2_max"]
+        m2_max = on_call(SecondMomentSearch(m2_threshold), ratios)["m2_max"]
     kept = ratios.log_ratio.square() <= m2_max
     clipped = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
     return torch.where(kept, clipped, 0.0)
@@ -87,7 +85,7 @@ def m2po(
     level="token",
     aggregation="token-mean",
     source="arXiv 2505.22617",
-    search=ClipSearch.from_hyperparameters,
+    search=ClipSearch,
 )
 def clip_cov(
     ratios: Ratios,
@@ -110,9 +108,10 @@ def clip_cov(
     """
     search = ClipSearch(share, cov_low, cov_high, clip_low, clip_high)
     if mean_advantage is None or mean_log_prob is None or lot_max is None:
-        found = search.on_call(ratios)
-        mean_advantage, mean_log_prob, lot_max = found["mean_advantage"], found["mean_log_prob"], found["lot_max"]
-    drawn = search.candidates(ratios, mean_advantage, mean_log_prob) & (search.lots(ratios) <= lot_max)
+        found = on_call(search, ratios)
+        mean_advantage, mean_log_prob, lot_max = (found[name] for name in search.finds)
+    columns = search.columns(ratios)
+    drawn = search.candidates(columns, mean_advantage, mean_log_prob) & (columns[3] <= lot_max)
     clipped = clipped_ratio(ratios.log_ratio, ratios.token_advantage, 1 - clip_low, 1 + clip_high, dual_clip)
     return torch.where(drawn, 0.0, clipped)
 
@@ -122,7 +121,7 @@ def clip_cov(
     level="token",
     aggregation="token-mean",
     source="arXiv 2505.22617",
-    search=CovarianceSearch.from_hyperparameters,
+    search=CovarianceSearch,
 )
 def kl_cov(
     ratios: Ratios,
@@ -140,14 +139,12 @@ def kl_cov(
     kl_coefficient·|log ρ| besides: φ = ρ − kl_coefficient·sign(log ρ)/A. There is no clip. Read in verl,
     compute_policy_loss_kl_cov. `ratio_max`: no gradient where A < 0 and ρ is above it (verl has no bound).
     """
-    search = CovarianceSearch(share)
     if mean_advantage is None or mean_log_prob is None or cov_min is None:
-        found = search.on_call(ratios)
-        mean_advantage, mean_log_prob, cov_min = found["mean_advantage"], found["mean_log_prob"], found["cov_min"]
-    advantage = ratios.token_advantage
-    size = advantage.abs().clamp(min=SMALLEST_ADVANTAGE)
-    pull = kl_coefficient * ratios.log_ratio.sign() / torch.where(advantage >= 0, size, -size)
-    ratio = ratios.log_ratio.exp()
-    if ratio_max is not None:
-        ratio = torch.where((advantage < 0) & (ratio > ratio_max), 0.0, ratio)
-    return torch.where(search.covariance(ratios, mean_advantage, mean_log_prob) >= cov_min, ratio - pull, ratio)
+        search = CovarianceSearch(share)
+        found = on_call(search, ratios)
+        mean_advantage, mean_log_prob, cov_min = (found[name] for name in search.finds)
+    advantage, ratio = ratios.token_advantage, ratios.log_ratio.exp()
+    phi = bounded_for_negatives(ratio, ratio, advantage, ratio_max)
+    pull = kl_coefficient * ratios.log_ratio.sign() / divisor(advantage)
+    high = covariance(advantage, ratios.log_probs, mean_advantage, mean_log_prob) >= cov_min
+    return torch.where(high, phi - pull, phi)

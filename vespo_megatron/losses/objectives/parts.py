@@ -1,4 +1,4 @@
-"""What several φ are made of: PPO's clip of a ratio, bounded for negatives; truncation; constants by the sign of A."""
+"""What several φ are made of: PPO's clip of a ratio, bounds for negatives, truncation, constants by the sign of A."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ def clipped_ratio(
     if dual_clip is not None:
         keep_negative &= ratio <= dual_clip
     return torch.where(torch.where(advantage >= 0, ratio <= high, keep_negative), ratio, 0.0)
+
+
+def bounded_for_negatives(phi: Tensor, ratio: Tensor, advantage: Tensor, bound: float | None) -> Tensor:
+    """`phi`, 0 where A < 0 and the ratio is above the bound, where there is one; shapes as given."""
+    return phi if bound is None else torch.where((advantage < 0) & (ratio > bound), 0.0, phi)
+
+
+SMALLEST_ADVANTAGE = 1e-6
+
+
+def divisor(advantage: Tensor) -> Tensor:
+    """A to divide by, at least `SMALLEST_ADVANTAGE` away from 0 on its own side; shape as given."""
+    size = advantage.abs().clamp(min=SMALLEST_ADVANTAGE)
+    return torch.where(advantage >= 0, size, -size)
 
 
 def by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses.objectives.parts import by_sign, clipped_ratio
+from vespo_megatron.losses.objectives.parts import bounded_for_negatives, by_sign, clipped_ratio, divisor
 from vespo_megatron.losses.ratios import LOG_RATIO_CLAMP, Ratios
 from vespo_megatron.losses.registry import objective, unknown
 
@@ -117,13 +117,7 @@ def gmpo(
     mean = ratios.sequence_sum(clipped) / ratios.safe_lengths
     geometric = ratios.sequences.expand(mean).clamp(max=LOG_RATIO_CLAMP).exp()
     inside = torch.where(positive, log_ratio <= log_clip_high, log_ratio >= -log_clip_low)
-    if ratio_max is not None:
-        inside = inside & (positive | (geometric <= ratio_max))
-    return torch.where(inside, geometric, 0.0)
-
-
-SMALLEST_ADVANTAGE = 1e-6
-"""Of a φ that is divided by A."""
+    return bounded_for_negatives(torch.where(inside, geometric, 0.0), geometric, ratios.token_advantage, ratio_max)
 
 
 @objective("opmd", level="sequence", aggregation="seq-mean-token-mean", source="arXiv 2501.12599")
@@ -134,6 +128,4 @@ def opmd(ratios: Ratios, *, tau: float = 0.01) -> Tensor:
     with a learned value for the mean. Read in horizon-rl/OpenKimi, openkimi/pmd/core_algos.py (τ .01 is its default). A
     response with A = 0 has no gradient here; there it is still drawn to π_anchor.
     """
-    advantage = ratios.sequence_advantage
-    size = advantage.abs().clamp(min=SMALLEST_ADVANTAGE)
-    return 1 - tau * ratios.sequence_log_ratio / torch.where(advantage >= 0, size, -size)
+    return 1 - tau * ratios.sequence_log_ratio / divisor(ratios.sequence_advantage)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vespo_megatron.losses.objectives.parts import by_sign, clipped_ratio
+from vespo_megatron.losses.objectives.parts import bounded_for_negatives, by_sign, clipped_ratio
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import objective
 
@@ -97,7 +97,7 @@ def maspo(
     gate = torch.exp(-((ratio - 1) ** 2) / (2 * sigma**2))
     away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
     gated = torch.where(away, ratio * gate, ratio)
-    return gated if ratio_max is None else torch.where((advantage < 0) & (ratio > ratio_max), 0.0, gated)
+    return bounded_for_negatives(gated, ratio, advantage, ratio_max)
 
 
 @objective("gppo", level="token", aggregation="token-mean", source="arXiv 2508.07629")
@@ -124,7 +124,7 @@ def ce_gppo(
     A ≥ 0 and ρ > 1 + ε_h: beta_high·(1 + ε_h). A < 0 and ρ < 1 − ε_l: beta_low·(1 − ε_l). Read in Kwai-Klear/CE-GPPO,
     verl/trainer/ppo/core_algos.py (compute_gppo_loss_general_beta; its defaults are ours).
     """
-    ratio, positive = ratios.log_ratio.exp(), ratios.token_advantage >= 0
-    above, below = positive & (ratio > 1 + clip_high), ~positive & (ratio < 1 - clip_low)
+    ratio, advantage = ratios.log_ratio.exp(), ratios.token_advantage
+    above, below = (advantage >= 0) & (ratio > 1 + clip_high), (advantage < 0) & (ratio < 1 - clip_low)
     phi = torch.where(above, beta_high * (1 + clip_high), torch.where(below, beta_low * (1 - clip_low), ratio))
-    return phi if dual_clip is None else torch.where(~positive & (ratio > dual_clip), 0.0, phi)
+    return bounded_for_negatives(phi, ratio, advantage, dual_clip)
