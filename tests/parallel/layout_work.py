@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import unittest.mock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from vespo_megatron.recipe.schema import LossConfig, PolicyConfig
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 from vespo_megatron.trainer.expert_load import stage_load
 from vespo_megatron.trainer.objective import Objective
+from vespo_megatron.trainer.router_loss_metrics import stage_losses
 
 # Prompt and response lengths: a single response token, a response longer than any context-parallel chunk of another,
 # a prompt longer than its response, and lengths that no parallel size divides.
@@ -387,3 +390,27 @@ def change_with_a_frozen_router(folder: str, layout: dict[str, Any], store: str)
     before = weights(policy)
     policy.update(micro_batches(policy, ragged_batch()), weighted_loss)
     return {name: float((tensor - before[name]).abs().max()) for name, tensor in weights(policy).items()} or None
+
+
+def nothing(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch):
+    """An objective without a gradient."""
+    return (log_probs * 0.0).sum(), None
+
+
+def router_losses(folder: str, layout: dict[str, Any], store: str, count: int) -> dict[str, Any]:
+    """Gradients and metrics of the routers' losses alone, over this rank's share in `count` micro-batches."""
+    policy = build(folder, layout, store)
+    batches = micro_batches(policy, ragged_batch(), count)
+    policy.count_choices(batches)
+    taken: dict[str, torch.Tensor] = {}
+
+    def look(_: list[Any]) -> bool:
+        named = policy.exporter.stream(lambda parameter: parameter.main_grad)
+        taken.update({name: tensor.clone() for name, tensor in named})
+        return False
+
+    with unittest.mock.patch.object(
+        policy, "compute_gradients", functools.partial(policy.compute_gradients, everywhere=True)
+    ):
+        result = policy.update(batches, nothing, before_step=look)
+    return {"gradients": taken, "stage": stage_losses([result], policy)}

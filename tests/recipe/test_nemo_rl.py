@@ -57,10 +57,19 @@ def test_their_switches_choose_the_objective(tmp_path):
     assert recipe.loss_fn.correction == {"weight": "tis", "level": "sequence", "high": math.inf}
 
 
+def test_their_routers_losses_carry_over(tmp_path):
+    text = "{moe_router_load_balancing_type: aux_loss, moe_aux_loss_coeff: 0.001, moe_z_loss_coeff: 0.0001}"
+    recipe, found = translate(changed(tmp_path, f"policy: {{megatron_cfg: {text}}}"))
+    megatron = recipe.policy.megatron_cfg
+    assert (megatron.moe_router_load_balancing_type, megatron.moe_aux_loss_coeff) == ("aux_loss", 0.001)
+    assert megatron.moe_z_loss_coeff == 0.0001
+    assert not [finding.key for finding in found if finding.kind in (REFUSED, UNKNOWN)]
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("policy: {megatron_cfg: {moe_router_load_balancing_type: aux_loss}}", "load_balancing_type"),
+        ("policy: {megatron_cfg: {moe_router_bias_update_rate: 0.001}}", "moe_router_bias_update_rate"),
         ("policy: {megatron_cfg: {enabled: false}}", "policy.megatron_cfg.enabled"),
         ("grpo: {adv_estimator: {name: opd}}", "grpo.adv_estimator.name"),
         ("grpo: {adv_estimator: {name: gdpo, reward_weights: [1.0, 2.0]}}", "grpo.adv_estimator.reward_weights"),

@@ -34,6 +34,12 @@ IMPOSSIBLE = {
     "world not divisible by ETP·EP·PP": ({GPUS: 2, EP: 4}, "expert_model_parallel_size", "divides 2"),
     "EP·ETP beyond the world": ({GPUS: 2, EP: 2, ETP: 2}, "expert_model_parallel_size", "lower it"),
     "sequence parallel without TP": ({SP: True}, "sequence_parallel", "set it to false"),
+    "a balancing loss without its coefficient": (
+        {M + "moe_router_load_balancing_type": "aux_loss"},
+        "moe_aux_loss_coeff",
+        "set both, or neither",
+    ),
+    "a coefficient without its loss": ({M + "moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff", "set both, or neither"),
     "MoE with TP without sequence parallel": ({TP: 2}, "sequence_parallel", "set it to true"),
     "VPP without PP": ({VPP: 2}, "virtual_pipeline_model_parallel_size", "set it to null"),
     "VPP of one chunk": ({PP: 2, VPP: 1}, "virtual_pipeline_model_parallel_size", "at least 2"),

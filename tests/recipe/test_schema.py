@@ -44,6 +44,7 @@ NOT_NEGATIVE = """
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
     policy.megatron_cfg.optimizer.clip_grad policy.megatron_cfg.scheduler.lr_warmup_iters
     policy.megatron_cfg.scheduler.lr_warmup_init policy.generation.val_temperature
+    policy.megatron_cfg.moe_aux_loss_coeff
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
     cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead
@@ -51,6 +52,7 @@ NOT_NEGATIVE = """
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
+    policy.megatron_cfg.moe_z_loss_coeff
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike

@@ -33,7 +33,7 @@ class PolicyModel(GPTModel):
     """A `GPTModel` that ends in log-probs of wanted tokens instead of logits.
 
     `forward(..., labels=LogProbRequest)` returns float32 [2, R] (log-probs, entropies) on the last pipeline stage,
-    hidden states [T, 1, H] on the others.
+    hidden states [T, 1, H] on the others. `padding_mask` is bool [1, T / TP], this rank's routers' rows; True: padding.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, native: bool, **kwargs: Any) -> None:
@@ -50,12 +50,18 @@ class PolicyModel(GPTModel):
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _preprocess(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *args: Any,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
-        embedded, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        embedded, rotary, cos, sin, offset, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.native:
             rotary = rotary.squeeze(1).index_select(0, position_ids[0])  # of every token: [T, 1, head_dim]
-        return embedded, rotary, *rest
+        # Upstream slices the mask for sequence parallelism, on the first stage alone; ours is of a router's rows.
+        return embedded, rotary, cos, sin, offset, padding_mask, *rest
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *_args: Any, labels: LogProbRequest, **_kwargs: Any
@@ -91,7 +97,8 @@ class PolicyModel(GPTModel):
 def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of this model in this layout.
 
-    NVIDIA's settings for RL throughout: router in fp32 (or fp64), no load balancing, no auxiliary loss, no bias update.
+    NVIDIA's settings for RL throughout: router in fp32 (or fp64), no bias update. megatron-core's own load balancing is
+    off whatever the recipe says: `router_losses` has it.
     """
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,

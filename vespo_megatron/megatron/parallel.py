@@ -133,6 +133,11 @@ def data_context_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def context_tensor_group() -> dist.ProcessGroup:
+    """The tensor × context parallel ranks: those that hold the other tokens of this rank's micro-batches."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
 def stage_group() -> dist.ProcessGroup:
     """The tensor × context × data parallel ranks of this pipeline stage: those whose rows of a layer add up."""
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)

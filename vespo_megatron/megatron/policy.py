@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
+from vespo_megatron.megatron.router_losses import RouterLosses
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
@@ -63,6 +64,8 @@ class UpdateResult:
     """What the loss function reported, per micro-batch; empty but on the last pipeline stage."""
     expert_load: torch.Tensor | None = None
     """int64 [layers, experts], tokens of this rank's rows and layers; None where it is not counted."""
+    router_losses: torch.Tensor | None = None
+    """float32 [2, layers], `RouterLosses.values`; None where there are none."""
 
 
 class MegatronPolicy:
@@ -109,6 +112,7 @@ class MegatronPolicy:
             num_experts=self.shape.num_experts,
             counts_load=config.megatron_cfg.track_moe_metrics,
         )
+        self.router_losses = RouterLosses.from_recipe(config.megatron_cfg, self.replay.routers, rank_info.device)
         self.exporter = hf_weights.WeightExporter(
             self.chunks, self.shape, rank_info, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
         )
@@ -212,17 +216,32 @@ class MegatronPolicy:
         `before_step` sees the reports before any weight has changed; it may raise, or refuse the update by False,
         which then leaves weights, optimizer and schedule as they were.
         """
-        reports = self.compute_gradients(micro_batches, loss, routes=routes)
+        with self._penalised(micro_batches):
+            reports = self.compute_gradients(micro_batches, loss, routes=routes)
         load = None if self.replay.load is None else self.replay.load.counts
-        if not before_step(reports):
-            return UpdateResult(math.nan, self.optimizer.param_groups[0]["lr"], False, reports, load)
+        penalties = None if self.router_losses is None else self.router_losses.values()
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        if not before_step(reports):
+            return UpdateResult(math.nan, learning_rate, False, reports, load, penalties)
         succeeded, grad_norm, _ = self.optimizer.step()
         self.updates_taken += 1
         self.scheduler.step(increment=1)
         if self.rank_info.device.type == "cpu":
             return_free_memory()
-        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports, load)
+        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports, load, penalties)
+
+    def count_choices(self, micro_batches: Sequence[MicroBatch], *, routes: RouteUse = LIVE) -> None:
+        """The experts' shares of an update before it begins, where its `router_losses` need them."""
+        if self.router_losses is not None and self.router_losses.needs_counts:
+            with self.router_losses.counting():
+                self.log_probs(micro_batches, routes=routes)
+
+    def _penalised(self, micro_batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+        """Within the block gradients are the routers' own losses' as well."""
+        if self.router_losses is None:
+            return nullcontext()
+        is_real = [micro_batch.is_real for micro_batch in micro_batches]
+        return self.router_losses.update(is_real, data_size=self.rank_info.data_size)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -256,6 +275,7 @@ class MegatronPolicy:
                     attention_mask=None,
                     labels=micro_batch.request,
                     packed_seq_params=micro_batch.packed_seq_params,
+                    padding_mask=None if self.router_losses is None else ~micro_batch.is_real[None],
                 )
             return output, lambda tensor, **kwargs: loss_function(tensor, micro_batch, **kwargs)
 

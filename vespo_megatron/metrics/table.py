@@ -306,6 +306,16 @@ ROUTES = (
     ),
     Metric("routes/dead_experts_worst_layer", "Of the layer where there are most.", "experts", over="updates"),
     Metric("routes/dead_experts_layer_*", "The same, layer by layer.", "experts", over="updates"),
+    Metric(
+        "routes/load_balancing_loss",
+        "Routers' load balancing loss before its coefficient, 1 at even load; mean of the layers.",
+        "",
+        over="updates",
+        title="Load balancing loss",
+    ),
+    Metric("routes/load_balancing_loss_layer_*", "The same, layer by layer.", "", over="updates"),
+    Metric("routes/z_loss", "Routers' z-loss before its coefficient; mean of the layers.", "", over="updates"),
+    Metric("routes/z_loss_layer_*", "The same, layer by layer.", "", over="updates"),
     Metric("routes/bytes_per_token", "Host memory of the routes that are held.", "bytes", WHOLE),
 )
 

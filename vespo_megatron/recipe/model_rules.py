@@ -43,6 +43,12 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
                 expected=f"a divisor of {count} ({divisors})",
             )
     yield from _layer_split(megatron, shape.num_hidden_layers, folder)
+    if not shape.num_moe_layers and (megatron.moe_aux_loss_coeff or megatron.moe_z_loss_coeff):
+        yield UserError(
+            f"asks for losses of routers, which {folder} has none of",
+            where=f"{_MEGATRON}.{'moe_aux_loss_coeff' if megatron.moe_aux_loss_coeff else 'moe_z_loss_coeff'}",
+            expected="a model with MoE layers",
+        )
     limit, longest = shape.max_position_embeddings, recipe.policy.max_total_sequence_length
     if longest > limit:
         yield UserError(

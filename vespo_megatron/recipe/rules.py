@@ -37,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _training(recipe)
     yield from _off_policy_baseline(recipe)
     yield from _layers(recipe)
+    yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
     if recipe.policy.generation.backend == "sglang":
@@ -223,6 +224,18 @@ def _layers(recipe: Recipe) -> Iterator[UserError]:
                     where=f"{_MEGATRON}.{name}",
                     fix="set it to false, or layer_spec=te",
                 )
+
+
+def _router_losses(recipe: Recipe) -> Iterator[UserError]:
+    megatron = recipe.policy.megatron_cfg
+    kind, coefficient = megatron.moe_router_load_balancing_type, megatron.moe_aux_loss_coeff
+    if (kind == "none") != (coefficient == 0):
+        yield UserError(
+            f"is {coefficient} with moe_router_load_balancing_type {kind}",
+            where=f"{_MEGATRON}.moe_aux_loss_coeff",
+            expected="0 without a load balancing loss, more than 0 with one",
+            fix="set both, or neither",
+        )
 
 
 def _routing_replay(recipe: Recipe) -> Iterator[UserError]:

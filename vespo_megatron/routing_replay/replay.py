@@ -22,6 +22,7 @@ from typing import Protocol
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -112,6 +113,8 @@ class RouteReplay:
     ) -> None:
         self.recomputes, self.num_experts, self.counts_load = recomputes, num_experts, counts_load
         self.hooks: list[LayerReplay] = []
+        self.routers: list[TopKRouter] = []
+        """Of each column."""
         for index, chunk in enumerate(chunks):
             layers: Sequence[TransformerLayer] = chunk.decoder.layers
             for layer in sorted(layers, key=lambda layer: layer.layer_number):
@@ -127,6 +130,7 @@ class RouteReplay:
                 hook = LayerReplay(self, index, len(self.hooks), layer.layer_number)
                 router.router_replay = hook
                 self.hooks.append(hook)
+                self.routers.append(router)
         self._mode = "off"
         self._current: _InFlight | None = None
         self._chunk = -1

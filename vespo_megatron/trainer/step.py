@@ -20,6 +20,7 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.expert_load import expert_load_metrics, stage_load
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.off_policy_baseline import OffPolicyBaseline
+from vespo_megatron.trainer.router_loss_metrics import router_loss_metrics, stage_losses
 from vespo_megatron.trainer.routes import StepRoutes, route_bytes, route_metrics
 from vespo_megatron.trainer.scatter import Scatter
 from vespo_megatron.trainer.timers import Timers
@@ -129,6 +130,9 @@ class TrainStep:
                 with self.timers("off_policy_baseline"):
                     self._baseline.apply(micro_batches)
             config, counts = self.objective.over_mini_batch(self.policy, micro_batches, routes.extra_pass(), normalizer)
+            if self.policy.router_losses is not None:
+                with self.timers("router_choices"):
+                    self.policy.count_choices(micro_batches, routes=routes.extra_pass())
             result = self.policy.update(
                 micro_batches,
                 self.objective.loss_function(counts, config),
@@ -145,12 +149,16 @@ class TrainStep:
         """Metrics of updates and routes over all ranks; complete on rank 0, empty elsewhere."""
         metrics = reduce_updates(results, self.objective, self.policy.rank_info, self.scatter)
         report = (routes.engine, routes.drift, *route_bytes(batch.micro_batches, self.policy.rank_info))
-        reports = self.scatter.to_rank_zero((report, stage_load(taken(results), self.policy)))
+        counted = taken(results)
+        reports = self.scatter.to_rank_zero(
+            (report, stage_load(counted, self.policy), stage_losses(counted, self.policy))
+        )
         per_layer = self.recipe.policy.megatron_cfg.moe_per_layer_logging
         return (
             metrics
-            | route_metrics([report for report, _ in reports])
-            | expert_load_metrics([load for _, load in reports], per_layer=per_layer)
+            | route_metrics([report for report, _, _ in reports])
+            | expert_load_metrics([load for _, load, _ in reports], per_layer=per_layer)
+            | router_loss_metrics([losses for _, _, losses in reports], per_layer=per_layer)
             | self._version_metrics(batch)
         )
 

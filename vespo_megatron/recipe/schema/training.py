@@ -68,6 +68,13 @@ class MegatronConfig(Section):
     )
     freeze_moe_router: bool = key(False, "Do not train the routers' weights.")
     moe_router_dtype: Literal["fp32", "fp64"] | None = key("fp32", "Router numerics; null: as the model.")
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "global_aux_loss"] = key(
+        "none",
+        "Load balancing loss of the routers, with the experts' shares of each micro-batch (aux_loss) or of the whole "
+        "update, by a forward pass before it (global_aux_loss).",
+    )
+    moe_aux_loss_coeff: float = key(0.0, "What the load balancing loss is multiplied with.", ge=0)
+    moe_z_loss_coeff: float | None = key(None, "What the routers' z-loss is multiplied with; null: none.", gt=0)
     track_moe_metrics: bool = key(True, "Count each expert's tokens in training: routes/max_violation and its kin.")
     moe_per_layer_logging: bool = key(True, "Log them of every layer besides their mean and the worst layer.")
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = key(
