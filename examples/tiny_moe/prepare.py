@@ -2,16 +2,10 @@
 
     python examples/tiny_moe/prepare.py --output examples/tiny_moe/build
 
-The task is running sums modulo 10. A prompt lists 8 to 14 digits in a row of 14 columns (`-` is an empty column);
-the response writes the running sums and ends in the last one, boxed::
-
-    <|user|>Running sums mod 10: 3 8 1 4 9 2 0 5 - - - - - -<|assistant|> 3 1 2 6 5 7 7 2\\boxed{2}<|end|>
-
-The supervised demonstrations take a wrong step with some probability, so the best a model can learn from them is to
-be right about a third of the time; a reward on the boxed digit alone teaches it the rest. Written under `--output`:
+The task, and what the warm start leaves to reinforcement learning, is in `running_sums.py`. Written under `--output`:
 `model/` (Hugging Face folder: config, safetensors, tokenizer) and `data/{train,validation}.parquet` in veRL's schema.
-Running it again changes nothing; `--force` makes it anew. `--task long` makes rows of 36 digits, for responses of 40
-tokens: the staleness study's.
+Running it again changes nothing; `--force` makes it anew. `--task long` makes rows of up to 36 digits, for responses of
+up to 40 tokens: the studies'.
 """
 
 from __future__ import annotations
@@ -23,24 +17,12 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from running_sums import BOX, INSTRUCTION, POLITE, TASKS, Task, boxed, demonstration, make_rows, prompt_text
 
-@dataclass(frozen=True)
-class Task:
-    """How long the sums are, and how the warm start learns them."""
-
-    columns: int
-    """Width of a prompt's row of digits: it is constant, so a sum's digit is always equally far behind it."""
-    min_digits: int
-    step_noise: float
-    """Probability that a demonstrated running sum is wrong (the later ones go on from the wrong value)."""
-    warm_start_steps: int
-
-
-TASKS = {"short": Task(14, 8, 0.115, 280), "long": Task(36, 36, 0.035, 500)}
 NUM_TRAIN = 4096
 NUM_VALIDATION = 256
 WARM_START_BATCH = 64
@@ -48,10 +30,6 @@ LEARNING_RATE = 3e-3
 SEED = 2602
 
 PAD, UNKNOWN, END, USER, ASSISTANT = "<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"
-INSTRUCTION = "Running sums mod 10:"
-POLITE = "Please. "
-"""Half of the prompts begin with it, so that prompts differ in length."""
-BOX = "\\boxed{"
 VOCAB_SIZE = 128
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -110,52 +88,6 @@ def build_tokenizer() -> Any:
     )
 
 
-def prompt_text(digits: list[int], polite: bool, columns: int) -> str:
-    """The user's message."""
-    row = "".join(f" {digit}" for digit in digits) + " -" * (columns - len(digits))
-    return (POLITE if polite else "") + INSTRUCTION + row
-
-
-def response_text(sums: list[int]) -> str:
-    """The assistant's message for these running sums, without the end token."""
-    return "".join(f" {value}" for value in sums) + f"{BOX}{sums[-1]}" + "}"
-
-
-def draw_digits(generator: Any, task: Task) -> list[int]:
-    """One problem: `min_digits` to `columns` digits from a `numpy.random.Generator`."""
-    return generator.integers(0, 10, size=generator.integers(task.min_digits, task.columns + 1)).tolist()
-
-
-def demonstration(digits: list[int], generator: Any, noise: float) -> list[int]:
-    """Running sums modulo 10 of which each step is wrong with probability `noise`."""
-    total, sums = 0, []
-    for digit in digits:
-        wrong = generator.random() < noise
-        total = (total + digit + (int(generator.integers(1, 10)) if wrong else 0)) % 10
-        sums.append(total)
-    return sums
-
-
-def make_rows(count: int, split: str, generator: Any, taken: set[tuple[int, ...]], task: Task) -> list[dict[str, Any]]:
-    """`count` rows in veRL's schema whose digits are not in `taken` yet (they are added to it)."""
-    rows: list[dict[str, Any]] = []
-    while len(rows) < count:
-        digits = draw_digits(generator, task)
-        if tuple(digits) in taken:
-            continue
-        taken.add(tuple(digits))
-        rows.append(
-            {
-                "data_source": "running_sums",
-                "prompt": [{"role": "user", "content": prompt_text(digits, bool(generator.integers(2)), task.columns)}],
-                "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": str(sum(digits) % 10)},
-                "extra_info": {"split": split, "index": len(rows), "num_digits": len(digits)},
-            }
-        )
-    return rows
-
-
 def write_data(folder: Path, task: Task) -> set[tuple[int, ...]]:
     """Write both splits; returns the validation digits, which the warm start must not see."""
     import numpy as np
@@ -174,20 +106,19 @@ def write_data(folder: Path, task: Task) -> set[tuple[int, ...]]:
 
 
 def demonstration_batch(
-    tokenizer: Any, generator: Any, size: int, noise: float, held_out: set, task: Task
+    tokenizer: Any, generator: Any, size: int, guess_share: float, held_out: set[tuple[int, ...]], task: Task
 ) -> tuple[Any, Any]:
     """Right-padded `input_ids` and `labels`, both int64 [size, longest]; labels are -100 outside the response."""
     import torch
 
     sequences: list[tuple[list[int], int]] = []
     while len(sequences) < size:
-        digits = draw_digits(generator, task)
+        digits, response = demonstration(generator, task, guess_share)
         if tuple(digits) in held_out:
             continue
         messages = [{"role": "user", "content": prompt_text(digits, bool(generator.integers(2)), task.columns)}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        sums = demonstration(digits, generator, noise)
-        encoded = tokenizer.backend_tokenizer.encode_batch([prompt, response_text(sums) + END])
+        encoded = tokenizer.backend_tokenizer.encode_batch([prompt, response + END])
         sequences.append((encoded[0].ids + encoded[1].ids, len(encoded[0].ids)))
     longest = max(len(ids) for ids, _ in sequences)
     input_ids = torch.full((size, longest), tokenizer.pad_token_id)
@@ -199,7 +130,7 @@ def demonstration_batch(
 
 
 def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -> Any:
-    """A `Qwen3MoeForCausalLM` trained on demonstrations, clean ones first, then noisy ones."""
+    """A `Qwen3MoeForCausalLM` trained on demonstrations: first on those that reckon, then mostly on guesses."""
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -227,8 +158,8 @@ def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -
         rate = LEARNING_RATE * min(1.0, (step + 1) / 20, 2.0 * (steps - step) / steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        noise = task.step_noise if step >= 0.5 * steps else 0.0
-        input_ids, labels = demonstration_batch(tokenizer, generator, WARM_START_BATCH, noise, held_out, task)
+        guess_share = task.guess_share if step >= task.guesses_from * steps else 0.0
+        input_ids, labels = demonstration_batch(tokenizer, generator, WARM_START_BATCH, guess_share, held_out, task)
         logits = model(input_ids=input_ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -240,22 +171,21 @@ def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -
     return model.eval()
 
 
-def sampled_accuracy(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, seed: int = 0
+def accuracy(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, *, greedy: bool, seed: int = 0
 ) -> float:
-    """Share of one sampled response per row (temperature 1) whose boxed digit is the ground truth."""
+    """Share of one response per row, greedy or sampled at temperature 1, whose boxed digit is the ground truth."""
     import torch
 
     texts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(seed)
     with torch.no_grad():
-        output = model.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
-        )
+        output = model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens)
     replies = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    boxed = [BOX + row["reward_model"]["ground_truth"] + "}" for row in rows]
-    return sum(answer in reply for answer, reply in zip(boxed, replies, strict=True)) / len(rows)
+    answers = [boxed(row["reward_model"]["ground_truth"]) for row in rows]
+    return sum(answer in reply for answer, reply in zip(answers, replies, strict=True)) / len(rows)
 
 
 def use_published_names(path: Path) -> None:
@@ -267,8 +197,9 @@ def use_published_names(path: Path) -> None:
 
 
 def fingerprint() -> str:
-    """Identifies what this file would make: a digest of its own text."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Identifies what this file would make: a digest of its own text and its task's."""
+    sources = (Path(__file__), Path(__file__).with_name("running_sums.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -> dict[str, Any]:
@@ -277,13 +208,14 @@ def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -
     if not force and stamp.exists():
         made = json.loads(stamp.read_text())
         if made["fingerprint"] == fingerprint() and made["task"] == asdict(task):
-            print(f"{output} is already prepared (accuracy at the start {made['accuracy']:.3f})")
+            print(f"{output} is already prepared (accuracy at the start {_shown(made)})")
             return made
     import pyarrow.parquet as pq
     import torch
 
     started = time.monotonic()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
     for part in ("model", "data"):
         shutil.rmtree(output / part, ignore_errors=True)
     stamp.unlink(missing_ok=True)
@@ -298,22 +230,24 @@ def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -
         "fingerprint": fingerprint(),
         "task": asdict(task),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "accuracy": sampled_accuracy(model, tokenizer, rows, task.columns + 8),
+        "greedy": accuracy(model, tokenizer, rows, task.columns + 8, greedy=True),
+        "accuracy": accuracy(model, tokenizer, rows, task.columns + 8, greedy=False),
         "seconds": round(time.monotonic() - started, 1),
     }
     stamp.write_text(json.dumps(made, indent=2) + "\n")
-    print(
-        f"{output}: {made['parameters']:,} parameters, held-out accuracy {made['accuracy']:.3f} "
-        f"(sampled at temperature 1), {made['seconds']} s"
-    )
+    print(f"{output}: {made['parameters']:,} parameters, held-out accuracy {_shown(made)}, {made['seconds']} s")
     return made
+
+
+def _shown(made: dict[str, Any]) -> str:
+    return f"{made['greedy']:.3f} greedily, {made['accuracy']:.3f} sampled at temperature 1"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build", help="folder to write")
     parser.add_argument("--force", action="store_true", help="make it again although it is there")
-    parser.add_argument("--task", choices=list(TASKS), default="short", help="short: 8 to 14 digits; long: 36")
+    parser.add_argument("--task", choices=list(TASKS), default="short", help="short: up to 14 digits; long: up to 36")
     parser.add_argument("--steps", type=int, help="updates of the warm start")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -81,7 +81,7 @@ def build():
     def build(scores=lambda n: float(n % 2), spoil=lambda number, result: None, **settings):
         values = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2}
         recipe = Recipe().with_values(values | {name.replace("__", "."): value for name, value in settings.items()})
-        records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
+        records = [PromptRecord(f"p{i}", (5, 6), "sums", "4", {"level": i % 3}) for i in range(64)]
         controller = Controller(
             recipe, Engine(spoil), Tokenizer(), PromptStream(records, seed=1), records[:6], Rewards(scores), Logger()
         )
@@ -286,6 +286,27 @@ def test_r3_with_another_models_routes_fails_at_the_probe(shape, build):
 def test_evaluation_reports_each_set_by_name(build):
     metrics = build(scores=lambda n: 1.0, grpo__val_num_generations=2).evaluate(0)
     assert metrics["eval/sums/avg@2"] == 1.0
+
+
+def test_evaluation_asks_for_greedy_answers_besides_and_tells_groups_apart(build):
+    """Twelve sampled answers, two of each problem, then six greedy ones."""
+    controller = build(
+        scores=lambda n: float(n < 4 or n >= 17),
+        grpo__val_num_generations=2,
+        grpo__val_greedy=True,
+        data__group_by="level",
+    )
+    metrics = controller.evaluate(0)
+    requests = controller.parts.engine.requests
+    assert [request.sampling.temperature for request in requests] == [1.0] * 12 + [0.0] * 6
+    assert len({request.request_id for request in requests}) == 18
+    assert metrics["eval/sums/avg@2"] == pytest.approx(2 / 6) and metrics["eval/sums/greedy"] == pytest.approx(1 / 6)
+    assert [metrics[f"eval/sums/by/{level}"] for level in range(3)] == [0.5, 0.5, 0.0]
+    assert [metrics[f"eval/sums/greedy_by/{level}"] for level in range(3)] == [0.0, 0.0, 0.5]
+
+
+def test_prompts_without_the_entry_have_no_group(build):
+    assert not [name for name in build(data__group_by="nothing").evaluate(0) if "/by/" in name]
 
 
 def test_over_sampling_rounds_every_metric_is_that_of_the_whole_batch(build):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from made_up_study import SMALL, made_up
+from scipy.stats import ttest_1samp
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.preflight import check_tables
@@ -23,7 +24,7 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.host_threads import core_shares
 from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.compare import environment
-from vespo_megatron.study.comparison import compare_rows
+from vespo_megatron.study.comparison import compare_primary, compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
 from vespo_megatron.study.run_process import CommandRun, RunForker, end, stop
 from vespo_megatron.study.spec import load_study
@@ -71,6 +72,11 @@ def test_every_study_of_the_examples_is_sound(path, monkeypatch):
         ("variants:|", "small.yaml"),
         ("parallel: 2|also: [k4]", "small.yaml: also"),
         ("parallel: 2|baselines: {again: grpo}", "small.yaml: baselines"),
+        ("parallel: 2|primary: [again beats vespo]", "small.yaml: primary"),
+        ("parallel: 2|primary: [grpo > vespo]", "small.yaml: primary"),
+        ("parallel: 2|primary: [vespo > vespo]", "small.yaml: primary"),
+        ("parallel: 2|primary: [again > vespo at N=4]", "small.yaml: primary"),
+        ("parallel: 2|primary: [again > vespo, again > vespo]", "small.yaml: primary"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_named(change, said, study_file):
@@ -265,6 +271,32 @@ def test_a_variant_can_have_a_baseline_of_its_own(study_file):
         "again against vespo: no difference found (+0.200 accuracy",
         "broken against again: no difference found (+0.100 accuracy",
     ]
+
+
+def test_what_was_stated_before_is_corrected_by_itself_and_said_first(study_file):
+    text = study_file.read_text().replace("seeds: [1, 2]", "seeds: [1, 2, 3, 4, 5]")
+    study_file.write_text(text + "primary: [again > vespo, again vs broken]\n")
+    study = load_study(study_file)
+    shift = {"vespo": 0.0, "again": 0.02, "broken": 0.05}
+    made_up(study, lambda cell, steps: [0.3 + shift[cell.levels[0]] * (1 + 0.3 * (cell.seed % 3))] * steps)
+    outcomes = read_outcomes(study)
+    stated, rows = compare_primary(study, outcomes), compare_rows(study, outcomes)
+    assert [each.outcome for each in stated] == ["higher, as expected", "lower"]
+    accuracies = [{run.cell.seed: run.accuracy for run in row.runs} for row in rows]
+    by_hand = sorted(
+        ttest_1samp([left[seed] - right[seed] for seed in study.seeds], 0.0).pvalue
+        for left, right in ((accuracies[1], accuracies[0]), (accuracies[1], accuracies[2]))
+    )
+    assert sorted(each.difference.adjusted_p for each in stated) == pytest.approx(
+        [2 * by_hand[0], max(2 * by_hand[0], by_hand[1])]
+    )
+    (explored,) = sentences(rows)
+    assert explored.startswith("broken against vespo") and rows[2].differences["accuracy"].adjusted_p == pytest.approx(
+        rows[2].differences["accuracy"].p
+    ), "corrected for nothing else"
+    page = write_study_report(study).read_text()
+    assert page.index("again against vespo: higher, as expected") < page.index("Exploratory comparisons")
+    assert "Stated before it was run:\n\n- again against vespo: higher" in (study.output / "tables.md").read_text()
 
 
 def test_part_of_a_study_is_some_of_its_seeds(study_file):

@@ -21,7 +21,9 @@ async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float
     """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
     schedule = parts.recipe.grpo
     records = list(parts.validation)[: schedule.max_val_samples]
-    problems, samples = await draw_problems(sampler, records, schedule.val_num_generations)
+    problems, samples = await draw_problems(
+        sampler, records, schedule.val_num_generations, greedy=schedule.val_greedy, group_by=parts.recipe.data.group_by
+    )
     by_id = {record.prompt_id: record for record in records}
     shown = samples[:: max(1, schedule.val_num_generations)][: parts.recipe.logger.num_val_samples_to_print]
     parts.logger.log_samples(
@@ -43,22 +45,46 @@ def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedS
 
 
 async def draw_problems(
-    sampler: Sampler, records: Sequence[PromptRecord], repeats: int, label: str = "validation"
+    sampler: Sampler,
+    records: Sequence[PromptRecord],
+    repeats: int,
+    label: str = "validation",
+    *,
+    greedy: bool = False,
+    group_by: str | None = None,
 ) -> tuple[list[Problem], list[Sample]]:
     """Each prompt answered `repeats` times under the recipe's evaluation sampling, scored by its reward.
 
     A problem whose responses were all unusable and dropped is left out.
+
+    Args:
+        label: the requests' names begin with it.
+        greedy: whether each is answered once more at temperature 0; not among the samples that are returned.
+        group_by: entry of `extra_info` that is the problem's group.
     """
     samples, _ = await sampler.sample(records, repeats, label, evaluation=True)
     answered: dict[str, list[Sample]] = {}
     for sample in samples:
         answered.setdefault(sample.prompt_id, []).append(sample)
+    greedily: dict[str, float] = {}
+    if greedy:
+        ones, _ = await sampler.sample(records, 1, f"{label}/greedy", evaluation=True, greedy=True)
+        greedily = {one.prompt_id: float(one.reward) for one in ones}
     return [
-        _problem(record, answered[record.prompt_id], sampler) for record in records if record.prompt_id in answered
+        _problem(record, answered[record.prompt_id], sampler, _group(record, group_by), greedily.get(record.prompt_id))
+        for record in records
+        if record.prompt_id in answered
     ], samples
 
 
-def _problem(record: PromptRecord, samples: Sequence[Sample], sampler: Sampler) -> Problem:
+def _group(record: PromptRecord, group_by: str | None) -> str:
+    value = None if group_by is None else record.extra_info.get(group_by)
+    return "" if value is None else str(value)
+
+
+def _problem(
+    record: PromptRecord, samples: Sequence[Sample], sampler: Sampler, group: str, greedy: float | None
+) -> Problem:
     return Problem(
         prompt_id=record.prompt_id,
         data_source=record.data_source,
@@ -67,6 +93,8 @@ def _problem(record: PromptRecord, samples: Sequence[Sample], sampler: Sampler) 
         answers=tuple(_answer(sampler.text(sample)) for sample in samples),
         lengths=tuple(len(sample.response_ids) for sample in samples),
         finish_reasons=tuple(sample.finish_reason for sample in samples),
+        group=group,
+        greedy=greedy,
     )
 
 

@@ -53,10 +53,23 @@ class Sampler:
         )
 
     async def sample(
-        self, records: Sequence[PromptRecord], repeats: int, label: str, *, evaluation: bool = False
+        self,
+        records: Sequence[PromptRecord],
+        repeats: int,
+        label: str,
+        *,
+        evaluation: bool = False,
+        greedy: bool = False,
     ) -> tuple[list[Sample], int]:
-        """`repeats` scored samples per prompt, and how many were unusable and dropped."""
+        """`repeats` scored samples per prompt, and how many were unusable and dropped.
+
+        Args:
+            evaluation: drawn as the recipe evaluates, not as it trains.
+            greedy: whatever else, at temperature 0.
+        """
         requests, owners = [], []
+        sampling = self.evaluation if evaluation else self.training
+        sampling = replace(sampling, temperature=0.0) if greedy else sampling
         for record in records:
             for index in range(repeats):
                 name = f"{label}/{record.prompt_id}/{index}"
@@ -64,7 +77,7 @@ class Sampler:
                     GenerationRequest(
                         request_id=name,
                         prompt_ids=tuple(record.prompt_ids),
-                        sampling=self.evaluation if evaluation else self.training,
+                        sampling=sampling,
                         group_id=record.prompt_id,
                         seed=request_seed(self.recipe.grpo.seed, name),
                         evaluation=evaluation,

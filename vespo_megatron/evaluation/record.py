@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vespo_megatron.evaluation.scores import Problem, Score, by_set, summary
+from vespo_megatron.evaluation.scores import Problem, Score, average, by_group, by_set, summary
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
@@ -32,15 +32,28 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def metrics(problems: Sequence[Problem]) -> dict[str, float]:
-    """`eval/<set>/avg@n` and the others of `summary`, the half-width of avg@n's interval as `ci95`, mean length."""
+    """`eval/<set>/avg@n` and the others of `summary`, the half-width of avg@n's interval as `ci95`, mean length.
+
+    Where they were drawn, `greedy` is the mean of the greedy responses; `by/<group>` and `greedy_by/<group>` are the
+    means of a group's problems.
+    """
     found: dict[str, float] = {}
     for name, members in by_set(problems).items():
         for measure, score in summary(members).items():
             found[f"eval/{slug(name)}/{measure}"] = score.value
             if measure.startswith("avg@") and score.high == score.high:
                 found[f"eval/{slug(name)}/ci95"] = (score.high - score.low) / 2
+        found |= _greedy(f"eval/{slug(name)}/greedy", members)
+        for group, of_group in by_group(members).items():
+            found[f"eval/{slug(name)}/by/{slug(group)}"] = float(np.mean([average(problem) for problem in of_group]))
+            found |= _greedy(f"eval/{slug(name)}/greedy_by/{slug(group)}", of_group)
     found["eval/response_length_mean"] = float(np.mean([n for problem in problems for n in problem.lengths]))
     return found
+
+
+def _greedy(name: str, problems: Sequence[Problem]) -> dict[str, float]:
+    rewards = [problem.greedy for problem in problems if problem.greedy is not None]
+    return {name: float(np.mean(rewards))} if rewards else {}
 
 
 def table(problems: Sequence[Problem]) -> str:

@@ -32,6 +32,10 @@ class Problem:
     lengths: tuple[int, ...]
     """Tokens."""
     finish_reasons: tuple[str, ...]
+    group: str = ""
+    """What it is told apart by within its set; "" where nothing does."""
+    greedy: float | None = None
+    """The reward of its greedy response, where one was drawn."""
 
     @property
     def solved(self) -> int:
@@ -115,6 +119,15 @@ def summary(problems: Sequence[Problem]) -> dict[str, Score]:
         if any(answer is not None for problem in problems for answer in problem.answers):
             scores[f"maj@{n}"] = score(problems, lambda problem: majority_at(problem, n))
     return scores
+
+
+def by_group(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
+    """Problems that have a group, by it, in its order."""
+    groups: dict[str, list[Problem]] = {}
+    for problem in sorted(problems, key=lambda problem: problem.group):
+        if problem.group:
+            groups.setdefault(problem.group, []).append(problem)
+    return groups
 
 
 def by_set(problems: Sequence[Problem]) -> dict[str, list[Problem]]:

@@ -323,8 +323,22 @@ EVALUATION = (
     Metric("eval/*/avg@*", "Mean over the validation prompts.", "", LAST, "problems", title="Held-out accuracy"),
     Metric("eval/*/pass@*", "Problems of which one of k answers is right.", "", LAST, "problems"),
     Metric("eval/*/maj@*", "Problems whose most frequent of k answers is right.", "", LAST, "problems"),
+    Metric("eval/*/greedy", "Mean of one greedy answer each.", "", LAST, "problems", title="Held-out accuracy, greedy"),
+    Metric(
+        "eval/*/by/*", "Mean over the prompts of one group.", "", LAST, "problems", title="Held-out accuracy by group"
+    ),
+    Metric(
+        "eval/*/greedy_by/*",
+        "Mean of one greedy answer each, of one group.",
+        "",
+        LAST,
+        "problems",
+        title="Held-out accuracy by group, greedy",
+    ),
     Metric("eval/*/ci95", "Half the width of the 95% interval of the average.", "", LAST),
-    Metric("eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers"),
+    Metric(
+        "eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers", title="Held-out response length"
+    ),
     Metric("eval/begun_after_step", "The step after which an evaluation beside training began.", "", LAST),
 )
 

@@ -33,6 +33,7 @@ PROGRESS_METRICS: tuple[tuple[str, str, str], ...] = (
     ("vespo/phi_mean", "φ", ".3f"),
     ("vespo/ess", "ESS", ".2f"),
     ("throughput/tokens_per_second", "tok/s", ",.0f"),
+    ("eval/response_length_mean", "eval tokens", ".1f"),
 )
 """Metric, its label in the progress bar, and its format."""
 
@@ -49,9 +50,15 @@ class LoggedSample:
     prompt_id: str = ""
 
 
-def is_average(name: str) -> bool:
-    """Whether a metric is the score of a validation set, `eval/<set>/avg@<k>`."""
-    return name.startswith("eval/") and "/avg@" in name
+def is_score(name: str) -> bool:
+    """Whether a metric is the score of a whole validation set: `eval/<set>/avg@<k>` or `eval/<set>/greedy`."""
+    return name.startswith("eval/") and ("/avg@" in name or name.endswith("/greedy"))
+
+
+def is_told_at_the_end(name: str) -> bool:
+    """Whether a run's last lines say where a metric began and ended."""
+    in_groups = name.startswith("eval/") and ("/by/" in name or "/greedy_by/" in name)
+    return name in ("reward/mean", "eval/response_length_mean") or is_score(name) or in_groups
 
 
 def to_number(value: Any) -> float | int | None:
@@ -218,7 +225,7 @@ class RunLogger:
         shown += [
             f"{name.removeprefix('eval/')} {value:.3f}"
             for name, value in record.items()
-            if is_average(name) and value is not None
+            if is_score(name) and value is not None
         ]
         if self._bar is not None:
             self._bar.set_postfix_str(" · ".join(shown), refresh=False)
@@ -247,12 +254,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number of steps, and the first and last value of the reward and of every evaluation."""
+    """Number of steps, and the first and last value of the reward and of every evaluation's scores."""
     first_last: dict[str, tuple[float, float]] = {}
     for record in history:
         for name, value in record.items():
-            wanted = name == "reward/mean" or is_average(name)
-            if wanted and value is not None:
+            if is_told_at_the_end(name) and value is not None:
                 first_last[name] = (first_last.get(name, (value,))[0], value)
     evaluations_first = dict(sorted(first_last.items(), key=lambda item: (not item[0].startswith("eval/"), item[0])))
     return {"steps": max((record["step"] for record in history), default=0), "first_last": evaluations_first}

@@ -44,6 +44,10 @@ class Panel:
 
 PANELS: tuple[Panel, ...] = (
     Panel(("eval/*/avg@*",), share=True),
+    Panel(("eval/*/greedy",), share=True),
+    Panel(("eval/*/greedy_by/*",), share=True),
+    Panel(("eval/*/by/*",), share=True),
+    Panel(("eval/response_length_mean",)),
     Panel(("reward/mean",), share=True),
     Panel(("vespo/w_mean",)),
     Panel(("vespo/phi_mean",)),

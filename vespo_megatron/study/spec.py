@@ -14,6 +14,8 @@
     baseline: vespo                        # a level of the first axis, which every other one is compared with
     baselines: {vespo-r2: vespo}           # …but these, which have one of their own
     accuracy: eval/running_sums/avg@4      # the metric of the tables
+    primary:                               # what it is run to find out, written down before: any other comparison is
+      - vespo > grpo at N=4                # exploratory. `>` says what is expected, `vs` expects nothing
     also: [k3, route_agreement]            # late means that are compared as well: study/measures.py lists them
     parallel: 2                            # runs at a time
     published:                             # numbers of a paper, shown beside the study's
@@ -40,6 +42,7 @@ from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.study.measures import LATE
 
 _LEVEL = re.compile(r"[A-Za-z0-9_=+.-]+")
+_PRIMARY = re.compile(r"(\S+) (>|vs) (\S+)(?: at (.+))?")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Primary:
+    """A comparison of accuracies that was stated before the study was run."""
+
+    variant: str
+    against: str
+    setting: tuple[str, ...]
+    expects_more: bool
+    """Whether the variant is expected to be higher; else nothing is expected."""
+
+
+@dataclass(frozen=True)
 class Study:
     """See the module."""
 
@@ -86,6 +100,7 @@ class Study:
     overrides: tuple[str, ...] = ()
     parallel: int = 1
     published: Published = field(default_factory=Published)
+    primary: tuple[Primary, ...] = ()
     baselines: Mapping[str, str] = field(default_factory=dict)
     """Levels of the first axis that are compared with another one than `baseline`."""
 
@@ -188,7 +203,10 @@ class _Reader:
             parallel=max(1, self.take("parallel", int, 1)),
             published=Published(**published),
             baselines=baselines,
+            primary=tuple(self.primary(str(text), axes) for text in self.take("primary", list, [])),
         )
+        if len(set(study.primary)) < len(study.primary):
+            self.fail("primary", "different comparisons")
         if unknown := set(study.also) - set(LATE):
             self.fail("also", f"some of {', '.join(LATE)}, not {min(unknown)}")
         if self.content:
@@ -210,6 +228,18 @@ class _Reader:
                 str(level): self.texts(f"{key}.{axis}.{level}", texts or []) for level, texts in levels.items()
             }
         return axes or self.fail(key, "at least one axis")
+
+    def primary(self, text: str, axes: Mapping[str, Mapping[str, Any]]) -> Primary:
+        variants, *others = axes.values()
+        expected = f"`VARIANT > VARIANT at LEVEL, …` (or vs), not {text!r}"
+        found: re.Match[str] = _PRIMARY.fullmatch(text) or self.fail("primary", expected)
+        variant, sign, against, levels = found.groups()
+        if variant == against or {variant, against} - set(variants):
+            self.fail("primary", f"two of {', '.join(variants)} in {text!r}")
+        setting = tuple(levels.split(", ")) if levels else ()
+        if len(setting) != len(others) or any(level not in axis for level, axis in zip(setting, others, strict=False)):
+            self.fail("primary", f"after `at` a level of each of {len(others)} other axes, in their order, in {text!r}")
+        return Primary(variant, against, setting, sign == ">")
 
     def take(self, key: str, kind: type, *default: Any) -> Any:
         value = self.content.pop(key, *default) if default else self.content.pop(key, None)

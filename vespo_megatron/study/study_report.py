@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vespo_megatron.study.comparison import ACCURACY, Row, compare_rows
+from vespo_megatron.study.comparison import ACCURACY, Row, Stated, compare_primary, compare_rows
 from vespo_megatron.study.measures import LATE, RATIOS
 from vespo_megatron.study.outcomes import COLLAPSE, cells_csv, curves_csv, read_outcomes
 from vespo_megatron.study.pages import page
@@ -21,7 +21,7 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
     folder = folder or study.output
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = read_outcomes(study)
-    rows = compare_rows(study, outcomes)
+    rows, stated = compare_rows(study, outcomes), compare_primary(study, outcomes)
     galleries = figures(study, rows)
     (folder / "figures").mkdir(exist_ok=True)
     for pictures in galleries.values():
@@ -29,7 +29,7 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
             (folder / "figures" / f"{name}.png").write_bytes(picture.content)
     (folder / "cells.csv").write_text(cells_csv(study, outcomes))
     (folder / "curves.csv").write_text(curves_csv(study, outcomes))
-    (folder / "tables.md").write_text(tables(study, rows))
+    (folder / "tables.md").write_text(tables(study, rows, stated))
     shown = {heading: list(pictures.values()) for heading, pictures in galleries.items()}
     output = folder / "report.html"
     output.write_text(
@@ -38,6 +38,7 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
             title=f"Study: {study.name}",
             study=study,
             rows=rows,
+            primary=primary_sentences(stated),
             sentences=sentences(rows),
             galleries=shown,
             late=[name for name in LATE if _present(rows, name)],
@@ -52,18 +53,31 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
     return output
 
 
+def primary_sentences(stated: Sequence[Stated]) -> list[str]:
+    """What became of the comparisons that were stated before, in their order."""
+    return [
+        _sentence(
+            each.primary.variant, each.primary.against, each.primary.setting, ACCURACY, each.difference, each.outcome
+        )
+        for each in stated
+    ]
+
+
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What the comparisons say, one sentence each: accuracy first, and of each measure what was found."""
     said = []
     for row in rows:
         for measure, difference in row.differences.items():
             found = difference.verdict in ("higher", "lower")
-            said.append((measure != ACCURACY, measure, not found, _sentence(row, measure, difference)))
+            text = _sentence(row.variant, row.baseline, row.setting, measure, difference, difference.verdict)
+            said.append((measure != ACCURACY, measure, not found, text))
     return [text for *_, text in sorted(said, key=lambda item: item[:3])]
 
 
-def _sentence(row: Row, measure: str, difference: Difference) -> str:
-    where = f" at {', '.join(row.setting)}" if row.setting else ""
+def _sentence(
+    variant: str, against: str | None, setting: Sequence[str], measure: str, difference: Difference, verdict: str
+) -> str:
+    where = f" at {', '.join(setting)}" if setting else ""
 
     def number(value: float) -> str:
         return f"×{math.exp(value):.3g}" if measure in RATIOS else f"{value:+.3f}"
@@ -74,14 +88,17 @@ def _sentence(row: Row, measure: str, difference: Difference) -> str:
         numbers += f" [{number(by.value - by.half)}, {number(by.value + by.half)}]"
     if not math.isnan(difference.adjusted_p):
         numbers += f", adjusted p = {difference.adjusted_p:.2g}"
-    return f"{row.variant} against {row.baseline}{where}: {difference.verdict} ({numbers}, {by.count} seeds)."
+    return f"{variant} against {against}{where}: {verdict} ({numbers}, {by.count} seeds)."
 
 
-def tables(study: Study, rows: Sequence[Row]) -> str:
-    """Markdown: the accuracy by variant and setting, the same of the paper, and the comparisons."""
+def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated]) -> str:
+    """Markdown: what was stated before; accuracies by variant and setting, the paper's; every other comparison."""
     headings = [" ".join(setting) or "accuracy" for setting in study.settings]
     place = {(row.variant, row.setting): row for row in rows}
-    lines = [f"| {next(iter(study.axes))} | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
+    lines = (
+        ["Stated before it was run:", "", *(f"- {text}" for text in primary_sentences(stated)), ""] if stated else []
+    )
+    lines += [f"| {next(iter(study.axes))} | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for variant in study.variants:
         cells = [_accuracy_text(place[variant, setting]) for setting in study.settings]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
@@ -98,7 +115,8 @@ def tables(study: Study, rows: Sequence[Row]) -> str:
     for row in rows:
         late = [f"{row.late[name].value:.4g}" if row.late[name].count else "-" for name in shown]
         lines.append(f"| {' | '.join((row.variant, *row.setting))} | {' | '.join(late)} |")
-    return "\n".join([*lines, "", *(f"- {text}" for text in sentences(rows)), ""])
+    heading = ["", "Exploratory:"] if stated else []
+    return "\n".join([*lines, *heading, "", *(f"- {text}" for text in sentences(rows)), ""])
 
 
 def _present(rows: Sequence[Row], name: str) -> bool:

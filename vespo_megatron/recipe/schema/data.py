@@ -19,6 +19,9 @@ class DataConfig(Section):
 
     train: DatasetConfig = section(DatasetConfig)
     validation: DatasetConfig = section(DatasetConfig)
+    group_by: str | None = key(
+        None, "Entry of extra_info that validation prompts are told apart by: eval/<set>/by/<value>.", ours=True
+    )
     prompt_key: str = key("prompt", "Column of the prompt: chat messages or text.")
     max_input_seq_length: int = key(512, "Prompt tokens at most.", ge=1)
     on_long_prompt: Literal["error", "drop"] = key("error", "Prompts longer than max_input_seq_length.", ours=True)

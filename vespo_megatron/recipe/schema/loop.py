@@ -81,6 +81,7 @@ class GRPOConfig(Section):
     val_at_end: bool = key(True, "Evaluate after the last step.")
     max_val_samples: int = key(256, "Prompts of the validation set to use at most.", ge=1)
     val_num_generations: int = key(1, "Responses per validation prompt: avg@k.", ge=1, ours=True)
+    val_greedy: bool = key(False, "One more, at temperature 0: eval/<set>/greedy.", ours=True)
     async_grpo: AsyncGRPOConfig = section(AsyncGRPOConfig)
     seed: int = key(42, "Seed of initialisation, prompt order and the in-process sampler.", ge=0)
 
