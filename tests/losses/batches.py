@@ -27,6 +27,7 @@ class Batch:
     mask: Tensor
     token_advantages: Tensor
     positions: Tensor
+    router_shift: Tensor
 
     @property
     def num_sequences(self) -> int:
@@ -94,10 +95,13 @@ def make_batch(
         for spot, value in zip(spots, [exact_log(1.25), exact_log(1 - 0.2), *BOUNDARIES], strict=True):
             base = -2.0 if probabilities else min(0.0, -value)
             log_probs[spot], behavior[spot], old[spot], mask[spot] = base + value, base, base, True
-    batch = Batch(log_probs, behavior, old, normal(len(lengths)), cu, mask, normal(num), positions)
+    advantages, token_advantages = normal(len(lengths)), normal(num)
+    shift = 0.7 + 0.3 * torch.rand(num, generator=generator, dtype=torch.float64)
+    batch = Batch(log_probs, behavior, old, advantages, cu, mask, token_advantages, positions, shift)
     if len(lengths) == len(LENGTHS):
         batch.advantages[2], batch.advantages[5] = 1.0, -1.0
-    for tensor in (batch.log_probs, batch.behavior_log_probs, batch.old_log_probs, batch.token_advantages):
+    floats = (batch.log_probs, batch.behavior_log_probs, batch.old_log_probs, batch.token_advantages, shift)
+    for tensor in floats:
         tensor[~mask] = torch.nan
     return batch
 
@@ -112,6 +116,7 @@ def loss_inputs(batch: Batch, log_probs: Tensor, *, per_token: bool = False, **c
         mask=batch.mask,
         old_log_probs=batch.old_log_probs,
         ref_log_probs=batch.old_log_probs,
+        router_shift=batch.router_shift,
         positions=batch.positions,
         advantage_level="token" if per_token else "sequence",
     )
@@ -130,6 +135,7 @@ def select_tokens(batch: Batch, tokens: list[Tensor]) -> Batch:
         mask=batch.mask[index],
         token_advantages=batch.token_advantages[index],
         positions=batch.positions[index],
+        router_shift=batch.router_shift[index],
         cu_seqlens=cu,
     )
 

@@ -18,12 +18,14 @@ from vespo_megatron.losses import (
     MetricSums,
     Normalizer,
     PolicyLossConfig,
+    RouterShift,
     compute_policy_loss,
     correction_counts,
     get_objective,
     objective_names,
 )
 from vespo_megatron.losses.config import KL_WEIGHTS
+from vespo_megatron.losses.router_shift import APPLY as ROUTER_SHIFT
 
 CORRECTED = ("vespo", "grpo", "gspo", "topr")
 """Objectives whose corrections and per-token advantages are tried on real processes too."""
@@ -90,6 +92,9 @@ def configs():
     for correction in CORRECTIONS:
         made = CorrectionConfig.from_mapping(correction)
         yield PolicyLossConfig("reinforce", {}, "token-mean", None, "rollout", made), False
+    for name in ("vespo", "grpo", "gspo", "minpro"):
+        for apply in ROUTER_SHIFT:
+            yield PolicyLossConfig(name, behavior="recompute", router_shift=RouterShift(apply)), False
     for weight in KL_WEIGHTS:
         yield PolicyLossConfig("vespo", kl_coefficient=0.1, kl_weight=weight), False
     yield PolicyLossConfig("vespo", behavior="recompute", kl_coefficient=0.1, kl_weight="anchor"), False
@@ -102,6 +107,7 @@ def label(config: PolicyLossConfig, per_token: bool) -> str:
     correction = config.correction
     parts = [config.name, str(config.hyperparameters), config.aggregation, config.behavior]
     parts += [f"KL weighted by {config.kl_weight}"] if config.kl_coefficient else []
+    parts += [f"router shift {config.router_shift.apply}"] if config.router_shift else []
     if correction:
         rules = "+".join(f"{rule.statistic}-{rule.level}" for rule in correction.rules)
         parts += [f"{correction.weight}/{correction.level}/{correction.apply}/{rules}/{correction.denominator}"]

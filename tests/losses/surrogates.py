@@ -172,10 +172,10 @@ def covariances(lp: Tensor, a: Tensor, given: dict[str, float]) -> Tensor:
     return (a - given["mean_advantage"]) * (lp.detach() - given["mean_log_prob"])
 
 
-def clip_cov(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor) -> Tensor:
+def clip_cov(lp: Tensor, mu: Tensor, old: Tensor, a: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """verl's: correction 0 on drawn tokens among those of high covariance that the clip leaves."""
     given = GIVEN["clip_cov"]
-    ratio, covariance = (lp - mu).exp(), covariances(lp, a, given)
+    ratio, covariance = (lp - mu + shift).exp(), covariances(lp, a, given)
     left = torch.where(a >= 0, ratio <= 1.28, ratio >= 0.8)
     mixed = torch.sin(lp.detach() * 12.9898 + mu * 78.233) * 43758.5453
     drawn = (mixed - mixed.floor() <= 0.5) & (covariance > 0.2) & (covariance < 5.0) & left

@@ -103,6 +103,7 @@ def padded_batch(batch: Batch) -> tuple[Batch, torch.Tensor]:
             pad(batch.mask, False),
             pad(batch.token_advantages, 3.0),
             torch.arange(num) % width,
+            pad(batch.router_shift, 9.0),
         ),
         at,
     )

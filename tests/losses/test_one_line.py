@@ -31,6 +31,7 @@ def made():
         losses.AdvantageOptions("opo", overlong="drop"),
         losses.CorrectionConfig(weight="tis"),
         losses.Rejection(high=2.0),
+        losses.RouterShift(floor=0.9),
         losses.get_objective("grpo"),
     ]
 

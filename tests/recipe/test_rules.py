@@ -77,6 +77,11 @@ IMPOSSIBLE = {
         "staleness_threshold",
         "max_staleness",
     ),
+    "router shift without π_old": (
+        {"loss_fn__router_shift__apply": "before_clip", "loss_fn__behavior": "rollout"},
+        "loss_fn.router_shift.apply",
+        "recompute or version",
+    ),
     "R3 of interrupted responses": (
         {
             "grpo__async_grpo__enabled": True,
@@ -231,6 +236,12 @@ def test_a_possible_recipe_is_let_through(values):
         ({PP: 2, FIRST: 1, LAST: 2}, {}, "pipeline_model_parallel_size", "with 1 and 2 in the outer stages"),
         ({FIRST: 1}, {}, "pipeline_model_parallel_size", "leave them out"),
         ({EP: 3}, {}, "expert_model_parallel_size", "8 experts"),
+        (
+            {"loss_fn__router_shift__apply": "after_clip"},
+            {"mlp_only_layers": [0, 1, 2, 3]},
+            "loss_fn.router_shift.apply",
+            "compares routers",
+        ),
         ({ETP: 3}, {}, "expert_tensor_parallel_size", "64 channels of an expert"),
         ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),
         ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),

@@ -64,6 +64,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
     "grpo.advantage_clip_low": (-1000.001, 1e-300),
     "loss_fn.ess_base": (0.0, 1.0000001),
+    "loss_fn.router_shift.floor": (0.0, 1.0000001),
     "guard.length_drop": (0.0, 1.0000001),
     "guard.truncated_share": (0.0, 1.0000001),
     "guard.entropy_drop": (0.0, 1.0000001),

@@ -16,6 +16,7 @@ from vespo_megatron.losses.packing import Packed, pack
 from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratios, correction_counts, policy_loss
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Objective, get_objective, objective, objective_names
+from vespo_megatron.losses.router_shift import RouterShift, router_shift
 from vespo_megatron.losses.vcpo import learning_rate_scale
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyLossConfig",
     "Ratios",
     "Rejection",
+    "RouterShift",
     "compute_advantages",
     "compute_policy_loss",
     "compute_ratios",
@@ -43,4 +45,5 @@ __all__ = [
     "pack",
     "policy_loss",
     "resolve_estimator",
+    "router_shift",
 ]

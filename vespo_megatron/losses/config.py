@@ -14,6 +14,7 @@ from vespo_megatron.losses.entropy import entropy_search
 from vespo_megatron.losses.hyperparameters import check_hyperparameters
 from vespo_megatron.losses.lazy import lazy
 from vespo_megatron.losses.registry import Objective, Phi, get_objective, unknown
+from vespo_megatron.losses.router_shift import RouterShift
 from vespo_megatron.losses.search import Search, to_find
 
 KL_TYPES = ("k1", "k2", "k3")
@@ -55,6 +56,8 @@ class PolicyLossConfig:
     """Either way a sequence with a number that is not finite gets coefficient 0 and is counted in
     `loss/bad_samples`; `LossOutput.raise_if_bad` raises under error."""
     metrics: str = "full"
+    router_shift: RouterShift | None = None
+    """RSPO's weight γ̃ of each token; `LossInputs.router_shift` given. None: no weight."""
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -97,6 +100,12 @@ class PolicyLossConfig:
                 raise UserError(f"is {coefficient}", where=f"loss_fn.{key}", expected="a finite number of at least 0")
         if self.correction is not None and self.correction.weighs:
             self._check_weight(self.correction, objective)
+        if self.shifts_ratio and not objective.uses_ratio:
+            raise UserError(
+                f"φ of {objective.name} has no ratio in it that γ̃ could multiply",
+                where="loss_fn.router_shift.apply",
+                expected="after_clip",
+            )
 
     def _check_weight(self, correction: CorrectionConfig, objective: Objective) -> None:
         """Rejections go with everything; a weight has to be of a ratio that φ has not in it."""
@@ -143,6 +152,11 @@ class PolicyLossConfig:
         return "top_entropy_fraction" in self.hyperparameters
 
     @property
+    def shifts_ratio(self) -> bool:
+        """Whether the router shift's weights multiply the ratio, so that φ sees both."""
+        return self.router_shift is not None and self.router_shift.apply == "before_clip"
+
+    @property
     def correction_before_clip(self) -> bool:
         """Whether the correction's weights multiply the ratio, so that φ sees both; else they multiply φ."""
         if self.correction is None or not self.correction.weighs:
@@ -152,6 +166,7 @@ class PolicyLossConfig:
     @classmethod
     def from_recipe(cls, loss_fn: Any, behavior: str) -> PolicyLossConfig:
         """From the recipe's `loss_fn` (any object with its keys as attributes) and what its `behavior` means there."""
+        shift = loss_fn.router_shift
         return cls(
             name=loss_fn.name,
             hyperparameters=dict(loss_fn.hyperparameters),
@@ -159,6 +174,7 @@ class PolicyLossConfig:
             aggregation_length=loss_fn.aggregation_length,
             behavior=behavior,
             correction=CorrectionConfig.from_mapping(dict(loss_fn.correction)),
+            router_shift=RouterShift(shift.apply, shift.floor) if shift.apply != "none" else None,
             kl_coefficient=loss_fn.reference_policy_kl_penalty,
             kl_type=loss_fn.reference_policy_kl_type,
             kl_weight=loss_fn.reference_policy_kl_weight,

@@ -1,4 +1,4 @@
-"""Second step of the policy loss: ratios per token and per sequence, with a correction before the clip in them."""
+"""Second step of the policy loss: ratios per token and per sequence, with what weighs them before the clip."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CorrectedRatios:
     bad: Tensor
     """bool [num_sequences]: a number of the sequence is not finite."""
     token_weights: Weights
-    """[tokens]: what a correction still does after the clip."""
+    """[tokens]: what a correction and the router shift still do after the clip."""
     sequence_weights: Weights
     """[num_sequences]: the same."""
     has_correction: bool
@@ -77,7 +77,7 @@ def corrected_ratios(
     """
     objective, correction = config.objective, config.correction
     of_tokens = objective.level == "token" or given.per_token_advantage or correction is not None
-    of_tokens = of_tokens or config.masks_by_entropy
+    of_tokens = of_tokens or config.masks_by_entropy or config.router_shift is not None
     through_sums = not of_tokens and not torch.compiler.is_compiling()  # which fuses the passes over tokens by itself
     local = _sums_alone(given) if through_sums else _tokens_and_sums(given, config)
     sums = replace(local.sums, others=_others(given)).over_context_parallel(given.sequences)
@@ -98,6 +98,9 @@ def corrected_ratios(
                 log_ratio = weighed.token.kept(log_ratio)
             weighed = weighed.without_weights()
     kept = sums.length if sums.kept is None else sums.kept
+    token_weights = weighed.token
+    if config.router_shift is not None and given.router_shift is not None and not config.shifts_ratio:
+        token_weights = token_weights.times(given.masked(config.router_shift.log_weight(given.router_shift)))
     ratios = Ratios(
         sequences=given.sequences,
         mask=given.mask,
@@ -123,7 +126,7 @@ def corrected_ratios(
         log_w=_uncorrected(given, config, sums),
         mismatch=mismatch,
         bad=bad,
-        token_weights=weighed.token,
+        token_weights=token_weights,
         sequence_weights=weighed.sequence,
         has_correction=correction is not None,
         weight_sum=weighed.total,
@@ -192,7 +195,7 @@ def _weighed(
 
 def _uncorrected(given: CheckedInputs, config: PolicyLossConfig, sums: SequenceSums) -> Tensor:
     """[num_sequences]: Σ (log π_θ − log π_anchor)."""
-    if config.correction is None:
+    if config.correction is None and not config.shifts_ratio:
         return sums.log_ratio
     return sums.log_w - sums.mismatch if given.anchored_to_old and sums.mismatch is not None else sums.log_w
 
@@ -237,6 +240,9 @@ def _tokens_and_sums(given: CheckedInputs, config: PolicyLossConfig) -> _LocalSu
     mismatch = None if old is None else masked(old - given.behavior_log_probs)
     log_ratio = masked(given.log_probs - old) if old is not None and given.anchored_to_old else to_behavior
     clamped = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    if config.router_shift is not None and given.router_shift is not None and config.shifts_ratio:
+        shift = masked(config.router_shift.log_weight(given.router_shift))
+        log_ratio, clamped = log_ratio + shift, clamped + shift
     weights, kept, weight = Weights(), None, None
     judged: tuple[Tensor, ...] = ()
     if correction is not None:

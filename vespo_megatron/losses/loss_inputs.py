@@ -45,6 +45,8 @@ class LossInputs(OneLine):
     """Context parallel group."""
     advantage_level: str = "auto"
     """sequence, token, or auto: by length (an error where the two lengths are equal and it matters)."""
+    router_shift: Tensor | None = None
+    """float [tokens], γ (or γ̃) of the routers since π_old; needed with `PolicyLossConfig.router_shift`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class CheckedInputs:
     """int64 [tokens], index of each token in its whole response."""
     entropy: Tensor | None = None
     """[tokens], detached; None where nothing asks for it."""
+    router_shift: Tensor | None = None
+    """[tokens], γ; None where nothing asks for it."""
     others: tuple[Tensor, ...] = ()
     """[tokens] each: what terms beside −Σ φ·A·log π look at; a number in them that is not finite is as bad."""
 
@@ -95,6 +99,7 @@ def check(inputs: LossInputs, config: PolicyLossConfig) -> CheckedInputs:
         "old_log_probs": config.behavior != "rollout",
         "ref_log_probs": config.kl_coefficient != 0,
         "entropy": config.needs_entropy,
+        "router_shift": config.router_shift is not None,
     }
     for name, is_needed in needed.items():
         if is_needed and getattr(inputs, name) is None:
@@ -102,7 +107,7 @@ def check(inputs: LossInputs, config: PolicyLossConfig) -> CheckedInputs:
     sequences = PackedSequences(inputs.cu_seqlens, len(inputs.log_probs), inputs.log_probs.device, inputs.group)
     dtype = torch.float64 if inputs.log_probs.dtype == torch.float64 else torch.float32
     old_log_probs = inputs.old_log_probs
-    others = [getattr(inputs, name) for name in ("ref_log_probs", "entropy") if needed[name]]
+    others = [getattr(inputs, name) for name in ("ref_log_probs", "entropy", "router_shift") if needed[name]]
     return CheckedInputs(
         sequences=sequences,
         mask=inputs.mask,
@@ -115,13 +120,17 @@ def check(inputs: LossInputs, config: PolicyLossConfig) -> CheckedInputs:
         per_token_advantage=_advantage_per_token(inputs, sequences),
         positions=inputs.positions,
         entropy=inputs.entropy.detach().to(dtype) if needed["entropy"] and inputs.entropy is not None else None,
+        router_shift=inputs.router_shift.detach().to(dtype)
+        if needed["router_shift"] and inputs.router_shift is not None
+        else None,
         others=tuple(other.detach().to(dtype) for other in others),
     )
 
 
-_FLOATING = ("log_probs", "behavior_log_probs", "old_log_probs", "ref_log_probs", "entropy", "advantages")
-_PER_TOKEN = ("log_probs", "behavior_log_probs", "mask", "old_log_probs", "ref_log_probs", "entropy", "positions")
-_OPTIONAL = ("mask", "old_log_probs", "ref_log_probs", "entropy", "positions")
+_LOG_PROBS = ("log_probs", "behavior_log_probs", "old_log_probs", "ref_log_probs")
+_FLOATING = (*_LOG_PROBS, "entropy", "router_shift", "advantages")
+_OPTIONAL = ("mask", "old_log_probs", "ref_log_probs", "entropy", "router_shift", "positions")
+_PER_TOKEN = ("log_probs", "behavior_log_probs", *_OPTIONAL)
 
 
 def _check_tensors(inputs: LossInputs) -> None:
@@ -177,7 +186,7 @@ LARGEST_LOG_PROB = 0.01
 
 def check_log_probs(inputs: LossInputs) -> None:
     """Raise UserError for log-probs above 0, where that takes no wait for a device."""
-    for name in ("log_probs", "behavior_log_probs", "old_log_probs", "ref_log_probs"):
+    for name in _LOG_PROBS:
         values = getattr(inputs, name)
         if values is None or not values.is_cpu or not values.numel():
             continue

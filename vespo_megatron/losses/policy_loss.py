@@ -35,6 +35,7 @@ from vespo_megatron.losses.metrics import MetricSums
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Phi
 from vespo_megatron.losses.regularization import regularization_terms
+from vespo_megatron.losses.router_shift import RouterShift, check_router_shift, router_shift_metrics
 from vespo_megatron.losses.weighted_sum import SequenceWeighted, TokenWeighted
 
 
@@ -64,6 +65,9 @@ def compute_policy_loss(
     if config.metrics == "full":
         with torch.no_grad():
             metrics = _metrics(given, corrected, factors, weights.coefficient)
+            if config.router_shift is not None and given.router_shift is not None:
+                valid = factors.valid_tokens()
+                metrics = metrics + router_shift_metrics(given.router_shift, config.router_shift, valid)
     metrics.add("loss/policy", loss.detach(), 0.0)
     for name, factor, term in regularization_terms(inputs, config, factors, weights.scale):
         loss = loss + factor * term
@@ -122,6 +126,9 @@ def policy_loss(
     old_log_probs: Tensor | None = None,
     positions: Tensor | None = None,
     entropy: Tensor | None = None,
+    router_shift: Tensor | None = None,
+    router_shift_apply: str = RouterShift.apply,
+    router_shift_floor: float = RouterShift.floor,
     advantage_level: str = "auto",
     correction: dict[str, Any] | None = None,
     on_bad_sample: str = "error",
@@ -145,6 +152,9 @@ def policy_loss(
         old_log_probs: [tokens], log π_old: the ratio becomes π_θ/π_old, and a correction is of π_old/μ.
         positions: int64 [tokens], for minpro under a group.
         entropy: [tokens], of the policy's own distribution, for `top_entropy_fraction`.
+        router_shift: [tokens], γ of `losses.router_shift`: RSPO's weight of each token, with any objective.
+        router_shift_apply: before_clip or after_clip.
+        router_shift_floor: γ_min.
         advantage_level: sequence, token, or auto: by length.
         correction: as `loss_fn.correction` of a recipe.
         on_bad_sample: error or drop, for sequences with numbers that are not finite.
@@ -164,6 +174,7 @@ def policy_loss(
         aggregation_length=aggregation_length,
         behavior="rollout" if old_log_probs is None else "recompute",
         correction=CorrectionConfig.from_mapping(correction),
+        router_shift=None if router_shift is None else RouterShift(router_shift_apply, router_shift_floor),
         on_bad_sample=on_bad_sample,
         metrics=metrics,
     )
@@ -176,12 +187,14 @@ def policy_loss(
         old_log_probs=old_log_probs,
         positions=positions,
         entropy=entropy,
+        router_shift=router_shift,
         group=group,
         advantage_level=advantage_level,
     )
     output = compute_policy_loss(inputs, config, _given_normalizer(num_tokens, normalizer, aggregation))
     if not torch.compiler.is_compiling():
         check_log_probs(inputs)
+        check_router_shift(router_shift, mask)
         output.raise_if_bad()
     return output
 

@@ -53,7 +53,7 @@ class Ratios(OneLine):
     bad: Tensor | None = None
     """bool [num_sequences]: a number of the sequence is not finite; for what looks at several sequences. None: none."""
     corrected_log_ratio: Tensor | None = None
-    """[tokens]: the log-ratio with a correction's log-weight applied before the clip; None: without one."""
+    """[tokens]: the log-ratio with what weighs it before the clip (a correction, the router shift); None: nothing."""
 
     @lazy
     def log_ratio(self) -> Tensor:

@@ -147,6 +147,12 @@ LOSS = (
     ),
     Metric("correction/dropped_token_fraction", "Tokens that a correction drops, by themselves.", over="tokens"),
     Metric("correction/dropped_response_fraction", "Responses that a correction drops whole.", over="responses"),
+    Metric(
+        "router_shift/mean",
+        "Mean of γ̃, the weight of tokens by how far the routers have moved since π_old; 1: not at all (RSPO).",
+        over="tokens",
+    ),
+    Metric("router_shift/floored", "Tokens whose γ is at the floor or below.", over="tokens"),
     Metric("loss/policy", "The policy term of the loss.", "", MEAN, "updates", shares=True),
     Metric(
         "loss/kl",

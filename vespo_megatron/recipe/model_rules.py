@@ -42,6 +42,8 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
                 where=f"{_MEGATRON}.{name}",
                 expected=f"a divisor of {count} ({divisors})",
             )
+    if recipe.loss_fn.router_shift.apply != "none" and not shape.num_moe_layers:
+        yield UserError(f"compares routers, and {folder} has none", where="loss_fn.router_shift.apply", expected="none")
     yield from _layer_split(megatron, shape.num_hidden_layers, folder)
     if not shape.num_moe_layers and (megatron.moe_aux_loss_coeff or megatron.moe_z_loss_coeff):
         yield UserError(

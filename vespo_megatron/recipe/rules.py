@@ -36,6 +36,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _lengths(recipe)
     yield from _training(recipe)
     yield from _off_policy_baseline(recipe)
+    yield from _router_shift(recipe)
     yield from _layers(recipe)
     yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
@@ -205,6 +206,15 @@ def _off_policy_baseline(recipe: Recipe) -> Iterator[UserError]:
         )
     if schedule.advantage_clip_low is not None or schedule.advantage_clip_high is not None:
         yield UserError("is not clipped", where=where, expected="no grpo.advantage_clip_low or advantage_clip_high")
+
+
+def _router_shift(recipe: Recipe) -> Iterator[UserError]:
+    if recipe.loss_fn.router_shift.apply != "none" and recipe.behavior == "rollout":
+        yield UserError(
+            "compares the routers with those of π_old, which the trainer does not compute with behavior: rollout",
+            where="loss_fn.router_shift.apply",
+            expected="loss_fn.behavior=recompute or version",
+        )
 
 
 def _layers(recipe: Recipe) -> Iterator[UserError]:

@@ -33,6 +33,10 @@ class Weights:
             return self
         return Weights(self.log_weight, keep if self.keep is None else self.keep & keep)
 
+    def times(self, log_weight: Tensor) -> Weights:
+        """The same, with every weight multiplied by e^`log_weight`."""
+        return Weights(log_weight if self.log_weight is None else self.log_weight + log_weight, self.keep)
+
     def divided(self, log_mean: Tensor) -> Weights:
         """The same, with every weight divided by e^`log_mean`."""
         return self if self.log_weight is None else Weights(self.log_weight - log_mean, self.keep)

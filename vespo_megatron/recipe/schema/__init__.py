@@ -8,7 +8,13 @@ prompts. What several keys may not ask for together is in `recipe.rules`.
 from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
 from vespo_megatron.recipe.schema.data import DataConfig, DatasetConfig, EnvConfig
 from vespo_megatron.recipe.schema.generation import MAX_SAMPLING_MASK_TOKENS, GenerationConfig, SGLangConfig
-from vespo_megatron.recipe.schema.loop import AsyncGRPOConfig, GRPOConfig, LossConfig, RewardShapingConfig
+from vespo_megatron.recipe.schema.loop import (
+    AsyncGRPOConfig,
+    GRPOConfig,
+    LossConfig,
+    RewardShapingConfig,
+    RouterShiftConfig,
+)
 from vespo_megatron.recipe.schema.policy import PolicyConfig, TokenizerConfig
 from vespo_megatron.recipe.schema.recipe import Recipe
 from vespo_megatron.recipe.schema.run import (
@@ -50,6 +56,7 @@ __all__ = [
     "Recipe",
     "RewardShapingConfig",
     "RouterReplayConfig",
+    "RouterShiftConfig",
     "SGLangConfig",
     "SchedulerConfig",
     "Section",

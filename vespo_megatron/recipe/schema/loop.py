@@ -92,6 +92,15 @@ class GRPOConfig(Section):
         return given if isinstance(given, str) else ("drop" if given else "off")
 
 
+class RouterShiftConfig(Section):
+    """`loss_fn.router_shift`: RSPO's weight of each token, by how far the routers have moved since π_old."""
+
+    apply: Literal["none", "before_clip", "after_clip"] = key(
+        "none", "Weigh each token's ratio (before_clip), or its φ (after_clip), by γ̃; none: not at all.", ours=True
+    )
+    floor: float = key(0.8, "γ_min, below which no weight is.", gt=0, le=1, ours=True)
+
+
 class LossConfig(Section):
     """`loss_fn`: one objective φ, its correction and its aggregation."""
 
@@ -116,6 +125,7 @@ class LossConfig(Section):
     correction: dict[str, Any] = key(
         {}, "Correction of π_train/μ: {weight: tis|mis|icepop, reject: [{…}], …}; empty is none.", ours=True
     )
+    router_shift: RouterShiftConfig = section(RouterShiftConfig)
     reference_policy_kl_penalty: float = key(0.0, "Weight of the KL to the initial policy; 0 skips its pass.", ge=0)
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = key("k3", "Estimator of that KL.")
     reference_policy_kl_weight: Literal["none", "score", "anchor", "behavior"] = key(
