@@ -64,6 +64,7 @@ def test_every_span_is_scored_as_a_policy_loaded_with_that_version_scores_it(sco
     name, _, answers = scored
     for answer in answers:
         assert answer["differences"] == [0.0] * version_work.VERSIONS, "not to the last bit"
+        assert answer["routes_equal"], "nor what its routers said"
         assert answer["unmoved"], "the trainer's own weights did not come back exactly"
         assert answer["held"] == [0, 1, 2]
         assert answer["micro_batches"] < answer["forwards"] < answer["micro_batches"] * version_work.VERSIONS

@@ -29,6 +29,7 @@ from vespo_megatron.trainer.step import SlicedBatch, TrainStep
 
 VERSIONS = 3
 FACTS = {"weight_version": VERSIONS - 1}
+ROUTER_SHIFT = {"loss_fn.router_shift.apply": "before_clip"}
 
 
 def batch_of_versions(replay: str = "none") -> Batch:
@@ -104,7 +105,7 @@ def score_by_version(
     """
     policy = build(folder, layout, store)
     policy.optimizer.param_groups[0]["lr"] = policy.optimizer.param_groups[-1]["lr"] = 0.02
-    recipe = recipe_of(folder, layout, behavior="version", replay=replay)
+    recipe = recipe_of(folder, layout, behavior="version", replay=replay, **ROUTER_SHIFT)
     history = WeightHistory(policy, recipe.held_versions)
     batch = batch_of_versions(replay)
     live = TrainStep(recipe_of(folder, layout, behavior="rollout"), policy, Objective(recipe.loss_fn, "rollout"))
@@ -144,7 +145,7 @@ def compare_with_folders(
     for version in range(VERSIONS):
         other = MegatronPolicy(policy.config, policy.rank_info, model_folder=f"{scratch}/{version}")
         alone = recipe_of(str(policy.model_folder), {}, behavior="recompute", replay=replay).with_values(
-            {"policy.megatron_cfg": policy.config.megatron_cfg}
+            {"policy.megatron_cfg": policy.config.megatron_cfg} | ROUTER_SHIFT
         )
         expected = score(alone, other, batch, None)
         worst = 0.0
@@ -154,8 +155,11 @@ def compare_with_folders(
             if policy.rank_info.is_last_stage and drawn.any():
                 gap = (ours.old_log_probs - theirs.old_log_probs)[torch.from_numpy(drawn)]
                 worst = max(worst, float(gap.abs().max()))
+            rows = ours.layout.router_rows([row_versions(sample) for sample in samples], -1) == version
+            for scores in ("experts", "log_probs"):  # what the routers of that version said
+                one, other = getattr(ours.router_scores, scores), getattr(theirs.router_scores, scores)
+                routes_equal &= np.array_equal(one[rows], other[rows])
             if replay == "R2":
-                rows = ours.layout.router_rows([row_versions(sample) for sample in samples], -1) == version
                 same = ours.trainer_routes.experts[rows] == theirs.trainer_routes.experts[rows]
                 routes_equal &= bool(same.all())
         differences.append(worst)

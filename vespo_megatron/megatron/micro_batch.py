@@ -14,6 +14,7 @@ from vespo_megatron.megatron.logit_mask import LogitMask
 from vespo_megatron.megatron.logprobs import LogProbRequest
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams, packed_seq_params
 from vespo_megatron.megatron.parallel import RankInfo
+from vespo_megatron.routing_replay.router_scores import RouterScores
 from vespo_megatron.routing_replay.table import RouteTable
 
 
@@ -49,6 +50,10 @@ class MicroBatch:
     """What the rollout engine chose, for this rank's rows and layers."""
     trainer_routes: RouteTable | None = None
     """What the training engine chose at θ_old, once a pass has recorded it."""
+    router_scores: RouterScores | None = None
+    """Where π_old's pass sent the tokens, and the log-probs its routers gave that; this rank's rows and layers."""
+    router_shift: torch.Tensor | None = None
+    """float32 [R], γ of the routers since then, once a forward of π_θ has measured it."""
 
 
 def layouts(batches: Sequence[Batch], rank_info: RankInfo, padding_id: int = 0) -> list[SequenceLayout]:

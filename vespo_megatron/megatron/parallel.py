@@ -123,6 +123,11 @@ def finalize() -> None:
         dist.destroy_process_group()
 
 
+def tensor_group() -> dist.ProcessGroup:
+    """The ranks that hold the other shards of this rank's weights, and of its tokens where they are sharded."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def context_parallel_group() -> dist.ProcessGroup:
     """The ranks that hold the other pieces of this rank's sequences."""
     return parallel_state.get_context_parallel_group()

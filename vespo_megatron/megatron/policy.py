@@ -20,9 +20,11 @@ from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.megatron.router_losses import RouterLosses
+from vespo_megatron.megatron.router_pass import RouterPass
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
+from vespo_megatron.routing_replay.router_scores import RouterScores
 from vespo_megatron.routing_replay.table import RouteTable
 
 # isort: split
@@ -42,6 +44,10 @@ class RouteUse:
 
     mode: str = "off"
     tables: Callable[[MicroBatch], tuple[RouteTable | None, RouteTable | None]] = lambda _: (None, None)
+    scores: Callable[[MicroBatch], RouterScores | None] = lambda _: None
+    """The table that takes the log-probs of the experts the tokens are sent to; None: nobody wants to know."""
+    measures_shift: bool = False
+    """Whether the routers are compared with `MicroBatch.router_scores`, into `MicroBatch.router_shift`."""
 
 
 LIVE = RouteUse()
@@ -256,9 +262,16 @@ class MegatronPolicy:
         rows = micro_batch.layout.num_local_tokens // self.rank_info.tensor_size
         return RouteTable.empty(rows, len(self.replay.hooks), self.shape.num_experts_per_tok, self.shape.num_experts)
 
+    def empty_router_scores(self, micro_batch: MicroBatch) -> RouterScores:
+        """The same, for the log-probs of the experts that are chosen."""
+        rows = micro_batch.layout.num_local_tokens // self.rank_info.tensor_size
+        return RouterScores.empty(rows, len(self.replay.hooks), self.shape.num_experts_per_tok, self.shape.num_experts)
+
     def _run(
         self, micro_batches: Sequence[MicroBatch], loss_function: Callable, routes: RouteUse, **schedule: bool
     ) -> list[Any]:
+        routers = RouterPass(routes.scores, routes.measures_shift, self.rank_info, self.shape.num_moe_layers)
+
         def forward_step(
             data_iterator: Iterator[MicroBatch], model: MegatronModule
         ) -> tuple[torch.Tensor, LossOfOutput]:
@@ -268,7 +281,8 @@ class MegatronPolicy:
                 return_free_memory()
             chunk = next(index for index, candidate in enumerate(self.chunks) if candidate is model)
             table, observed = routes.tables(micro_batch)
-            with self.replay.forward(chunk, table, observed, self.rank_info.device, micro_batch.is_real):
+            watcher = routers.watcher(micro_batch)
+            with self.replay.forward(chunk, table, observed, self.rank_info.device, micro_batch.is_real, watcher):
                 output = model(
                     input_ids=micro_batch.input_ids,
                     position_ids=micro_batch.position_ids,
@@ -277,6 +291,7 @@ class MegatronPolicy:
                     packed_seq_params=micro_batch.packed_seq_params,
                     padding_mask=None if self.router_losses is None else ~micro_batch.is_real[None],
                 )
+            routers.after_forward(micro_batch, watcher)
             return output, lambda tensor, **kwargs: loss_function(tensor, micro_batch, **kwargs)
 
         iterators = [iter(micro_batches) for _ in self.chunks]
@@ -284,7 +299,7 @@ class MegatronPolicy:
         with self.replay.running(
             routes.mode, micro_batches=len(micro_batches), backward=backward, device=self.rank_info.device
         ):
-            return get_forward_backward_func()(
+            results = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -294,3 +309,5 @@ class MegatronPolicy:
                 collect_non_loss_data=schedule["forward_only"],
                 **schedule,
             )
+        routers.after_pass(micro_batches)
+        return results

@@ -102,9 +102,10 @@ def _stage_memory(shape: ModelShape, recipe: Recipe, stage: int) -> TrainerMemor
         offloaded = 0
     tokens = micro_batch_tokens(recipe) // megatron.context_parallel_size
     layers = stage_layers(shape, recipe)[stage]
-    routes = 0
-    if policy.router_replay.mode != "none":
-        routes = tokens * layers * shape.num_experts_per_tok * (1 if shape.num_experts <= 256 else 2)
+    chosen, number = tokens * layers * shape.num_experts_per_tok, 1 if shape.num_experts <= 256 else 2
+    routes = chosen * number if policy.router_replay.mode != "none" else 0
+    if recipe.loss_fn.router_shift.apply != "none":
+        routes += chosen * (number + 4)  # which experts, and their log-probs
     last = stage == megatron.pipeline_model_parallel_size - 1
     return TrainerMemory(
         weights=local.total * element,

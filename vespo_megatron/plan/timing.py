@@ -92,6 +92,8 @@ def training_seconds(
     work += forward if recipe.policy.megatron_cfg.recompute == "full" else 0
     if recipe.behavior != "rollout" or recipe.policy.router_replay.mode == "R2":
         work += forward * max(1, recipe.held_versions)
+    if recipe.loss_fn.router_shift.apply != "none" and recipe.policy.megatron_cfg.pipeline_model_parallel_size > 1:
+        work += forward  # which measures the routers before the losses
     bubble = pipeline_bubble(recipe)
     return work / (recipe.world_size * device.bf16_tflops * 1e12 * mfu) / (1 - bubble)
 

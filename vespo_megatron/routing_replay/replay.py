@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.routing_replay.load import ExpertLoad
+from vespo_megatron.routing_replay.router_scores import router_log_probs
 from vespo_megatron.routing_replay.table import RouteTable
 
 Chosen = tuple[torch.Tensor, torch.Tensor]
@@ -47,6 +48,13 @@ class ComputeTopK(Protocol):
     def __call__(
         self, scores: torch.Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
     ) -> Chosen: ...
+
+
+class RouterWatcher(Protocol):
+    """Who looks at the routers in a forward."""
+
+    def see(self, column: int, log_probs: torch.Tensor, experts: torch.Tensor, /) -> None:
+        """A layer's log-probs [rows, experts], and the experts [rows, topk] that the tokens are sent to."""
 
 
 @dataclass
@@ -78,6 +86,8 @@ class LayerReplay(RouterReplay):
     def __init__(self, owner: RouteReplay, chunk: int, column: int, layer_number: int) -> None:
         self.owner, self.chunk, self.column, self.layer_number = owner, chunk, column, layer_number
         self.forwards = self.recomputes = 0
+        self.softmax_comes_first = False
+        """Whether the router takes its top-k of probabilities, not of logits."""
         self.pending: deque[_InFlight] = deque()
 
     def get_replay_topk(
@@ -128,6 +138,7 @@ class RouteReplay:
                         expected="false with policy.router_replay: the fused kernel does not ask for replayed routes",
                     )
                 hook = LayerReplay(self, index, len(self.hooks), layer.layer_number)
+                hook.softmax_comes_first = bool(getattr(router.config, "moe_router_pre_softmax", False))
                 router.router_replay = hook
                 self.hooks.append(hook)
                 self.routers.append(router)
@@ -138,6 +149,7 @@ class RouteReplay:
         """Of the last pass with a backward; None where nothing is counted."""
         self._counting: ExpertLoad | None = None
         self._is_real: torch.Tensor | None = None
+        self._watcher: RouterWatcher | None = None
 
     @property
     def layer_numbers(self) -> list[int]:
@@ -174,6 +186,7 @@ class RouteReplay:
         observed: RouteTable | None,
         device: torch.device,
         is_real: torch.Tensor,
+        watcher: RouterWatcher | None = None,
     ) -> Iterator[None]:
         """The forward of one micro-batch through one model chunk.
 
@@ -183,16 +196,17 @@ class RouteReplay:
             observed: takes what the routers would choose.
             device: where the model is.
             is_real: bool [rows], False for padding, which is nobody's load.
+            watcher: shown every router's log-probs and where it sends the tokens.
         """
         if self._mode != "off":
             self._current = self._in_flight(table, observed, device)
-        self._chunk, self._is_real = chunk, is_real
+        self._chunk, self._is_real, self._watcher = chunk, is_real, watcher
         try:
             yield
             if self._current is not None:
                 self._current.write_back()
         finally:
-            self._current, self._chunk, self._is_real = None, -1, None
+            self._current, self._chunk, self._is_real, self._watcher = None, -1, None, None
 
     def _in_flight(self, table: RouteTable | None, observed: RouteTable | None, device: torch.device) -> _InFlight:
         if table is None:
@@ -209,6 +223,10 @@ class RouteReplay:
         values, indices = choose() if self._mode == "off" else self._recorded_or_replayed(hook, scores, choose)
         if self._counting is not None and self._is_real is not None:  # None in the backward: counted already
             self._counting.add(hook.column, indices, self._is_real)
+        if self._watcher is not None:
+            self._watcher.see(
+                hook.column, router_log_probs(scores, are_probabilities=hook.softmax_comes_first), indices
+            )
         return values, indices
 
     def _recorded_or_replayed(self, hook: LayerReplay, scores: torch.Tensor, choose: Callable[[], Chosen]) -> Chosen:
@@ -267,7 +285,7 @@ class RouteReplay:
 
     def _reset(self) -> None:
         self._mode, self._current, self._chunk = "off", None, -1
-        self._counting = self._is_real = None
+        self._counting = self._is_real = self._watcher = None
         for hook in self.hooks:
             hook.forwards = hook.recomputes = 0
             hook.pending.clear()

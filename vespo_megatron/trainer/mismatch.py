@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import data_context_parallel_group
@@ -51,6 +53,7 @@ def _score(step: TrainStep, micro_batches: list[MicroBatch], normalizer: Any, mo
         reports = []
         for (log_probs, entropies), micro_batch in zip(outputs, micro_batches, strict=True):
             micro_batch.old_log_probs = log_probs
+            micro_batch.router_shift = torch.ones_like(log_probs)  # π_θ is π_old
             reports.append(loss(log_probs, entropies, micro_batch)[1])
         metrics = objective.metrics(reports).all_reduce(data_context_parallel_group()).finalize()
     gathered = step.scatter.to_rank_zero(

@@ -65,18 +65,26 @@ class Objective:
         """Whether log-probs of the initial policy are part of the objective."""
         return self.config.kl_coefficient != 0
 
+    @property
+    def needs_router_shift(self) -> bool:
+        """Whether how far the routers have moved since π_old is part of the objective."""
+        return self.config.router_shift is not None
+
     def over_mini_batch(
         self, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], routes: RouteUse, normalizer: Normalizer
     ) -> tuple[PolicyLossConfig, Normalizer]:
         """The configuration and the counts of one mini-batch, with what holds for all of it; a collective.
 
         What an objective searches for depends on π_θ over the whole mini-batch, as does what a correction keeps of
-        π_θ/μ (behaviour `rollout`): one forward pass for both. What a correction keeps of π_old/μ is known.
+        π_θ/μ (behaviour `rollout`): one forward pass for both. What a correction keeps of π_old/μ is known. The same
+        pass measures the router shift, which no loss could wait for where pipeline stages hold layers of their own.
         """
         searches, correction = self.config.searches, self.config.correction
         counts = correction is not None and correction.needs_mini_batch
         known = self.needs_old_log_probs
-        scores = policy.log_probs(micro_batches, routes=routes) if searches or (counts and not known) else []
+        shift = self.needs_router_shift and policy.rank_info.pipeline_size > 1
+        passes = bool(searches) or (counts and not known) or shift
+        scores = policy.log_probs(micro_batches, routes=routes) if passes else []
         if not policy.rank_info.is_last_stage:
             return self.config, normalizer
         group, config = data_context_parallel_group(), self.config
@@ -99,7 +107,11 @@ class Objective:
     def _old_inputs(self, micro_batches: Sequence[MicroBatch]) -> list[LossInputs]:
         """Of π_old in place of π_θ, which the counts of π_old/μ do not look at."""
         old = [(micro_batch.old_log_probs, micro_batch) for micro_batch in micro_batches]
-        return [self._inputs(values, values, micro_batch) for values, micro_batch in old if values is not None]
+        return [
+            replace(self._inputs(values, values, micro_batch), router_shift=torch.ones_like(values))
+            for values, micro_batch in old
+            if values is not None
+        ]
 
     def _inputs(self, log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch) -> LossInputs:
         return LossInputs(
@@ -111,6 +123,7 @@ class Objective:
             old_log_probs=micro_batch.old_log_probs,
             ref_log_probs=micro_batch.ref_log_probs,
             entropy=entropies,
+            router_shift=micro_batch.router_shift,
             positions=micro_batch.response_positions,
             group=self.group,
             advantage_level="sequence",

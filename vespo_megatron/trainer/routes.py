@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import RankInfo, pipeline_group
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.routing_replay.agreement import Agreement
+from vespo_megatron.routing_replay.router_scores import RouterScores
 from vespo_megatron.routing_replay.table import RouteTable, row_versions
 
 _RoutePair = tuple[MicroBatch, RouteTable | None, RouteTable | None]
@@ -24,16 +26,29 @@ class StepRoutes:
     (`behavior: version`), a token's routes are those of the version that drew it. R3 replays the engine's routes in
     every pass. Without replay, the first pass over the data records what the trainer chose, if the engine's routes are
     there to compare with.
+
+    With `shift` (`loss_fn.router_shift`) the routers of π_old are recorded too, and those of π_θ compared with them.
     """
 
-    def __init__(self, mode: str, policy: MegatronPolicy, micro_batches: Sequence[MicroBatch], measure: bool) -> None:
+    def __init__(
+        self,
+        mode: str,
+        policy: MegatronPolicy,
+        micro_batches: Sequence[MicroBatch],
+        measure: bool,
+        *,
+        shift: bool = False,
+    ) -> None:
         self.mode, self.policy, self.rank_info = mode, policy, policy.rank_info
         self.has_engine_routes = all(each.engine_routes is not None for each in micro_batches)
         self.measure = measure and (self.has_engine_routes or mode == "R2")
         self.engine, self.drift = Agreement(), Agreement()
+        self.shift = shift
         self._observed: dict[int, RouteTable] = {}
         self._of_version: dict[int, RouteTable] = {}
         """Of a pass under one of several weight versions, by micro-batch: what the routers chose."""
+        self._scores_of_version: dict[int, RouterScores] = {}
+        """Of the same, by micro-batch."""
 
     @property
     def needs_log_prob_pass(self) -> bool:
@@ -42,6 +57,9 @@ class StepRoutes:
 
     def log_prob_pass(self) -> RouteUse:
         """At θ_old, before any update."""
+        return replace(self._log_prob_pass(), scores=self._record_scores)
+
+    def _log_prob_pass(self) -> RouteUse:
         if self.mode == "R3":
             return RouteUse("replay", lambda each: (each.engine_routes, self._observe(each)))
         if self.mode == "R2" or (self.measure and self.has_engine_routes):
@@ -50,7 +68,10 @@ class StepRoutes:
 
     def version_pass(self) -> RouteUse:
         """As `log_prob_pass`, under one of several weight versions; `after_version_pass` follows."""
-        whole = self.log_prob_pass()
+        return replace(self._version_pass(), scores=self._version_scores)
+
+    def _version_pass(self) -> RouteUse:
+        whole = self._log_prob_pass()
         if whole.mode == "record":
             return RouteUse("record", lambda each: (self._version_table(each), None))
         if whole.mode == "replay" and self.measure:
@@ -60,6 +81,7 @@ class StepRoutes:
     def after_version_pass(self, micro_batches: Sequence[MicroBatch], version: int) -> None:
         """Keep the routes of tokens that this version drew; rows of no token are the first pass's."""
         for each in micro_batches:
+            self._keep_scores(each, version)
             chosen = self._of_version.pop(id(each), None)
             if chosen is None:
                 continue
@@ -68,12 +90,17 @@ class StepRoutes:
             table = self._record(each) if known is None else self._observe(each)
             if table is None:
                 raise RuntimeError("routes that nobody measures were observed")
-            versions = each.layout.router_rows([row_versions(sample) for sample in each.batch.samples], -1)
+            versions = _versions_of_rows(each)
             rows = np.full(len(versions), True) if first else versions == version
             table.experts[rows] = chosen.experts[rows]
 
     def update_pass(self, *, first: bool) -> RouteUse:
         """An optimizer update; `first` is true for the first mini-batch when no log-prob pass has been run."""
+        # With several pipeline stages a forward before the update has measured it.
+        measures = self.shift and self.rank_info.pipeline_size == 1
+        return replace(self._update_pass(first=first), measures_shift=measures)
+
+    def _update_pass(self, *, first: bool) -> RouteUse:
         if self.mode == "R2":
             return RouteUse("replay", lambda each: (each.trainer_routes, self._observe(each)))
         if self.mode == "R3":
@@ -84,6 +111,9 @@ class StepRoutes:
 
     def extra_pass(self) -> RouteUse:
         """A pass without gradient between updates: replayed as they are, nothing recorded."""
+        return replace(self._extra_pass(), measures_shift=self.shift)
+
+    def _extra_pass(self) -> RouteUse:
         if self.mode == "R2":
             return RouteUse("replay", lambda each: (each.trainer_routes, None))
         if self.mode == "R3":
@@ -106,6 +136,26 @@ class StepRoutes:
         if id(micro_batch) not in self._of_version:  # model chunks of one rank share the table
             self._of_version[id(micro_batch)] = self.policy.empty_routes(micro_batch)
         return self._of_version[id(micro_batch)]
+
+    def _record_scores(self, micro_batch: MicroBatch) -> RouterScores | None:
+        if self.shift and micro_batch.router_scores is None:  # model chunks of one rank share the table
+            micro_batch.router_scores = self.policy.empty_router_scores(micro_batch)
+        return micro_batch.router_scores if self.shift else None
+
+    def _version_scores(self, micro_batch: MicroBatch) -> RouterScores | None:
+        if not self.shift:
+            return None
+        if id(micro_batch) not in self._scores_of_version:  # model chunks of one rank share the table
+            self._scores_of_version[id(micro_batch)] = self.policy.empty_router_scores(micro_batch)
+        return self._scores_of_version[id(micro_batch)]
+
+    def _keep_scores(self, micro_batch: MicroBatch, version: int) -> None:
+        """Of tokens that this version drew; rows of no token are the first pass's."""
+        scores = self._scores_of_version.pop(id(micro_batch), None)
+        if micro_batch.router_scores is None:
+            micro_batch.router_scores = scores
+        elif scores is not None:
+            micro_batch.router_scores.take(_versions_of_rows(micro_batch) == version, scores)
 
     def after_log_probs(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compare the engine with the trainer at θ_old."""
@@ -147,6 +197,11 @@ class StepRoutes:
             differs = anywhere.cpu().numpy().astype(bool)
         if self.rank_info.pipeline_rank == 0:
             agreement.add_tokens(differs)
+
+
+def _versions_of_rows(micro_batch: MicroBatch) -> np.ndarray:
+    """int64 [rows]: the version whose routers are those of each row's log-prob; −1 of no token."""
+    return micro_batch.layout.router_rows([row_versions(sample) for sample in micro_batch.batch.samples], -1)
 
 
 def route_metrics(reports: Sequence[tuple[Agreement, Agreement, int, int]]) -> dict[str, float]:

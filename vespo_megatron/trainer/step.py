@@ -98,7 +98,8 @@ class TrainStep:
     def routes(self, batch: SlicedBatch) -> StepRoutes:
         """What the recipe's routing replay does with the routes of this batch."""
         replay = self.recipe.policy.router_replay
-        return StepRoutes(replay.mode, self.policy, batch.micro_batches, replay.measure_agreement)
+        shift = self.objective.needs_router_shift
+        return StepRoutes(replay.mode, self.policy, batch.micro_batches, replay.measure_agreement, shift=shift)
 
     def log_probs(self, batch: SlicedBatch, routes: StepRoutes) -> bool:
         """Fill π_old and π_ref where the objective needs them; whether π_old's pass was run (R2 records there)."""
