@@ -19,7 +19,7 @@ from vespo_megatron.recipe.schema import Recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "studies" or path.stem == "long")
-VALIDATOR = Draft202012Validator(json_schema())
+VALIDATOR = Draft202012Validator(json_schema(), format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
 def complaints(content: dict) -> list[str]:

@@ -28,6 +28,7 @@ EP, ETP, VPP = (
 SP, GPUS, GLOBAL_BATCH = M + "sequence_parallel", "cluster__gpus_per_node", "policy__train_global_batch_size"
 FIRST, LAST = M + "num_layers_in_first_pipeline_stage", M + "num_layers_in_last_pipeline_stage"
 G = "policy__generation__"
+DIAL = G + "mismatch__"
 
 IMPOSSIBLE = {
     "world not divisible by TP·PP·CP": ({GPUS: 6, TP: 2, SP: True, CP: 2}, "cluster", "multiple of 4"),
@@ -111,6 +112,35 @@ IMPOSSIBLE = {
         "on_weight_update",
         "abort_and_continue",
     ),
+    "a cache that SGLang alone rounds": ({DIAL + "kv_cache": "fp8_e4m3"}, "mismatch.kv_cache", "backend=in_process"),
+    "inputs that SGLang alone rounds": (
+        {DIAL + "activations": "float16"},
+        "mismatch.activations",
+        "backend=in_process",
+    ),
+    "routes that SGLang alone chooses": ({DIAL + "route_flip": 0.1}, "mismatch.route_flip", "backend=in_process"),
+    "noise on SGLang's log-probs": ({DIAL + "log_prob_noise": 0.1}, "mismatch.log_prob_noise", "backend=in_process"),
+    "groups of a format without any": (
+        {DIAL + "weights": "fp8_e4m3", DIAL + "group_size": 32},
+        "mismatch.group_size",
+        "int8, int6, int4 and int3",
+    ),
+    "layers of flips that do not happen": (
+        {DIAL + "route_flip_layers": [0]},
+        "mismatch.route_flip_layers",
+        "route_flip above 0",
+    ),
+    "flips in no layer": (
+        {DIAL + "route_flip": 0.1, DIAL + "route_flip_layers": [], G + "backend": "in_process"},
+        "mismatch.route_flip_layers",
+        "at least one layer",
+    ),
+    "weights of a pattern that is none": (
+        {DIAL + "weights_pattern": "(_proj"},
+        "weights_pattern",
+        "regular expression",
+    ),
+    "weights of an unknown format": ({DIAL + "weights": "int5"}, "mismatch.weights", "one of none, bfloat16"),
     "groups of one": ({"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32}, "num_generations_per_prompt", "2"),
     "a pass of more than the group": ({"grpo__pass_at_k": 9}, "grpo.pass_at_k", "at most"),
     "a baseline beside an estimator": (
@@ -249,6 +279,13 @@ def test_a_possible_recipe_is_let_through(values):
         ({G + "top_p": 0.9}, {"vocab_size": 151936}, "generation.top_k", "set it to 4096 beside top_p"),
         ({G + "min_p": 0.01}, {"vocab_size": 151936}, "generation.top_k", "min_p to 0"),
         ({G + "top_k": 5000}, {"vocab_size": 151936}, "generation.top_k", "1 to 4096"),
+        ({DIAL + "route_flip": 0.1}, {"num_experts_per_tok": 8}, "mismatch.route_flip", "no next-best expert"),
+        (
+            {DIAL + "route_flip": 0.1, DIAL + "route_flip_layers": [1, 0]},
+            {"mlp_only_layers": [0]},
+            "mismatch.route_flip_layers",
+            "holds 0",
+        ),
     ],
 )
 def test_a_layout_the_model_cannot_take_is_refused(values, config, where, advice):

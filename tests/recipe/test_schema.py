@@ -30,6 +30,7 @@ COUNTS = """
     policy.megatron_cfg.num_layers_in_last_pipeline_stage policy.megatron_cfg.context_parallel_size
     policy.megatron_cfg.expert_model_parallel_size policy.megatron_cfg.expert_tensor_parallel_size
     policy.megatron_cfg.logprob_memory_mb policy.megatron_cfg.scheduler.lr_decay_iters
+    policy.generation.mismatch.group_size
     policy.generation.sglang_cfg.num_servers policy.generation.sglang_cfg.tensor_parallel_size
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
@@ -44,7 +45,7 @@ NOT_NEGATIVE = """
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
     policy.megatron_cfg.optimizer.clip_grad policy.megatron_cfg.scheduler.lr_warmup_iters
     policy.megatron_cfg.scheduler.lr_warmup_init policy.generation.val_temperature
-    policy.megatron_cfg.moe_aux_loss_coeff
+    policy.megatron_cfg.moe_aux_loss_coeff policy.generation.mismatch.log_prob_noise
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
     cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead
@@ -75,6 +76,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     "policy.generation.val_top_p": (0.0, 1.0000001),
     "policy.generation.top_k": (-2, NOTHING),
     "policy.generation.min_p": (-1e-300, 1.0),
+    "policy.generation.mismatch.route_flip": (-1e-300, 1.0000001),
     f"{SERVER}.mem_fraction_static": (0.0, 1.0),
     f"{SERVER}.port": (-1, 65536),
     f"{SERVER}.weight_bucket_bytes": (7, NOTHING),

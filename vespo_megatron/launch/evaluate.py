@@ -20,7 +20,7 @@ from vespo_megatron.launch import preflight
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
-from vespo_megatron.recipe.schema import DatasetConfig, Recipe
+from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, Recipe
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
@@ -37,6 +37,8 @@ def evaluate(
     recipe: Recipe, *, checkpoint: str | None = None, data: Sequence[str] = (), repeats: Mapping[str, int] | None = None
 ) -> tuple[Path, str]:
     """Answer every problem and write `problems.jsonl`, `table.md`, `scores.json`; returns their folder and the table.
+
+    The checkpoint answers as it is: what `policy.generation.mismatch` says is of training's rollouts.
 
     Args:
         recipe: model, engine, sampling (`val_temperature`, `val_top_p`), reward and validation set.
@@ -56,7 +58,11 @@ def evaluate(
             fix="leave one out: servers named by URL answer with what they serve",
         )
     recipe = recipe.with_values(
-        {"exp_manager.name": f"{recipe.exp_manager.name}_eval", "exp_manager.resume_if_exists": False}
+        {
+            "exp_manager.name": f"{recipe.exp_manager.name}_eval",
+            "exp_manager.resume_if_exists": False,
+            "policy.generation.mismatch": MismatchConfig(),
+        }
     )
     with stop_on_signals(), ExitStack() as stack:
         folder = make_run_directory(recipe.exp_manager)

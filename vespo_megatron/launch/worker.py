@@ -92,6 +92,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
+            if phrase := recipe.policy.generation.mismatch.phrase:
+                facts["mismatch"] = phrase
             controller.logger.print(controller.logger.summary(facts))
     finally:
         if controller is not None:
@@ -143,6 +145,8 @@ def build_controller(
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
     logger.print(f"behaviour policy: {describe(recipe.behavior)}")
+    if phrase := recipe.policy.generation.mismatch.phrase:
+        logger.print(f"mismatch: {phrase}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 

@@ -71,6 +71,7 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
             fix=f"set it to {MAX_SAMPLING_MASK_TOKENS} beside top_p or min_p, "
             "or top_p to 1.0, min_p to 0 and top_k to null",
         )
+    yield from _route_flips(recipe, shape)
     for token in generation.stop_token_ids:
         if not 0 <= token < shape.vocab_size:
             yield UserError(
@@ -78,6 +79,23 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
                 where=f"{_GENERATION}.stop_token_ids",
                 expected=f"ids below {folder}'s {shape.vocab_size}",
             )
+
+
+def _route_flips(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
+    mismatch, folder = recipe.policy.generation.mismatch, recipe.policy.model_name
+    where = f"{_GENERATION}.mismatch.route_flip"
+    if mismatch.route_flip and (not shape.num_moe_layers or shape.num_experts_per_tok == shape.num_experts):
+        yield UserError(
+            f"is {mismatch.route_flip:g}, but {folder} has no next-best expert",
+            where=where,
+            expected="0, or a model whose routers leave experts out",
+        )
+    elif wrong := set(mismatch.route_flip_layers or ()) - set(shape.moe_layers):
+        yield UserError(
+            f"holds {min(wrong)}",
+            where=f"{where}_layers",
+            expected=f"MoE layers of {folder}: {', '.join(map(str, shape.moe_layers))}",
+        )
 
 
 def _layer_split(megatron: MegatronConfig, layers: int, folder: str) -> Iterator[UserError]:

@@ -41,6 +41,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
+    yield from _mismatch(recipe)
     if recipe.policy.generation.backend == "sglang":
         yield from _servers(recipe)
         yield from _weight_sync(recipe)
@@ -320,6 +321,30 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             expected="live or drop",
             fix="or set grpo.async_grpo.on_weight_update=drain",
         )
+
+
+def _mismatch(recipe: Recipe) -> Iterator[UserError]:
+    mismatch, backend = recipe.policy.generation.mismatch, recipe.policy.generation.backend
+    where = f"{_GENERATION}.mismatch"
+    if mismatch.group_size is not None and not mismatch.weights.startswith("int"):
+        yield UserError(
+            f"is {mismatch.group_size} with weights {mismatch.weights}",
+            where=f"{where}.group_size",
+            expected="null: int8, int6, int4 and int3 alone have groups of a size that one chooses",
+        )
+    if mismatch.route_flip_layers is not None and not (mismatch.route_flip_layers and mismatch.route_flip):
+        yield UserError(
+            f"is {mismatch.route_flip_layers} with route_flip {mismatch.route_flip:g}",
+            where=f"{where}.route_flip_layers",
+            expected="at least one layer, with a route_flip above 0; or null",
+        )
+    if backend == "sglang":
+        for name, value in mismatch.in_engine.items():
+            yield UserError(
+                f"is {value} with backend sglang, whose servers compute as SGLang does",
+                where=f"{where}.{name}",
+                fix=f"set {_GENERATION}.backend=in_process, or leave it out",
+            )
 
 
 def _weight_sync(recipe: Recipe) -> Iterator[UserError]:

@@ -12,6 +12,7 @@ from vespo_megatron.controller.controller import Controller
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
+from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ class ControllerLink:
         controller: rank 0's; None elsewhere.
         group: of all ranks, with a deadline that fits what a controller waits for.
         history: is told of every version that the engine is given.
+        quantizer: rounds weights on their way to the engine; the policy keeps its own.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class ControllerLink:
         controller: Controller | None,
         group: dist.ProcessGroup,
         history: WeightHistory | None = None,
+        quantizer: WeightQuantizer | None = None,
     ) -> None:
         if (controller is None) != (policy.rank_info.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
         self.policy, self.controller, self.group, self.history = policy, controller, group, history
+        self.quantizer = quantizer
         self.weight_version = 0
         """Of the weights that the engine has."""
 
@@ -73,7 +77,7 @@ class ControllerLink:
             failure = None
             if self.controller is not None:
                 try:
-                    self.controller.update_weights(stream, version)
+                    self.controller.update_weights(self.quantizer(stream) if self.quantizer else stream, version)
                 except UserError as error:
                     failure = error
             for _ in stream:  # elsewhere all of it; here what a failed update has left, for which the others wait

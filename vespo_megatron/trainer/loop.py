@@ -15,6 +15,7 @@ from typing import Any
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
+from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.checkpoint import Checkpointer, ResumePoint
 from vespo_megatron.trainer.controller_link import ControllerLink
@@ -53,7 +54,8 @@ class Trainer:
             timers=self.timers,
             history=self.history,
         )
-        self.link = ControllerLink(policy, controller, self.train_step.scatter.group, self.history)
+        quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
+        self.link = ControllerLink(policy, controller, self.train_step.scatter.group, self.history, quantizer)
         self.checkpointer = checkpointer
 
     @property

@@ -13,6 +13,7 @@ from vespo_megatron.controller.controller import Controller
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.trainer.controller_link import ControllerLink
 from vespo_megatron.trainer.loop import probe_routes
@@ -25,7 +26,8 @@ from vespo_megatron.trainer.step import TrainStep
 def measure(recipe: Recipe, policy: MegatronPolicy, controller: Controller | None, run_dir: Path) -> None:
     """Generate `grpo.max_num_steps` rollout batches and score each with replay off and with R3; rank 0 writes."""
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
-    link = ControllerLink(policy, controller, step.scatter.group)
+    quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
+    link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
     rows = []
     link.push_weights(version=0)
     probe_routes(link)

@@ -15,6 +15,7 @@ from vespo_megatron.recipe.schema.loop import (
     RewardShapingConfig,
     RouterShiftConfig,
 )
+from vespo_megatron.recipe.schema.mismatch import MismatchConfig
 from vespo_megatron.recipe.schema.policy import PolicyConfig, TokenizerConfig
 from vespo_megatron.recipe.schema.recipe import Recipe
 from vespo_megatron.recipe.schema.run import (
@@ -51,6 +52,7 @@ __all__ = [
     "LoggerConfig",
     "LossConfig",
     "MegatronConfig",
+    "MismatchConfig",
     "OptimizerConfig",
     "PolicyConfig",
     "Recipe",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from vespo_megatron.recipe.schema.base import Section, key, section
+from vespo_megatron.recipe.schema.mismatch import MismatchConfig
 
 MAX_SAMPLING_MASK_TOKENS = 4096
 """Tokens of a truncated distribution that SGLang 0.5.23 reports at most (`--sampling-mask-max-tokens`)."""
@@ -98,4 +99,5 @@ class GenerationConfig(Section):
         None, "Evaluation; None: as in training. 0 is greedy.", ge=0, expected="at least 0 (greedy)", ours=True
     )
     val_top_p: float | None = key(None, "Evaluation; None: as in training.", gt=0, le=1, ours=True)
+    mismatch: MismatchConfig = section(MismatchConfig)
     sglang_cfg: SGLangConfig = section(SGLangConfig)
