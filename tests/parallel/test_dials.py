@@ -72,3 +72,34 @@ def test_small_groups_and_fp8_are_between(measured):
         )
     )
     assert groups[K3] < row[K3] and int8[K3] < fp8[K3] < row[K3]
+
+
+def test_cache_and_inputs_of_fewer_bits_are_more_k3(measured):
+    """With replay, or a handful of tokens whose route changed would weigh more than all the rest."""
+    dials = [{"kv_cache": scheme} for scheme in ("bfloat16", "fp8_e4m3")]
+    dials += [{"activations": scheme} for scheme in ("float16", "bfloat16", "fp8_e4m3")]
+    control, *answers = (answer["R3"][K3] for answer in measured({}, *dials))
+    assert 100 * control < answers[0] < answers[1] and 100 * control < answers[2] < answers[3] < answers[4]
+
+
+def test_flips_change_routes_and_replaying_them_is_the_control_again(measured):
+    control, few, many, layer = measured(
+        {},
+        {"route_flip": 0.05},
+        {"route_flip": 0.3},
+        {"route_flip": 0.3, "route_flip_layers": [1]},
+    )
+    assert control["none"][K3] < 1e-9 < layer["none"][K3] < many["none"][K3] and few["none"][K3] < many["none"][K3]
+    # One of two experts is another in `p` of the tokens, and what they lead to differs in some more.
+    assert 1 - many["none"][AGREEMENT] > 0.3 / 2 > 1 - few["none"][AGREEMENT] > 0.05 / 2
+    for flipped in (few, many, layer):
+        assert flipped["R3"][K3] < 1e-9
+
+
+def test_noise_of_spread_s_is_a_k3_of_half_its_square(measured):
+    """E[e^d − 1 − d] of a normal d = s²/2 to the second order; a log-prob that noise would make positive is cut."""
+    spreads = (0.02, 0.1, 0.3)
+    for spread, answer in zip(spreads, measured(*({"log_prob_noise": spread} for spread in spreads)), strict=True):
+        for replay in ("none", "R3"):
+            assert answer[replay][K3] == pytest.approx(spread**2 / 2, rel=0.15)
+            assert answer[replay][AGREEMENT] == 1.0

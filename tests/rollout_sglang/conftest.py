@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rollout_helpers import Reference
+from rollout_helpers import Reference, write_model_with_a_dense_layer
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +13,14 @@ def reference(tiny_qwen3_moe_folder):
 
     model = Qwen3MoeForCausalLM.from_pretrained(tiny_qwen3_moe_folder, dtype=torch.float32).eval()
     return Reference(model, str(tiny_qwen3_moe_folder))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The folder of `write_model_with_a_dense_layer`'s model."""
+    folder = tmp_path_factory.mktemp("model")
+    write_model_with_a_dense_layer(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

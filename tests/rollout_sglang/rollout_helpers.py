@@ -11,6 +11,9 @@ import numpy as np
 
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 
+VOCAB, CONTEXT = 96, 64
+"""Of `write_model_with_a_dense_layer`'s model."""
+
 
 @dataclass
 class Reference:
@@ -97,6 +100,35 @@ def _settle_ties(chosen, routes):
         return logits, gates.to(logits.dtype), experts
 
     return hook
+
+
+def write_model_with_a_dense_layer(folder):
+    """A random model with one dense layer among its MoE layers, saved as transformers saves it."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    for name, parameter in model.named_parameters():  # norms at one would hide a norm that is not applied
+        if name.endswith("norm.weight"):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
 
 
 def make_requests(count, *, group_size=2, max_new_tokens=16, longest_prompt=40, **sampling):

@@ -7,44 +7,14 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from rollout_helpers import CONTEXT, VOCAB
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
 
-VOCAB, CONTEXT, STOP = 96, 64, 5
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A random model with one dense layer among its MoE layers, saved as transformers saves it."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        mlp_only_layers=[1],
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    for name, parameter in model.named_parameters():  # norms at one would hide a norm that is not applied
-        if name.endswith("norm.weight"):
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
+STOP = 5
 
 
 @pytest.fixture(scope="module")

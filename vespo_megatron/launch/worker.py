@@ -157,12 +157,14 @@ def build_engine(recipe: Recipe) -> RolloutEngine:
         from vespo_megatron.megatron.parallel import pick_device
         from vespo_megatron.megatron.policy import DTYPES
         from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
+        from vespo_megatron.rollout_sglang.in_process.mismatch import EngineMismatch
 
         return InProcessEngine(
             recipe.policy.model_name,
             dtype=DTYPES[recipe.policy.precision],
             device=pick_device(recipe.cluster.device),
             context_length=recipe.policy.max_total_sequence_length,
+            mismatch=EngineMismatch.of(recipe.policy.generation.mismatch, recipe.grpo.seed),
         )
     from vespo_megatron.rollout_sglang import connect
 

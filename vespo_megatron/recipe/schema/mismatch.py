@@ -27,7 +27,7 @@ Layer = Annotated[int, Field(ge=0)]
 
 
 class MismatchConfig(Section):
-    """`policy.generation.mismatch`: instruments that make the rollout engine differ from the trainer by a known amount."""
+    """`policy.generation.mismatch`: instruments, which make the rollout engine differ from the trainer on purpose."""
 
     weights: Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6", "int4", "int3"] = key(
         "none", "Format that weights are rounded to on their way to the engine; their dtype stays.", ours=True

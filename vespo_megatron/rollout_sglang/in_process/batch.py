@@ -10,7 +10,9 @@ import torch
 from vespo_megatron.data.sample import smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.rollout_sglang.in_process.mismatch import noise_salts
 from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe
+from vespo_megatron.rollout_sglang.in_process.prefix_random import PrefixRandom
 from vespo_megatron.rollout_sglang.in_process.sampling import RowSampler
 
 _COMPACT_BELOW = 0.75
@@ -62,12 +64,15 @@ class Batch:
             ids[index, : len(prompt)] = torch.tensor(prompt, device=self.device)
         # Requests of one group share a prompt: it is run once, and its cache rows are repeated.
         cache = self.model.new_cache(len(unique), width + min(max(self.limits), 64))
-        logits, prompt_routes = self.model.prefill(ids, lengths, cache)
+        flips, random = self._read_prompts(ids, lengths)
+        logits, prompt_routes = self.model.prefill(ids, lengths, cache, flips)
         self.prompt_routes = self._pack_routes(prompt_routes)
         self.prompt_index = [unique[request.prompt_ids] for request in self.requests]
         rows = torch.tensor(self.prompt_index, device=self.device)
         cache.select(rows)
         logits, positions = logits[rows], lengths[rows]
+        random = random and random.select(rows.cpu().numpy())
+        salts = noise_salts(self.requests)
 
         sampler = RowSampler(self.requests, self.limits, self.device)
         stops = self._stop_tokens()
@@ -77,6 +82,11 @@ class Batch:
         longest, step = width, 0
         while True:
             tokens, log_probs, sampling_mask = sampler.sample(logits, step)
+            flips = None
+            if random is not None:
+                random.read(tokens.cpu().numpy())
+                flips = self.model.mismatch.flips(random.states, self.model.sparse_layers)
+                log_probs = self._noisy(log_probs, random, salts)
             self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), sampling_mask)
             stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
             ended = alive & (stop | (limits == step + 1))
@@ -91,6 +101,9 @@ class Batch:
                     keep = alive.nonzero()[:, 0]
                     cache.select(keep)
                     sampler.select(keep)
+                    kept = keep.cpu().numpy()
+                    flips, salts = None if flips is None else flips[kept], salts[kept]
+                    random = random and random.select(kept)
                     tokens, positions, limits, origin, alive = (
                         part[keep] for part in (tokens, positions, limits, origin, alive)
                     )
@@ -101,10 +114,30 @@ class Batch:
                     self._finish(row, step + 1, "abort")
                 break
             longest += 1
-            logits, routes = self.model.decode(tokens, positions, longest, cache)
+            logits, routes = self.model.decode(tokens, positions, longest, cache, flips)
             self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
             positions, step = positions + 1, step + 1
         return [result for result in self.results if result is not None]
+
+    def _read_prompts(
+        self, ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor | None, PrefixRandom | None]:
+        """Where prompts' tokens flip, bool [prompts, P, moe_layers], and their random numbers after the last token."""
+        mismatch = self.model.mismatch
+        if not mismatch.is_random:
+            return None, None
+        reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version)
+        states = reader.read_all(ids.cpu().numpy())
+        last = states[np.arange(len(ids)), lengths.cpu().numpy() - 1]
+        return mismatch.flips(states, self.model.sparse_layers), PrefixRandom(last)
+
+    def _noisy(self, log_probs: torch.Tensor, random: PrefixRandom, salts: np.ndarray) -> torch.Tensor:
+        """float32 [rows]: with the noise of the tokens just read, and no more than 0."""
+        scale = self.model.mismatch.log_prob_noise
+        if not scale:
+            return log_probs
+        noise = torch.from_numpy(scale * random.normals(salts)).to(log_probs)
+        return (log_probs + noise).clamp_(max=0.0)
 
     def _stop_tokens(self) -> torch.Tensor:
         """bool [rows or 1, vocabulary]: the tokens that end a row; one row when all requests agree."""

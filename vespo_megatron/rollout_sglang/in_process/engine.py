@@ -19,6 +19,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
 from vespo_megatron.rollout_sglang.in_process.batch import Batch
+from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch
 from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe, load_model, weight_views
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
@@ -35,6 +36,7 @@ class InProcessEngine:
         max_batch_size: responses generated side by side; more requests wait their turn.
         context_length: prompt and response tokens at most; None is the model's `max_position_embeddings`.
         return_routes: keep the experts of every token.
+        mismatch: what it computes otherwise than the trainer, on purpose.
 
     Raises `UserError` when the folder is not a Qwen3-MoE, or one this engine does not compute.
     """
@@ -48,6 +50,7 @@ class InProcessEngine:
         max_batch_size: int = 512,
         context_length: int | None = None,
         return_routes: bool = True,
+        mismatch: EngineMismatch = AS_IT_IS,
     ) -> None:
         import transformers
 
@@ -59,7 +62,7 @@ class InProcessEngine:
         self.return_routes = return_routes
         self.weight_version = 0
         self.description = f"in-process transformers {transformers.__version__} ({device}, {str(dtype)[6:]})"
-        self._model: CachedQwen3Moe | None = CachedQwen3Moe(model, self.context_length)
+        self._model: CachedQwen3Moe | None = CachedQwen3Moe(model, self.context_length, mismatch)
         self._views = weight_views(model)
         self._generation_lock = ReadersWriterLock()
         # One thread for good: a new one per call would start its own OpenMP workers each time (three times slower).

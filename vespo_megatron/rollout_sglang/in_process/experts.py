@@ -1,7 +1,8 @@
-"""The experts of a decoding step on the host, where each has a few rows and its weights are what takes the time."""
+"""An expert at a time: in a decoding step on the host, where its weights are what takes the time; and with rounding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,28 @@ _FEW = 8
 rows takes MKL two to three times as long as W·xᵀ, for more of them the same."""
 
 
-def run_experts(experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """transformers' `Qwen3MoeExperts`: hidden [T, H], chosen experts and gates [T, k] → [T, H]."""
-    if hidden.device.type != "cpu" or chosen.numel() > _FEW * experts.num_experts:
+def run_experts(
+    experts: Any,
+    hidden: torch.Tensor,
+    chosen: torch.Tensor,
+    gates: torch.Tensor,
+    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """transformers' `Qwen3MoeExperts`: hidden [T, H], chosen experts and gates [T, k] → [T, H].
+
+    Args:
+        rounded: what `down_proj` reads of its input [rows, channels]; `hidden` is rounded by the caller.
+    """
+    few = hidden.device.type == "cpu" and chosen.numel() <= _FEW * experts.num_experts
+    if rounded is None and not few:
         return experts(hidden, chosen, gates)
     expert, order = chosen.flatten().sort(stable=True)
-    counts = torch.searchsorted(expert, torch.arange(experts.num_experts + 1)).diff().tolist()
+    numbers = torch.arange(experts.num_experts + 1, device=hidden.device)
+    counts = torch.searchsorted(expert, numbers).diff().tolist()
     gate, up = _products(hidden[order // chosen.shape[1]], experts.gate_up_proj, counts).chunk(2, dim=-1)
-    products = torch.empty(len(order), hidden.shape[1], dtype=hidden.dtype)
-    products[order] = _products(experts.act_fn(gate) * up, experts.down_proj, counts)
+    inner = experts.act_fn(gate) * up
+    products = hidden.new_empty(len(order), hidden.shape[1])
+    products[order] = _products(inner if rounded is None else rounded(inner), experts.down_proj, counts)
     return torch.bmm(gates[:, None], products.view(len(hidden), -1, hidden.shape[1]))[:, 0]
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.rollout_sglang.in_process.experts import run_experts
+from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch, choose_experts
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -65,14 +66,14 @@ class CachedQwen3Moe:
     Raises `UserError` for what it does not compute: sliding windows and rotary scalings that depend on the length.
     """
 
-    def __init__(self, model: Any, context_length: int) -> None:
+    def __init__(self, model: Any, context_length: int, mismatch: EngineMismatch = AS_IT_IS) -> None:
         config = model.config
         if config.sliding_window is not None:
             raise UserError("sliding-window attention", where="in-process engine", fix="use the sglang backend")
         rope_type = config.rope_parameters.get("rope_type", "default")
         if rope_type not in ("default", "linear", "yarn", "llama3"):
             raise UserError(f"rope_type {rope_type!r}", where="in-process engine", fix="use the sglang backend")
-        self.model, self.config = model, config
+        self.model, self.config, self.mismatch = model, config, mismatch
         self.device, self.dtype = model.device, model.dtype
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.head_dim**-0.5
@@ -87,13 +88,14 @@ class CachedQwen3Moe:
         return KeyValueCache(self.config, rows, capacity, self.dtype, self.device)
 
     def prefill(
-        self, ids: torch.Tensor, lengths: torch.Tensor, cache: KeyValueCache
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: KeyValueCache, flips: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run right-padded prompts from an empty cache.
 
         Args:
             ids: int64 [rows, P]; what lies beyond a row's length is computed and never looked at.
             lengths: int64 [rows].
+            flips: bool [rows, P, moe_layers], see `choose_experts`.
 
         Returns:
             float32 logits [rows, vocabulary] after each prompt's last token, experts [rows, P, moe_layers, topk].
@@ -110,12 +112,18 @@ class CachedQwen3Moe:
             return mixed.transpose(1, 2).reshape(rows * width, -1)
 
         positions = torch.arange(width, device=self.device).expand(rows, width).reshape(-1)
-        hidden, routes = self._layers(ids.reshape(-1), positions, attend)
+        flat = None if flips is None else flips.flatten(0, 1)
+        hidden, routes = self._layers(ids.reshape(-1), positions, attend, flat)
         last = hidden.view(rows, width, -1)[torch.arange(rows, device=self.device), lengths - 1]
         return self._logits(last), routes.view(rows, width, *routes.shape[1:])
 
     def decode(
-        self, ids: torch.Tensor, positions: torch.Tensor, longest: int, cache: KeyValueCache
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        longest: int,
+        cache: KeyValueCache,
+        flips: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one token per row.
 
@@ -123,6 +131,7 @@ class CachedQwen3Moe:
             ids: int64 [rows].
             positions: int64 [rows], the slot each token takes.
             longest: the largest position plus one.
+            flips: bool [rows, moe_layers], see `choose_experts`.
 
         Returns:
             float32 logits [rows, vocabulary], experts [rows, moe_layers, topk].
@@ -145,33 +154,42 @@ class CachedQwen3Moe:
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(self.dtype)
             return torch.bmm(weights.view(heads, self.groups, longest), values).view(rows, -1)
 
-        hidden, routes = self._layers(ids, positions, attend)
+        hidden, routes = self._layers(ids, positions, attend, flips)
         return self._logits(hidden), routes
 
     def _layers(
-        self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable[..., torch.Tensor]
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Callable[..., torch.Tensor],
+        flips: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [tokens, hidden] and experts [tokens, moe_layers, topk] of a flat run of tokens."""
-        model = self.model.model
+        model, rounded, cached = self.model.model, self.mismatch.linear_input, self.mismatch.cached
         num_tokens, head_dim = len(ids), self.config.head_dim
         cos, sin = self.cos[positions], self.sin[positions]
         hidden = F.embedding(ids, model.embed_tokens.weight)
-        routes = []
+        routes: list[torch.Tensor] = []
         for index, layer in enumerate(model.layers):
             attention = layer.self_attn
-            normed = self._norm(layer.input_layernorm, hidden)
+            normed = rounded(self._norm(layer.input_layernorm, hidden))
             query = self._norm(attention.q_norm, attention.q_proj(normed).view(num_tokens, -1, head_dim))
             key = self._norm(attention.k_norm, attention.k_proj(normed).view(num_tokens, -1, head_dim))
             value = attention.v_proj(normed).view(num_tokens, -1, head_dim)
-            mixed = attend(index, _rotate(query, cos, sin), _rotate(key, cos, sin), value)
-            hidden = hidden + attention.o_proj(mixed)
+            mixed = attend(index, _rotate(query, cos, sin), cached(_rotate(key, cos, sin)), cached(value))
+            hidden = hidden + attention.o_proj(rounded(mixed))
             normed = self._norm(layer.post_attention_layernorm, hidden)
             if hasattr(layer.mlp, "experts"):
-                _, weights, experts = layer.mlp.gate(normed)
+                flip = None if flips is None else flips[:, len(routes)]
+                weights, experts = choose_experts(layer.mlp.gate, normed, flip)
                 routes.append(experts)
-                hidden = hidden + run_experts(layer.mlp.experts, normed, experts, weights)
-            else:
+                inner = None if self.mismatch.activations == "none" else rounded
+                hidden = hidden + run_experts(layer.mlp.experts, rounded(normed), experts, weights, inner)
+            elif self.mismatch.activations == "none":
                 hidden = hidden + layer.mlp(normed)
+            else:
+                normed, mlp = rounded(normed), layer.mlp
+                hidden = hidden + mlp.down_proj(rounded(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)))
         stacked = torch.stack(routes, dim=1) if routes else ids.new_zeros(num_tokens, 0, 0)
         return self._norm(model.norm, hidden), stacked
 
