@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
@@ -37,28 +36,28 @@ def make_run(folder: Path, name: str, *overrides: str) -> Path:
     return run_dir
 
 
-def finish(run_dir: Path, train: Callable[[Path], int] | None = None) -> None:
+def finish(run_dir: Path) -> None:
     """Run it to its end, which must be a good one."""
-    process = start(run_dir, train)
+    process = start(run_dir)
     process.join(240)
     assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
-def start(run_dir: Path, train: Callable[[Path], int] | None = None) -> multiprocessing.Process:
-    """The worker of the run in `run_dir`, whose recipe is there; `train` stands in for it where it is given."""
-    process = _fork.Process(target=_train, args=(str(run_dir), train))
+def start(run_dir: Path) -> multiprocessing.Process:
+    """The worker of the run in `run_dir`, whose recipe is there."""
+    process = _fork.Process(target=_train, args=(str(run_dir),))
     process.start()
     return process
 
 
-def _train(run_dir: str, train: Callable[[Path], int] | None) -> None:
+def _train(run_dir: str) -> None:
     import torch
 
     from vespo_megatron.launch import worker
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os._exit((train or worker.main)(Path(run_dir)))
+    os._exit(worker.main(Path(run_dir)))
 
 
 def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: int, chance: random.Random) -> str:

@@ -6,12 +6,9 @@ has runs of a trained one, where it is in few.
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import resume_work
 
-from benchmarks.bench_prediction import train
 from vespo_megatron.plan.measured_mismatch import read_measured
 from vespo_megatron.plan.prediction import check_run, likely_lengths, scenario
 from vespo_megatron.run.records import read_metrics
@@ -19,11 +16,11 @@ from vespo_megatron.run.records import read_metrics
 pytestmark = pytest.mark.timeout(600)
 
 
-def rounded_run(folder, behavior, bits):
-    """A run whose rollouts come from weights rounded to so many bits."""
+def rounded_run(folder, behavior, weights, group_size):
+    """A run whose rollouts come from weights of this format."""
     run_dir = resume_work.make_run(
         folder,
-        f"{behavior}_{bits}",
+        f"{behavior}_{weights}",
         f"loss_fn.behavior={behavior}",
         "grpo.max_num_steps=2",
         "grpo.num_prompts_per_step=4",
@@ -31,14 +28,18 @@ def rounded_run(folder, behavior, bits):
         "policy.train_global_batch_size=64",
         "policy.generation.max_new_tokens=16",
         "policy.megatron_cfg.optimizer.lr=1e-4",
+        f"policy.generation.mismatch.weights={weights}",
+        f"policy.generation.mismatch.group_size={group_size}",
     )
-    resume_work.finish(run_dir, partial(train, bits=bits))
+    resume_work.finish(run_dir)
     return run_dir
 
 
-@pytest.mark.parametrize(("bits", "doses"), [(5, (1.0, 2.0)), (6, (0.3, 0.8))])
-def test_phi_of_a_run_is_predicted_from_its_mismatch(importable, bits, doses):
-    rollout, recompute = (rounded_run(importable, behavior, bits) for behavior in ("rollout", "recompute"))
+@pytest.mark.parametrize(("weights", "group_size", "doses"), [("int4", 8, (1.0, 2.0)), ("int6", "null", (0.3, 0.8))])
+def test_phi_of_a_run_is_predicted_from_its_mismatch(importable, weights, group_size, doses):
+    rollout, recompute = (
+        rounded_run(importable, behavior, weights, group_size) for behavior in ("rollout", "recompute")
+    )
     for found in check_run(read_measured(rollout, replay="none")):
         assert found.predicted == pytest.approx([found.measured] * 3, abs=0.1), found
     # Staleness is measured on tokens that μ drew, not π_old, where E[W] is not 1: that has to be told.
