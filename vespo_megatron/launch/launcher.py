@@ -51,8 +51,9 @@ def train(
 ) -> Path | None:
     """Run the recipe to its end. Returns the run directory (None on ranks other than 0 under torchrun).
 
-    `work` is what the processes do once everything is up: 'train', or 'mismatch' (measure and change nothing). With
-    `tiny_folder` the recipe is scaled down to the tiny model there (`recipe.scale_down`).
+    `work` is what the processes do once everything is up: 'train', 'mismatch' (measure and change nothing), or
+    'mismatch-updates' (train on what was measured). With `tiny_folder` the recipe is scaled down to the tiny model
+    there (`recipe.scale_down`).
 
     Raises:
         UserError: a mistake or fault that was explained, here, by a server or by a trainer process.

@@ -80,8 +80,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         else None
     )
     try:
-        if work == "mismatch":
-            measure(recipe, policy, controller, run_dir)
+        if work != "train":
+            measure(recipe, policy, controller, run_dir, updates=work == "mismatch-updates")
             return
         trainer = Trainer(recipe, policy, controller, Guard(recipe, policy, run_dir, heartbeat), checkpointer)
         gc.collect()

@@ -15,20 +15,27 @@ from vespo_megatron.megatron.parallel import data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.trainer.account import Accountant, SampleAccount, as_json
 from vespo_megatron.trainer.controller_link import ControllerLink
 from vespo_megatron.trainer.loop import probe_routes
-from vespo_megatron.trainer.mismatch_table import FILE
+from vespo_megatron.trainer.mismatch_table import ACCOUNT, FILE
 from vespo_megatron.trainer.objective import Objective
 from vespo_megatron.trainer.routes import StepRoutes, route_metrics
 from vespo_megatron.trainer.step import TrainStep
 
 
-def measure(recipe: Recipe, policy: MegatronPolicy, controller: Controller | None, run_dir: Path) -> None:
-    """Generate `grpo.max_num_steps` rollout batches and score each with replay off and with R3; rank 0 writes."""
+def measure(
+    recipe: Recipe, policy: MegatronPolicy, controller: Controller | None, run_dir: Path, *, updates: bool = False
+) -> None:
+    """Generate `grpo.max_num_steps` rollout batches, score each with replay off and with R3, account for each token.
+
+    Rank 0 writes. With `updates` every batch is trained on after that, and what this changes is `staleness`.
+    """
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
     link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
-    rows = []
+    accountant = Accountant(policy, step.scatter, quantizer, run_dir)
+    rows, lines = [], []
     link.push_weights(version=0)
     probe_routes(link)
     for number in range(1, recipe.grpo.max_num_steps + 1):
@@ -38,8 +45,25 @@ def measure(recipe: Recipe, policy: MegatronPolicy, controller: Controller | Non
             metrics = _score(step, batch.micro_batches, batch.normalizers[0], mode)
             if rollout:
                 rows.append({"batch": number, "replay": mode, **metrics})
+        accountant.before_updates(batch.micro_batches)
+        if updates:
+            routes = step.routes(batch)
+            after_log_probs = step.log_probs(batch, routes)
+            step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
+            link.push_weights(version=number)
+        accountant.after_updates(batch.micro_batches)
+        accounts = accountant.accounts(batch.micro_batches, rollout.batch.samples if rollout else ())
+        lines += [json.dumps(as_json(each, _texts(controller, each), number), ensure_ascii=False) for each in accounts]
     if controller is not None:
         (run_dir / FILE).write_text(json.dumps(rows, indent=1))
+        (run_dir / ACCOUNT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _texts(controller: Controller | None, account: SampleAccount) -> list[str]:
+    """A response's tokens, each by itself."""
+    if controller is None:
+        raise RuntimeError("rank 0 alone has accounts and a tokenizer")
+    return [str(controller.parts.tokenizer.decode([token])) for token in account.sample.response_ids]
 
 
 def _score(step: TrainStep, micro_batches: list[MicroBatch], normalizer: Any, mode: str) -> dict[str, float]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 FILE = "mismatch.json"
+ACCOUNT = "account.jsonl"
+"""A line per response: its tokens, and the parts of their log π/μ."""
 COLUMNS = {
     "mismatch/k3": "k3 KL",
     "mismatch/extreme_token_fraction": "F(2)",

@@ -1,0 +1,195 @@
+"""An account of every nat between engine and trainer: tokens are scored under one changed condition after another.
+
+From what the engine said, log μ, to the policy that is trained now, log π_θ, each step changes one thing:
+
+1. the trainer scores the token with the engine's routes and the weights the engine was sent, rounded or not: what is
+   left is `rest`, the arithmetic of two programs (with rounded activations or caches, or noise, in it);
+2. its own weights in place of the rounded ones: `precision`;
+3. its own routes in place of the engine's: `routing`;
+4. the weights after the batch's updates: `staleness`.
+
+The four add up to log π_θ − log μ, whatever the layout.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vespo_megatron.data.layout import SequenceLayout
+from vespo_megatron.data.sample import Sample
+from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.host_weights import HostWeights
+from vespo_megatron.megatron.micro_batch import MicroBatch
+from vespo_megatron.megatron.parallel import pipeline_group, tensor_group
+from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
+from vespo_megatron.quantization import WeightQuantizer
+from vespo_megatron.routing_replay.table import RouteTable
+from vespo_megatron.trainer.scatter import Scatter
+
+# isort: split
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+PARTS = ("rest", "precision", "routing", "staleness")
+_SCORES = ("engine", "engine_weights", "engine_routes", "own", "now")
+"""Log-probs of a token, each under one condition more that is the trainer's; `PARTS` are their differences."""
+
+
+@dataclass(frozen=True)
+class SampleAccount:
+    """One response."""
+
+    sample: Sample
+    scores: Mapping[str, np.ndarray]
+    """float64 [T] by `_SCORES`."""
+    differing: np.ndarray
+    """int64 [T]: bit l − 1 is set where engine and trainer choose other experts in layer l."""
+
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        """float64 [T] by `PARTS`."""
+        later, earlier = _SCORES[1:], _SCORES
+        return {
+            part: self.scores[one] - self.scores[other] for part, one, other in zip(PARTS, later, earlier, strict=False)
+        }
+
+    def layers_of(self, token: int) -> list[int]:
+        """Layers, from 1, in which the token's experts differ."""
+        mask = int(self.differing[token])
+        return [bit + 1 for bit in range(mask.bit_length()) if mask >> bit & 1]
+
+
+class Accountant:
+    """Scores batches on every rank; each method is a collective.
+
+    Args:
+        quantizer: what rounds weights on their way to the engine; None where they go as they are.
+        folder: of the run; the engine's weights are written there for as long as it takes to load them.
+    """
+
+    def __init__(
+        self, policy: MegatronPolicy, scatter: Scatter, quantizer: WeightQuantizer | None, folder: Path
+    ) -> None:
+        self.policy, self.scatter, self.quantizer, self.folder = policy, scatter, quantizer, folder
+        self._scores: dict[str, list[torch.Tensor]] = {}
+        self._differing: list[torch.Tensor] = []
+
+    def before_updates(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Score under the weights that drew the batch."""
+        engine = RouteUse("replay", lambda each: (each.engine_routes, None))
+        tables = {id(each): self.policy.empty_routes(each) for each in micro_batches}
+        own = RouteUse("record", lambda each: (tables[id(each)], None))
+        self._scores = {"engine": [each.behavior_log_probs for each in micro_batches]}
+        with self._engine_weights():
+            self._scores["engine_weights"] = self._log_probs(micro_batches, engine)
+        self._scores["engine_routes"] = self._log_probs(micro_batches, engine)
+        self._scores["own"] = self._log_probs(micro_batches, own)
+        self._differing = [self._differing_layers(each, tables[id(each)]) for each in micro_batches]
+
+    def after_updates(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Score under the weights there are now."""
+        self._scores["now"] = self._log_probs(micro_batches, LIVE)
+
+    def accounts(self, micro_batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> list[SampleAccount]:
+        """Of the whole batch, in the order of `samples`, on rank 0; elsewhere there are none."""
+        rank_info, shards = self.policy.rank_info, []
+        if rank_info.is_last_stage and rank_info.tensor_rank == 0:
+            for index, micro_batch in enumerate(micro_batches):
+                values = [self._scores[name][index].double().cpu().numpy() for name in _SCORES]
+                values.append(self._differing[index].cpu().numpy())
+                names = [sample.sample_id for sample in micro_batch.batch.samples]
+                shards.append(_Shard((rank_info.data_rank, index), micro_batch.layout, names, values))
+        gathered = self.scatter.to_rank_zero(shards)
+        by_place: dict[tuple[int, int], list[_Shard]] = {}
+        for shard in (shard for of_rank in gathered for shard in of_rank):
+            by_place.setdefault(shard.place, []).append(shard)
+        found = {name: values for parts in by_place.values() for name, values in _merged(parts)}
+        return [
+            SampleAccount(
+                sample,
+                dict(zip(_SCORES, found[sample.sample_id], strict=False)),
+                found[sample.sample_id][-1].astype(np.int64),
+            )
+            for sample in samples
+            if sample.sample_id in found
+        ]
+
+    def _log_probs(self, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> list[torch.Tensor]:
+        return [output[0] for output in self.policy.log_probs(micro_batches, routes=routes)]
+
+    def _engine_weights(self) -> AbstractContextManager[None]:
+        """Within the block the policy has the weights that the engine was sent."""
+        if self.quantizer is None:
+            return nullcontext()
+        policy, folder = self.policy, self.folder / "engine_weights"
+        hf_weights.save(policy.exporter, folder, through=self.quantizer)
+        own = HostWeights(policy.weights())
+        own.copy_from(policy.weights())
+        hf_weights.load(policy.chunks, folder, policy.shape, policy.rank_info)
+        rounded = HostWeights(policy.weights())
+        rounded.copy_from(policy.weights())
+        own.copy_to(policy.weights())
+        dist.barrier()
+        if policy.rank_info.rank == 0:
+            shutil.rmtree(folder)
+        return policy.under(rounded, own=own)
+
+    def _differing_layers(self, micro_batch: MicroBatch, own: RouteTable) -> torch.Tensor:
+        """float64 [R], whole numbers: `SampleAccount.differing` of this rank's tokens."""
+        rank_info, engine = self.policy.rank_info, micro_batch.engine_routes
+        if engine is None:
+            raise RuntimeError("the engine's routes are not there")
+        differ = (np.sort(engine.experts, axis=-1) != np.sort(own.experts, axis=-1)).any(axis=-1)
+        bits = 2.0 ** (np.array(self.policy.replay.layer_numbers, dtype=np.float64) - 1)
+        rows = torch.from_numpy((differ & engine.recorded[:, None]) @ bits).to(rank_info.device)
+        if rank_info.pipeline_size > 1:
+            dist.all_reduce(rows, group=pipeline_group())
+        if rank_info.tensor_size > 1:  # each of its ranks has routed a shard of the tokens
+            rows = gather_from_sequence_parallel_region(rows, group=tensor_group())
+        return rows.index_select(0, micro_batch.request.rows)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What one context parallel rank knows of one micro-batch."""
+
+    place: tuple[int, int]
+    """Data parallel rank, number of the micro-batch."""
+    layout: SequenceLayout
+    names: list[str]
+    values: list[np.ndarray]
+    """float64 [R] each."""
+
+
+def _merged(shards: Sequence[_Shard]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Name of each sample and its values, from the context parallel ranks' shards of its micro-batch."""
+    ordered = sorted(shards, key=lambda shard: shard.layout.context_parallel_rank)
+    merged = [
+        ordered[0].layout.merge_response_values([shard.values[index] for shard in ordered])
+        for index in range(len(ordered[0].values))
+    ]
+    for number, name in enumerate(ordered[0].names):
+        yield name, [of_all[number] for of_all in merged]
+
+
+def as_json(account: SampleAccount, texts: Sequence[str], batch: int) -> dict[str, Any]:
+    """A line of `account.jsonl`; `texts` are the response's tokens."""
+    return {
+        "batch": batch,
+        "sample_id": account.sample.sample_id,
+        "reward": account.sample.reward,
+        "prompt_ids": account.sample.prompt_ids.tolist(),
+        "response_ids": account.sample.response_ids.tolist(),
+        "behavior_log_probs": account.scores["engine"].tolist(),
+        "tokens": list(texts),
+        "parts": {name: values.tolist() for name, values in account.parts.items()},
+        "differing_layers": [account.layers_of(token) for token in range(len(texts))],
+    }
