@@ -13,7 +13,7 @@ import torch
 from tests.losses.batches import make_batch
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import LossInputs, PolicyLossConfig, compute_policy_loss, get_objective, objective_names
-from vespo_megatron.losses.hyperparameters import COMMON, LARGEST, ORDERED, VALUES, Choice, Flag, Number
+from vespo_megatron.losses.hyperparameters import COMMON, LARGEST, NEEDED, ORDERED, VALUES, Choice, Flag, Number
 from vespo_megatron.losses.theory import objective_phi
 from vespo_megatron.recipe import schema
 
@@ -92,7 +92,7 @@ def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
         entropy=-batch.old_log_probs.float(),
     )
     for value in edges(VALUES[key]):
-        given = {key: value}
+        given = {key: value} | ({NEEDED[key]: 0.5} if key in NEEDED else {})
         if key in SEARCHED:
             known = {other: SEARCHED[other] for other in SEARCHED if other in get_objective(name).hyperparameters}
             given = dict.fromkeys(known) if value is None else {**known, **given}
@@ -126,6 +126,8 @@ def test_every_value_that_is_taken_gives_finite_numbers_in_float32(name, key):
         ("topr", {"length_normalized": 1}, "length_normalized: is 1\n  expected: true or false"),
         ("grpo", {"opsm_delta": -0.1}, "opsm_delta: is -0.1"),
         ("grpo", {"clip_low": torch.tensor(0.2)}, "clip_low: is a Tensor"),
+        ("vespo", {"entropy_min": 0.5}, "entropy_min: is given without top_entropy_fraction"),
+        ("grpo", {"opsm_anchor": "old"}, "opsm_anchor: is given without opsm_delta"),
     ],
 )
 def test_what_is_wrong_is_said(name, given, message):
@@ -165,6 +167,13 @@ def test_a_function_of_the_users_own_means_what_it_wants_by_a_name():
     PolicyLossConfig(reversed_clip, {"clip_low": -5.0})
     with pytest.raises(UserError, match="opsm_delta: is -1"):
         PolicyLossConfig(reversed_clip, {"opsm_delta": -1})
+    with pytest.raises(UserError, match="entropy_min: is given without top_entropy_fraction"):
+        PolicyLossConfig(reversed_clip, {"entropy_min": 0.5})
+
+
+def test_null_for_a_part_leaves_what_belongs_to_it_without_effect_and_is_no_mistake():
+    config("grpo", opsm_delta=None, opsm_anchor="old")
+    config("grpo", entropy_min=None)
 
 
 def test_the_calculator_and_the_recipe_check_the_same():

@@ -169,12 +169,16 @@ TOGETHER = (
 )
 """What is found of a mini-batch, all of it or nothing."""
 
+NEEDED = {"entropy_min": "top_entropy_fraction", "opsm_anchor": "opsm_delta"}
+"""Hyperparameter → the one without which it would say nothing."""
+
 
 def check_hyperparameters(objective: Objective, given: Mapping[str, Any], where: str = WHERE) -> None:
-    """Check names, then values, then the order of those that bound a range together.
+    """Check names, then values, then what goes together and the order of those that bound a range.
 
     Raises:
-        UserError: a name that neither `objective` nor every objective has, a value that means nothing.
+        UserError: a name that neither `objective` nor every objective has, a value that means nothing, one that says
+            nothing without another.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"is a {type(given).__name__}", where=where, expected="names and values, as in {clip_low: 0.2}")
@@ -187,6 +191,7 @@ def check_hyperparameters(objective: Objective, given: Mapping[str, Any], where:
         if isinstance(rule, Choice):
             raise unknown(name, str(value), rule.names, where=f"{where}.{name}")
         raise UserError(_fact(value), where=f"{where}.{name}", expected=str(rule))
+    _check_needed(given, where)
     if not objective.is_users_own:
         _check_together(objective, given, where)
         _check_order({**objective.hyperparameters, **given}, given, where)
@@ -200,6 +205,17 @@ def _fact(value: Any) -> str:
         return f"is the text {value!r}"
     plain = isinstance(value, bool | int | float)
     return f"is {value}" if plain else f"is a {type(value).__name__}"
+
+
+def _check_needed(given: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for what would be ignored, since the part that it sets is not asked for."""
+    for name, needed in NEEDED.items():
+        if given.get(name) is not None and needed not in given:
+            raise UserError(
+                f"is given without {needed}, and would be ignored",
+                where=f"{where}.{name}",
+                expected=f"{needed} beside it, or neither",
+            )
 
 
 def _check_together(objective: Objective, given: Mapping[str, Any], where: str) -> None:
