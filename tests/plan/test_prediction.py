@@ -165,13 +165,8 @@ def test_the_table_of_mismatch_gives_the_mode_that_the_recipe_replays(recipe, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--k3", "-1"], "--k3: is -1.0"),
-        (["--k3", "nan"], "--k3: is nan"),
         (["--k3", "1", "--k2", "0.2"], "k2: is 0.2 beside k3"),
         (["--k2", "1e-3"], "--k2: is given alone"),
-        (["--staleness-k3", "inf"], "--staleness-k3: is inf"),
-        (["--tokens", "0"], "--tokens: has 0"),
-        (["--tokens", "100,-5"], "--tokens: has -5"),
         (["--k3", "1e-3", "--from", "."], "--k3 and --from: both are given"),
         (["--from", "absent"], "absent: is no folder"),
         (["--from", "."], r"\.: has neither a finished step in metrics\.jsonl nor mismatch\.json"),

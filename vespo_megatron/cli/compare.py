@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vespo_megatron.cli.shared import whole_numbers
+from vespo_megatron.cli.numbers import whole_number, whole_numbers
 
 HELP = "run a study's variants with paired seeds, and write its report"
 
@@ -15,8 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("study", metavar="STUDY", help="YAML file: see vespo_megatron/study/spec.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
-    parser.add_argument("--parallel", type=int, metavar="N", help="runs at a time (default: as the study says)")
-    parser.add_argument("--seeds", type=whole_numbers, metavar="N,…", help="only these of the study's seeds")
+    parser.add_argument(
+        "--parallel", type=whole_number(1), metavar="N", help="runs at a time (default: as the study says)"
+    )
+    parser.add_argument("--seeds", type=whole_numbers(0), metavar="N,…", help="only these of the study's seeds")
     parser.add_argument("--slurm", action="store_true", help="give each run to sbatch, and the report after them")
     parser.add_argument("--report-only", action="store_true", help="run nothing; runs may still be in progress")
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: the study's output)")
@@ -24,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
+    from vespo_megatron.outputs import check_folder
     from vespo_megatron.study.compare import compare
     from vespo_megatron.study.spec import load_study
     from vespo_megatron.study.study_report import write_study_report
 
     study = load_study(parsed.study)
+    if parsed.output:
+        check_folder(parsed.output, "--output")
     if parsed.seeds:
         study = study.with_seeds(parsed.seeds)
     if parsed.slurm:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vespo_megatron.cli.numbers import number, whole_number
+
 COMPARED = "vespo,grpo,gspo,sapo"
 LARGEST_SIGMA = 10.0
 """Of log W: beyond it the moments of W are not those of any sample."""
@@ -16,12 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", help=f"objectives, separated by commas (default {COMPARED})")
     parser.add_argument("--figure", choices=["paper-2"], help="a picture of the VESPO paper, by its number")
     parser.add_argument("--output", type=Path, default=Path("kernels.png"), help="picture (default %(default)s)")
-    parser.add_argument("--sigma", type=float, default=1.0, help="W is log-normal: standard deviation of log W")
+    parser.add_argument(
+        "--sigma",
+        type=number(0, LARGEST_SIGMA, above=True),
+        default=1.0,
+        help="W is log-normal: standard deviation of log W",
+    )
     parser.add_argument(
         "--weights", type=Path, help="W instead of log-normal: a file of log W, one number per line (of responses)"
     )
     parser.add_argument(
-        "--length", type=int, default=1, help="tokens of a response, which share log W evenly (default %(default)s)"
+        "--length",
+        type=whole_number(1),
+        default=1,
+        help="tokens of a response, which share log W evenly (default %(default)s)",
     )
 
 
@@ -31,8 +41,6 @@ def run(parsed: argparse.Namespace) -> None:
     from vespo_megatron.losses.phi_table import FIGURES, LOGARITHMIC, read_weights, run_kernels
     from vespo_megatron.losses.theory import log_normal_w
 
-    if not 0 < parsed.sigma <= LARGEST_SIGMA:
-        raise UserError(f"is {parsed.sigma}", where="--sigma", expected=f"a number above 0, at most {LARGEST_SIGMA:g}")
     w = log_normal_w(parsed.sigma) if parsed.weights is None else read_weights(parsed.weights)
     if parsed.figure is not None and parsed.compare is not None:
         raise UserError("is given with --figure, which says what is compared", where="--compare")

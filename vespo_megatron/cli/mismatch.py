@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from vespo_megatron.cli.numbers import whole_number
 from vespo_megatron.cli.shared import add_recipe
 
 HELP = "how far engine and trainer are apart, with R3 and without, and an account of it token by token"
@@ -13,7 +14,7 @@ HELP = "how far engine and trainer are apart, with R3 and without, and an accoun
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_recipe(parser)
-    parser.add_argument("--batches", type=int, default=3, help="rollout batches to measure (default 3)")
+    parser.add_argument("--batches", type=whole_number(1), default=3, help="rollout batches to measure (default 3)")
     parser.add_argument("--updates", action="store_true", help="train on each batch too: staleness is in the account")
 
 

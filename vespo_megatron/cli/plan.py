@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from vespo_megatron.cli.numbers import whole_number
 from vespo_megatron.cli.shared import add_estimates, add_recipe, mean_lengths
 
 HELP = "memory and time of a recipe on a GPU, and what fits if it does not"
@@ -13,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_recipe(parser)
     add_estimates(parser, gpu_required=True)
-    parser.add_argument("--compare", type=int, default=8, metavar="N", help="layouts to show beside it (default 8)")
+    parser.add_argument(
+        "--compare", type=whole_number(0), default=8, metavar="N", help="layouts to show beside it (default 8)"
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:

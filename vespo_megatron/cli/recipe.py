@@ -46,14 +46,17 @@ def _show(parsed: argparse.Namespace) -> None:
 
 
 def _check(parsed: argparse.Namespace) -> None:
+    from vespo_megatron.errors import UserError
+    from vespo_megatron.launch import preflight
+    from vespo_megatron.recipe.loader import load_recipe
+
     if parsed.origin:
         from vespo_megatron.recipe.nemo_rl_report import check
 
         print(check(parsed.recipe, parsed.output))
         return
-    from vespo_megatron.launch import preflight
-    from vespo_megatron.recipe.loader import load_recipe
-
+    if parsed.output is not None:
+        raise UserError("is given without --from: nothing would be written", where="--output")
     recipe = load_recipe(parsed.recipe, parsed.overrides)
     preflight.check(recipe)
     warnings = preflight.warnings(recipe)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from vespo_megatron.cli.numbers import number
+
 if TYPE_CHECKING:
     from vespo_megatron.plan.timing import Lengths
     from vespo_megatron.recipe.schema import Recipe
@@ -16,20 +18,19 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
 
 
-def whole_numbers(text: str) -> list[int]:
-    """As in 1,2. For argparse."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from None
+MOST_TOKENS = 1e9
+"""Of a mean length: longer than anything that is trained, and short of what a float cannot multiply."""
 
 
 def add_estimates(parser: argparse.ArgumentParser, *, gpu_required: bool) -> None:
     """What an estimate of a run needs besides its recipe."""
+    tokens = number(1, MOST_TOKENS)
     parser.add_argument("--gpu", required=gpu_required, metavar="GPU", help="a100-80, h100-80, h200-141, h20-96, …")
-    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
-    parser.add_argument("--response-tokens", type=float, metavar="N", help="mean length (default half of the longest)")
-    parser.add_argument("--mfu", type=float, default=0.25, help="model FLOPs utilisation in training (default 0.25)")
+    parser.add_argument("--prompt-tokens", type=tokens, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument("--response-tokens", type=tokens, metavar="N", help="mean length (default half of the longest)")
+    parser.add_argument(
+        "--mfu", type=number(1e-3, 1), default=0.25, help="model FLOPs utilisation in training (default 0.25)"
+    )
 
 
 def mean_lengths(parsed: argparse.Namespace, recipe: Recipe) -> Lengths:

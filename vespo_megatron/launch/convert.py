@@ -23,6 +23,7 @@ from vespo_megatron.launch.launcher import ALONE
 from vespo_megatron.megatron import checkpoint, hf_weights, parallel
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
+from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.recipe.dotted import leaves
 from vespo_megatron.recipe.loader import load_recipe, plain
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
@@ -57,11 +58,14 @@ def convert(
         layout: `key=value` of `policy.megatron_cfg`, for several processes.
 
     Raises:
-        UserError: the source is neither, the target exists, or what was written is not what was read.
+        UserError: the source is neither, the target exists or cannot be written, or what was written is not what was
+            read.
     """
     what, goal, settings = find_source(Path(source), model), Path(target), _layout(layout)
-    if goal.exists():
-        raise UserError("exists", where=str(goal), fix="name a folder that does not")
+    with written(goal, "TARGET"):
+        if goal.exists():
+            raise UserError("exists", where=str(goal), fix="name a folder that does not")
+    check_folder(goal.parent, "TARGET")
     partial = goal.with_name(goal.name + ".partial")
     with _joined(settings) as rank_info:
         shape = read_shape(what.model)
@@ -70,12 +74,12 @@ def convert(
             build_model(shape, settings, rank_info, dtype=dtype, with_gradients=False), shape, rank_info, progress
         )
         if what.is_megatron:
-            read, written = weights.to_hugging_face(what, partial, dtype)
+            read, wrote = weights.to_hugging_face(what, partial, dtype)
         else:
-            read, written = weights.to_megatron(what, partial, dtype)
+            read, wrote = weights.to_megatron(what, partial, dtype)
         if rank_info.rank == 0:
-            if written != read:
-                raise UserError(f"holds other weights ({written}) than were read ({read})", where=str(partial))
+            if wrote != read:
+                raise UserError(f"holds other weights ({wrote}) than were read ({read})", where=str(partial))
             partial.replace(goal)
         dist.barrier()
     return f"{goal}: {'Hugging Face folder' if what.is_megatron else 'distributed checkpoint'}, checksum {read}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -85,7 +86,7 @@ def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
     repeats = {}
     for text in texts:
         name, _, number = text.rpartition("=")
-        if not number.isdigit() or int(number) < 1:
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
             raise UserError(f"is {text!r}", where="--samples", expected="N or SET=N, as in 4 or aime24=32")
         repeats[name] = int(number)
     return repeats

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.registry import get_objective
-from vespo_megatron.losses.theory import objective_phi, proposal, surrogate, vespo_k
+from vespo_megatron.losses.theory import SURROGATE_POINTS, objective_phi, proposal, surrogate, vespo_k
+from vespo_megatron.outputs import PICTURES, check_file, written
 
 COLUMNS = ("objective", "A", "φ(.1)", "φ(.5)", "φ(1)", "φ(2)", "φ(4)", "Z = E φ", "E_Q[W]", "ESS", "E φ²", "Z·K·C")
+MOST_TOKENS = 1 << 26
+"""Of all responses together: half a GiB in each of about ten arrays."""
 TABLE_W = (0.1, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -68,22 +71,31 @@ the hard clip (`grpo`); its axes and curves are as described to this project, no
 def run_kernels(
     names: list[str], *, w: Tensor, length: int = 1, output: Path | None = None, axes: Axes = LOGARITHMIC
 ) -> str:
-    """Draw φ and f of `names` for both signs of A to `output` (PNG), and return the table as Markdown.
+    """Draw φ and f of `names` for both signs of A to `output`, and return the table as Markdown.
 
     Args:
         w: float64 [n], W of responses of the behaviour policy, for the proposal's moments.
         length: tokens of a response.
 
     Raises:
-        UserError: no objective, or an unknown one (the nearest is named); a length below 1.
+        UserError: no objective, or an unknown one (the nearest is named); a length below 1, or above what can be held
+            of so many responses; an `output` that is no .png, .svg or .pdf or cannot be written.
     """
     if not names:
         raise UserError("names no objective", where="--compare", expected="for example vespo,grpo")
     if length < 1:
         raise UserError(f"is {length}", where="--length", expected="the tokens of a response, at least 1")
+    responses = max(len(w), SURROGATE_POINTS)
+    if length * responses > MOST_TOKENS:
+        raise UserError(
+            f"is {length}, of {responses} responses",
+            where="--length",
+            expected=f"at most {MOST_TOKENS // responses} for so many responses",
+        )
     for name in names:
         get_objective(name)
     if output is not None:
+        check_file(output, "--output", PICTURES)
         draw(names, length, output, axes)
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for name in names:
@@ -132,10 +144,6 @@ def draw(names: list[str], length: int, output: Path, drawn: Axes = LOGARITHMIC)
     axes[0, 0].set_ylabel("φ(W): coefficient of A·∇log π")
     axes[1, 0].set_ylabel(f"f(W): surrogate, f({drawn.f_at_zero:.0f}) = 0")
     axes[0, 0].legend()
-    try:
+    with written(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an ending that names no format
-        raise UserError(
-            f"cannot be written: {error}", where=str(output), expected="a .png, .svg or .pdf that can be written"
-        ) from None

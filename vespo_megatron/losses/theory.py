@@ -18,6 +18,9 @@ from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Phi, get_objective
 from vespo_megatron.losses.sequence import PackedSequences
 
+SURROGATE_POINTS = 20_001
+"""Of a surrogate's integral."""
+
 
 def vespo_phi(w: Tensor, c1: float, c2: float) -> Tensor:
     """φ(W) = W^c1·e^(c2(1−W)); shape of `w`."""
@@ -99,7 +102,7 @@ def response_phi(
     return phi if objective.level == "sequence" else phi.view(count, tokens)
 
 
-def surrogate(phi: Callable[[Tensor], Tensor], w: Tensor, points: int = 20_001) -> Tensor:
+def surrogate(phi: Callable[[Tensor], Tensor], w: Tensor, points: int = SURROGATE_POINTS) -> Tensor:
     """f(W) = ∫_1^W φ(u)/u du for any φ, so f(1) = 0 and W·f′(W) = φ(W): shape of `w`.
 
     Trapezoids in s = log u, where the integrand is φ(e^s) alone; `w` must be positive.

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vespo_megatron.errors import UserError
+from vespo_megatron.outputs import written
 from vespo_megatron.plan.prediction import BEHAVIORS, Scenario
 
-SUFFIXES = (".png", ".svg", ".pdf")
 _POINTS = 48
-
-
-def check_output(output: Path) -> None:
-    """Raise UserError for a picture's name whose suffix says no format, or a folder in its place."""
-    if output.suffix.lower() not in SUFFIXES or output.is_dir():
-        raise UserError(f"is {output}", where="--out", expected=f"a file name that ends in {', '.join(SUFFIXES)}")
 
 
 def draw(made: Scenario, longest: int, output: Path) -> None:
@@ -46,8 +39,6 @@ def draw(made: Scenario, longest: int, output: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     figure.suptitle(f"{made.name}: engine k3 {made.engine.k3:.3g}, staleness k3 {made.staleness.k3:.3g} per token")
-    try:
+    with written(output, "--out"):
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", where=str(output)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.outputs import check_file, written
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.nemo_rl import DIFFERS, IGNORED, REFUSED, RENAMED, SAME, UNKNOWN, Finding, translate
 
@@ -23,8 +24,10 @@ def check(path: str | Path, output: str | Path | None = None) -> str:
 
     Raises:
         UserError: the file cannot be read, or has keys that would change training and cannot be had here or are not
-            known; the listing is printed before.
+            known (the listing is printed before); `output` cannot be written.
     """
+    if output is not None:
+        check_file(output, "--output")
     recipe, findings = translate(path)
     text = listing(findings)
     lost = [finding.key for finding in findings if finding.kind in (REFUSED, UNKNOWN)]
@@ -36,7 +39,9 @@ def check(path: str | Path, output: str | Path | None = None) -> str:
             fix="set them to what is supported, or take them out",
         )
     if output is not None:
-        save_recipe(recipe, output)
+        with written(output, "--output"):
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, output)
     return text
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
@@ -22,8 +23,9 @@ def prepare(
     The resolved recipe lies beside its script: later edits of the file do not change a job that waits in the queue.
 
     Raises:
-        UserError: what is wrong with the recipe, or with a variant of it.
+        UserError: what is wrong with the recipe, or with a variant of it; a folder that cannot be written.
     """
+    check_folder(folder, "--folder")
     variants = _variants(recipe_path, overrides, compare)
     scripts = write_jobs({recipe.exp_manager.name: recipe for recipe in variants}, folder)
     if compare is not None:
@@ -36,17 +38,24 @@ def prepare(
 
 
 def write_jobs(recipes: Mapping[str, Recipe], folder: str | Path) -> list[Path]:
-    """Write a job per recipe, under these names; raises what is wrong with one before anything is written."""
+    """Write a job per recipe, under these names.
+
+    Raises:
+        UserError: what is wrong with one, before anything is written; a folder that cannot be written.
+    """
     for recipe in recipes.values():
         for problem in problems(recipe):
             raise problem
+        check_folder(recipe.slurm.logs, "slurm.logs")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     scripts = []
     for name, recipe in recipes.items():
         recipe_file = folder / f"{name}.yaml"
-        save_recipe(recipe, recipe_file)
-        Path(recipe.slurm.logs).mkdir(parents=True, exist_ok=True)
+        with written(recipe_file, "slurm"):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, recipe_file)
+        with written(recipe.slurm.logs, "slurm.logs"):
+            Path(recipe.slurm.logs).mkdir(parents=True, exist_ok=True)
         scripts.append(_write(folder / f"{name}.sbatch", job_script(recipe, recipe_file)))
     return scripts
 
@@ -95,6 +104,7 @@ def _variants(recipe_path: str | Path, overrides: Sequence[str], compare: str | 
 
 
 def _write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(0o755)
+    with written(path, "slurm"):
+        path.write_text(text)
+        path.chmod(0o755)
     return path.resolve()

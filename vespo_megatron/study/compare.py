@@ -18,6 +18,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE, agent_environment
 from vespo_megatron.launch.preflight import check_tables
+from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import Recipe
@@ -37,7 +38,8 @@ def compare(study: Study, *, extra: Sequence[str] = (), parallel: int | None = N
     """Run every cell that has not finished. Returns those that failed, with the reason each gave.
 
     Raises:
-        UserError: a cell's recipe is wrong, or a finished run was of another recipe; before anything is started.
+        UserError: a cell's recipe is wrong, a finished run was of another recipe, or the study's output cannot be
+            written; before anything is started.
         Stopped: a signal; the runs in progress were stopped, the same command goes on.
     """
     waiting = unfinished(study, extra)
@@ -53,6 +55,7 @@ def unfinished(study: Study, extra: Sequence[str] = ()) -> list[Cell]:
         UserError: see `compare`.
     """
     waiting = []
+    check_folder(study.output, f"{study.name}: output")
     for cell in study.cells():
         recipe, folder = study.recipe(cell, tuple(extra)), study.folder(cell)
         try:
@@ -69,8 +72,9 @@ def unfinished(study: Study, extra: Sequence[str] = ()) -> list[Cell]:
                     fix="choose another `output:`, or remove the folder",
                 )
             continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, recipe_file(study, cell))
+        with written(folder.parent, f"{study.name}: output"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, recipe_file(study, cell))
         waiting.append(cell)
     return waiting
 

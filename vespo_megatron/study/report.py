@@ -17,6 +17,7 @@ from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.behavior import describe
+from vespo_megatron.outputs import check_file, written
 from vespo_megatron.recipe.schema import MismatchConfig
 from vespo_megatron.recipe.schema.recipe import resolved_behavior
 from vespo_megatron.run.records import SUMMARY_FILE, read_metrics, summarise
@@ -79,12 +80,15 @@ class Run:
 def write_report(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     """Write a report of these run directories to `output`; returns it.
 
-    Raises `UserError` when a directory does not exist or none of them holds a finished step.
+    Raises `UserError` when a directory does not exist, none of them holds a finished step, or `output` cannot be
+    written.
     """
-    runs = load_runs([Path(run_dir) for run_dir in run_dirs])
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(runs), encoding="utf-8")
+    check_file(output, "--output")
+    text = render(load_runs([Path(run_dir) for run_dir in run_dirs]))
+    with written(output, "--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
     return output
 
 

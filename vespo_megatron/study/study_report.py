@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.study.comparison import ACCURACY, Row, Stated, compare_primary, compare_rows
 from vespo_megatron.study.measures import LATE, RATIOS
 from vespo_megatron.study.outcomes import COLLAPSE, cells_csv, curves_csv, read_outcomes
@@ -17,30 +18,28 @@ from vespo_megatron.study.study_figures import figures
 
 
 def write_study_report(study: Study, folder: Path | None = None) -> Path:
-    """Write everything to `folder` (default the study's output). Returns the page; runs may still be in progress."""
-    folder = folder or study.output
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write everything to `folder` (default the study's output). Returns the page; runs may still be in progress.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder, where = (study.output, f"{study.name}: output") if folder is None else (folder, "--output")
+    check_folder(folder, where)
     outcomes = read_outcomes(study)
     rows, stated = compare_rows(study, outcomes), compare_primary(study, outcomes)
     galleries = figures(study, rows)
-    (folder / "figures").mkdir(exist_ok=True)
-    for pictures in galleries.values():
-        for name, picture in pictures.items():
-            (folder / "figures" / f"{name}.png").write_bytes(picture.content)
-    (folder / "cells.csv").write_text(cells_csv(study, outcomes))
-    (folder / "curves.csv").write_text(curves_csv(study, outcomes))
-    (folder / "tables.md").write_text(tables(study, rows, stated))
-    shown = {heading: list(pictures.values()) for heading, pictures in galleries.items()}
-    output = folder / "report.html"
-    output.write_text(
-        page(
+    texts = {
+        "cells.csv": cells_csv(study, outcomes),
+        "curves.csv": curves_csv(study, outcomes),
+        "tables.md": tables(study, rows, stated),
+        "report.html": page(
             "study.html.j2",
             title=f"Study: {study.name}",
             study=study,
             rows=rows,
             primary=primary_sentences(stated),
             sentences=sentences(rows),
-            galleries=shown,
+            galleries={heading: list(pictures.values()) for heading, pictures in galleries.items()},
             late=[name for name in LATE if _present(rows, name)],
             collapse=COLLAPSE,
             level=LEVEL,
@@ -48,9 +47,15 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
             done=sum(outcome.state == "finished" for outcome in outcomes),
             outcomes=outcomes,
         ),
-        encoding="utf-8",
-    )
-    return output
+    }
+    with written(folder, where):
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for pictures in galleries.values():
+            for name, picture in pictures.items():
+                (folder / "figures" / f"{name}.png").write_bytes(picture.content)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder / "report.html"
 
 
 def primary_sentences(stated: Sequence[Stated]) -> list[str]:

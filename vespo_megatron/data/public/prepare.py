@@ -15,6 +15,7 @@ from typing import Any
 
 from vespo_megatron.data.public.sets import SETS, PublicSet
 from vespo_megatron.errors import UserError
+from vespo_megatron.outputs import check_folder, written
 
 _LOCAL = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 MADE_BY = 1
@@ -32,7 +33,8 @@ def prepare(
         force: make it anew.
 
     Raises:
-        UserError: an unknown set, a source that cannot be reached or read, missing columns, no rows left.
+        UserError: an unknown set, a source that cannot be reached or read, missing columns, no rows left, an output
+            that cannot be written.
     """
     if name not in SETS:
         raise UserError(f"unknown set {name!r}", where="data prepare", expected=f"one of {', '.join(SETS)}")
@@ -47,15 +49,14 @@ def prepare(
     }
     if not force and _is_current(path, manifest, wanted):
         return path
+    check_folder(output, "--output")
     rows, found_revision = _read(SETS[name], local, revision)
     made = _transform(name, SETS[name], rows)
-    output.mkdir(parents=True, exist_ok=True)
-    _write_parquet(path, made)
-    facts = wanted | {"found_revision": found_revision, "rows": len(made), "sha256": _digest(path)}
-    facts["reward"] = SETS[name].reward
-    partial = manifest.with_suffix(".json.partial")
-    partial.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(partial, manifest)
+    facts = wanted | {"found_revision": found_revision, "rows": len(made), "reward": SETS[name].reward}
+    with written(output, "--output"):
+        output.mkdir(parents=True, exist_ok=True)
+        _write_parquet(path, made)
+        _write_manifest(manifest, facts | {"sha256": _digest(path)})
     return path
 
 
@@ -151,6 +152,12 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
     partial = path.with_suffix(".parquet.partial")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
+    os.replace(partial, path)
+
+
+def _write_manifest(path: Path, facts: dict[str, Any]) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
     os.replace(partial, path)
 
 
