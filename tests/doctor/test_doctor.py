@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
@@ -91,9 +92,13 @@ def test_a_sum_that_cannot_be_made_is_a_finding_with_the_reason(monkeypatch):
     assert found.level == FAIL and "no route to host" in found.detail
 
 
-def test_a_folder_that_cannot_be_made_is_a_finding(monkeypatch):
+def test_a_folder_that_cannot_be_made_is_a_finding(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path / "file", tmp_path / "file" / "runs"):
+        found = only(partial(machine.disk, str(taken)))
+        assert found.level == FAIL and "file is no folder" in found.detail and found.fix
     monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
-    assert only(lambda: machine.disk("/nowhere/runs")).level == FAIL
+    assert only(partial(machine.disk, "/nowhere/runs")).level == FAIL
 
 
 def test_a_check_that_raises_is_a_finding_and_not_the_end():

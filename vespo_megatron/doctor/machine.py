@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vespo_megatron.doctor.findings import FAIL, OK, WARN, Finding
+from vespo_megatron.errors import UserError
+from vespo_megatron.outputs import check_folder
 
 _GIB = 2**30
 
@@ -61,15 +63,15 @@ def memory() -> Iterator[Finding]:
 
 
 def disk(folder: str) -> Iterator[Finding]:
-    """Whether the run directory's file system can be written and has room."""
+    """Whether the run directory can be written and its file system has room."""
     path = Path(folder).resolve()
+    try:
+        check_folder(path, "run directory")
+    except UserError as error:
+        yield Finding("run directory", FAIL, error.what, "set exp_manager.exp_dir to a folder that can be written")
+        return
     while not path.exists():
         path = path.parent
-    if not os.access(path, os.W_OK):
-        yield Finding(
-            "run directory", FAIL, f"{path} cannot be written", "set exp_manager.exp_dir to a folder that can"
-        )
-        return
     free = shutil.disk_usage(path).free / _GIB
     low = free < 20
     fix = "a checkpoint of Qwen3-30B-A3B with optimizer is about 430 GB" if low else ""
