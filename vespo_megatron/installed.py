@@ -21,6 +21,16 @@ def missing_packages() -> list[str]:
     return [name for name in names if not _is_installed(name)]
 
 
+def what_to_install(command: str, error: ModuleNotFoundError) -> str | None:
+    """What a command says that ended for want of a module, in a line; None where nothing of [train] is missing."""
+    if not (missing := missing_packages()):
+        return None
+    return (
+        f"{command} needs {error.name}, which is not installed: pip install 'vespo-megatron[train]' brings it and "
+        f"whatever else is missing ({len(missing)} packages)"
+    )
+
+
 def _is_installed(package: str) -> bool:
     try:
         metadata.version(package)

@@ -13,17 +13,22 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.loader import load_recipe, plain, recipe_of, save_recipe
-from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.installed import what_to_install
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vespo_megatron.recipe.schema import Recipe
 
 
 def check_exp_manager(recipe: Recipe) -> None:
     """`exp_manager:` must be what NeMo's own `ExpManagerConfig` takes. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         from nemo.utils.exp_manager import ExpManagerConfig
     except ImportError as error:
@@ -43,16 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     with tempfile.TemporaryDirectory(prefix="vespo_nemo_") as folder:
         try:
-            rest = _with_resolved_recipe(given, Path(folder))
-            composed = _compose(rest)
-            recipe = recipe_of(plain(composed, resolve=True), "Hydra's configuration")
-            check_exp_manager(recipe)
+            path = _composed_recipe(given, Path(folder))
         except UserError as error:
             print(f"vespo-megatron: {error}", file=sys.stderr)
             return 2
-        path = Path(folder) / "composed.yaml"
-        save_recipe(recipe, path)
+        except ModuleNotFoundError as error:
+            if (said := what_to_install("nemo_entry", error)) is None:
+                raise
+            print(f"vespo-megatron: {said}", file=sys.stderr)
+            return 2
         return command_line(["train", str(path)])
+
+
+def _composed_recipe(given: list[str], folder: Path) -> Path:
+    """Write the recipe that Hydra composes of these arguments, checked."""
+    rest = _with_resolved_recipe(given, folder)
+    from vespo_megatron.recipe.loader import plain, recipe_of, save_recipe
+
+    recipe = recipe_of(plain(_compose(rest), resolve=True), "Hydra's configuration")
+    check_exp_manager(recipe)
+    save_recipe(recipe, folder / "composed.yaml")
+    return folder / "composed.yaml"
 
 
 def _with_resolved_recipe(given: list[str], folder: Path) -> list[str]:
@@ -61,6 +77,8 @@ def _with_resolved_recipe(given: list[str], folder: Path) -> list[str]:
     parser.add_argument("--config-path", "-cp", default=".", help="folder of the recipe")
     parser.add_argument("--config-name", "-cn", required=True, help="its name, with or without .yaml")
     options, rest = parser.parse_known_args(given)
+    from vespo_megatron.recipe.loader import load_recipe, save_recipe
+
     name = options.config_name
     recipe = Path(options.config_path) / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     save_recipe(load_recipe(recipe), folder / "recipe.yaml")

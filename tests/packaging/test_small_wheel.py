@@ -86,6 +86,16 @@ def test_a_command_says_in_one_line_what_to_install(python, tmp_path, command):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "study.yaml"]
 
 
+def test_nemo_s_entry_says_in_one_line_what_to_install(python, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("policy: {model_name: some/model}\n")
+    done = run(python, "-I", "-m", "vespo_megatron.nemo_entry", "--config-name=recipe", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        r"vespo-megatron: nemo_entry needs \w+, .*pip install 'vespo-megatron\[train\]'.*\n", done.stderr
+    )
+    assert "--config-name" in checked(python, "-I", "-m", "vespo_megatron.nemo_entry", "--help", cwd=tmp_path)
+
+
 def test_help_and_version_answer(python):
     checked(python.parent / "vespo-megatron", "--help")
     assert checked(python, "-m", "vespo_megatron.cli", "--version").startswith("vespo-megatron ")

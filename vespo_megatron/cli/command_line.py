@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
-    from vespo_megatron.installed import missing_packages
+    from vespo_megatron.installed import what_to_install
     from vespo_megatron.run.processes import Stopped
 
     try:
@@ -71,13 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vespo-megatron: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if not (missing := missing_packages()):
+        if (said := what_to_install(parsed.command, error)) is None:
             raise
-        print(
-            f"vespo-megatron: {parsed.command} needs {error.name}, which is not installed: "
-            f"pip install 'vespo-megatron[train]' brings it and whatever else is missing ({len(missing)} packages)",
-            file=sys.stderr,
-        )
+        print(f"vespo-megatron: {said}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"vespo-megatron: {stopped}", file=sys.stderr)
