@@ -83,9 +83,15 @@ def test_the_asynchronous_runs_are_the_papers_and_keep_their_staleness_scaled_do
     assert recipe.loss_fn.behavior == "rollout", "vespo_S_1.0_N_4.sh: async_training.use_rollout_log_probs=True"
     rule = recipe.grpo.async_grpo
     assert (rule.enabled, rule.staleness, rule.sync_every, recipe.slurm.rollout_nodes) == (True, 1.0, 4, 6)
+    # The same script: COMMON_TP=4, val_kwargs.n=1, and test_freq=20, counted in weight versions of 4 updates each.
+    assert recipe.policy.megatron_cfg.tensor_model_parallel_size == 4
+    assert (recipe.grpo.val_num_generations, recipe.grpo.val_period, recipe.checkpointing.save_period) == (1, 80, 80)
     small = scale_down(load_recipe(path), TINY)
     validate(small)
     assert small.grpo.async_grpo == rule and small.num_mini_batches == 1
+    megatron = small.policy.megatron_cfg
+    assert megatron.tensor_model_parallel_size == 2, "the tiny model has 2 key/value heads"
+    assert (megatron.expert_model_parallel_size, megatron.sequence_parallel, small.world_size) == (8, True, 8)
 
 
 def test_the_grid_is_the_papers():

@@ -1,16 +1,18 @@
 """A cluster's recipe, small enough for a laptop CPU: the same layout, objective, replay and staleness on a tiny model.
 
 What a recipe tests about itself stays (parallel sizes, N updates per rollout batch, loss, correction, routing replay,
-schedule of evaluation); what makes it big goes (model, lengths, batches, nodes, GPUs).
+schedule of evaluation); what makes it big goes (model, lengths, batches, nodes, GPUs). Tensor parallelism is cut to what
+the tiny model's key/value heads can be split by.
 """
 
 from __future__ import annotations
 
-from math import lcm
+from math import gcd, lcm
 from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 
 MAX_PROCESSES = 16
@@ -37,6 +39,7 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
             expected="model/ and data/",
             fix=f"python examples/tiny_moe/prepare.py --output {folder}",
         )
+    recipe = _with_splittable_heads(recipe, read_shape(folder / "model").num_key_value_heads)
     megatron = recipe.policy.megatron_cfg
     experts = (
         megatron.expert_model_parallel_size
@@ -58,6 +61,13 @@ def scale_down(recipe: Recipe, folder: str | Path, *, steps: int = 2) -> Recipe:
         | _SMALL_ROLLOUTS
     )
     return small.with_values(_small_batches(small, recipe.num_mini_batches, steps))
+
+
+def _with_splittable_heads(recipe: Recipe, heads: int) -> Recipe:
+    megatron = recipe.policy.megatron_cfg
+    size = gcd(megatron.tensor_model_parallel_size, heads)
+    values = {"tensor_model_parallel_size": size, "sequence_parallel": megatron.sequence_parallel and size > 1}
+    return recipe.with_values({f"policy.megatron_cfg.{name}": value for name, value in values.items()})
 
 
 def _small_model(folder: Path) -> dict[str, Any]:
