@@ -31,6 +31,12 @@ def test_the_page_is_what_the_table_says():
     assert (ROOT / "docs" / "metrics.md").read_text() == markdown()
 
 
+def test_where_log_w_differs_from_the_reference_is_said():
+    """recipe/vespo/code/core_algos.py of FloyedShen/VESPO logs seq_log_ratio_clamped, lines 178 to 180."""
+    for name in ("mean", "max", "min"):
+        assert "unclamped (the reference logs it clamped to ±20)" in METRICS[f"vespo/log_w_{name}"].meaning
+
+
 def test_every_name_in_the_code_has_a_row():
     """String constants that look like a metric; names with a gap in them are checked when they are logged."""
     looks_like = re.compile(rf"({'|'.join(AREAS)})/[a-z0-9_]+")
