@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,7 +63,7 @@ class FailingEngine:
     description = "an engine"
 
     def __init__(self):
-        self.drawn, self.updates, self.fails_at = [], [], [3, 5]
+        self.drawn, self.updates, self.fails_at, self.version = [], [], [3, 5], 0
 
     async def generate(self, requests, *, on_result=None):
         results = []
@@ -70,7 +71,8 @@ class FailingEngine:
             if self.fails_at and len(self.drawn) == self.fails_at[0]:
                 del self.fails_at[0]
                 raise WeightsNeeded("back", where="server a")
-            results.append(GenerationResult(request.request_id, np.arange(3), np.full(3, -1.0), np.zeros(3), "stop"))
+            drawn = np.arange(3), np.full(3, -1.0), np.full(3, self.version)
+            results.append(GenerationResult(request.request_id, *drawn, "stop"))
             self.drawn.append(request.request_id)
             if on_result is not None:
                 on_result(results[-1])
@@ -78,6 +80,7 @@ class FailingEngine:
 
     def update_weights(self, stream, version):
         self.updates.append((list(stream), version))
+        self.version = version
 
     async def pause(self):
         pass
@@ -116,7 +119,8 @@ def build(engine, **settings):
     logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
     controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)
     exporter = SimpleNamespace(stream=lambda: iter(["tensor"] * 4))
-    link = LinkOfOne(SimpleNamespace(exporter=exporter, rank_info=SimpleNamespace(rank=0)), controller, None)
+    policy = SimpleNamespace(exporter=exporter, rank_info=SimpleNamespace(rank=0), updates_taken=0)
+    link = LinkOfOne(policy, controller, None)
     link.weight_version = 5
     return link, controller
 
@@ -150,6 +154,55 @@ def test_an_evaluation_beside_training_goes_on_too():
     metrics = link.call_with_servers(lambda controller: controller.evaluate(0))
     assert "eval/sums/avg@1" in metrics and len(engine.updates) == 1
     assert len([name for name in engine.drawn if name.startswith("validation")]) == 6
+    controller.close()
+
+
+def test_weights_that_were_updated_since_the_last_version_have_a_number_of_their_own():
+    """Of four steps a version the second is under way: what a server that comes back gets is no version yet."""
+    engine = FailingEngine()
+    engine.fails_at = [3]
+    link, controller = build(engine, grpo__async_grpo__enabled=True, grpo__async_grpo__sync_every=4)
+    buffer = controller.source.buffer
+    link.push_weights(5)
+    link.policy.updates_taken = 1
+    link.call_with_servers(lambda controller: controller.collect(2))
+    assert [version for _, version in engine.updates] == [5, 6] and link.weight_version == buffer.version == 6
+    assert buffer.lag(5) == 0 and buffer.taken == 4
+    link.push_again()
+    assert [version for _, version in engine.updates] == [5, 6, 6], "the same weights once more"
+    link.policy.updates_taken = 3
+    link.push_weights(link.weight_version + 1)
+    assert buffer.version == 7 and (buffer.lag(5), buffer.lag(6), buffer.taken) == (1, 1, 0)
+    controller.close()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_resumed_run_gives_weights_that_were_no_version_a_number_of_their_own(behind):
+    engine = FailingEngine()
+    link, controller = build(engine, grpo__async_grpo__enabled=True, grpo__async_grpo__sync_every=4)
+    link.push_weights(5)
+    link.policy.updates_taken += behind
+    state = link.state_dict()
+    resumed, other = build(engine, grpo__async_grpo__enabled=True, grpo__async_grpo__sync_every=4)
+    other.source.buffer.version = 5
+    resumed.load_state_dict(state)
+    resumed.push_again()
+    assert resumed.weight_version == other.source.buffer.version == 5 + behind
+    assert other.source.buffer.lag(5) == 0
+    for each in (controller, other):
+        each.close()
+
+
+def test_a_run_that_knows_its_versions_gives_servers_what_the_number_means():
+    engine = FailingEngine()
+    link, controller = build(engine, grpo__async_grpo__enabled=True)
+    pushed = []
+    link.history = SimpleNamespace(pushing=lambda version: nullcontext(pushed.append(version)), live=5)
+    link.push_weights(5)
+    link.policy.updates_taken, link.history.live = 1, None
+    link.push_again()
+    assert pushed == [5, 5] and link.weight_version == 5
+    assert link.engine_is_behind, "with another `behavior` from here on, the same weights cannot be had again"
     controller.close()
 
 

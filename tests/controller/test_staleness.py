@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_sample import sample
 
-from vespo_megatron.controller.staleness import StalenessBuffer, lags
+from vespo_megatron.controller.staleness import StalenessBuffer
 from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.losses import MetricSums
 from vespo_megatron.trainer.objective import add_by_lag
@@ -31,8 +31,13 @@ def saved(buffer: StalenessBuffer) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def run(buffer: StalenessBuffer, steps: int, chance: random.Random, abort: float, resume: float) -> list[int]:
-    """Train so many steps; arrivals in random order, some aborts, some resumes from a checkpoint. Every group's lag."""
+def run(
+    buffer: StalenessBuffer, steps: int, chance: random.Random, abort: float, resume: float, between: float = 0.0
+) -> list[int]:
+    """Train so many steps; arrivals in random order, some aborts, some resumes from a checkpoint. Every group's lag.
+
+    `between` is how often servers that come back are given weights between two versions of the schedule.
+    """
     found = []
     for step in range(1, steps + 1):
         while not buffer.ready():
@@ -46,7 +51,9 @@ def run(buffer: StalenessBuffer, steps: int, chance: random.Random, abort: float
             else:
                 buffer.arrive(group, [sample(buffer.version)])
             assert closes(buffer)
-        found += [buffer.version - group.version for group in buffer.take()]
+            if chance.random() < between:
+                assert buffer.new_version(buffer.version + 1, between=True) == []
+        found += [buffer.lag(group.version) for group in buffer.take()]
         if step % buffer.sync_every == 0:
             assert buffer.new_version(buffer.version + 1) == [], "admitted, and yet too late"
         if chance.random() < resume:
@@ -64,11 +71,13 @@ def run(buffer: StalenessBuffer, steps: int, chance: random.Random, abort: float
     st.integers(1, 5),
     st.integers(0, 10**6),
     st.sampled_from([0.0, 0.1, 0.5]),
+    st.sampled_from([0.0, 0.3]),
 )
-def test_no_lag_beyond_the_bound_and_every_group_accounted_for(max_staleness, batch, sync_every, seed, abort):
+def test_no_lag_beyond_the_bound_and_every_group_accounted_for(max_staleness, batch, sync_every, seed, abort, between):
     buffer = StalenessBuffer(max_staleness, batch, sync_every)
-    found = run(buffer, 30, random.Random(seed), abort, resume=0.1)
+    found = run(buffer, 30, random.Random(seed), abort, resume=0.1, between=between)
     assert max(found) <= buffer.bound and len(found) == 30 * batch
+    assert buffer.lag(0) == 30 // sync_every, "a version of the schedule is counted, and no other"
 
 
 def test_the_counts_close_over_a_thousand_steps_and_the_bound_is_reached():
@@ -132,7 +141,25 @@ def test_a_smaller_bound_after_a_resume_lets_groups_expire():
 
 
 def test_lags_are_per_token():
-    assert lags([sample(3), sample(5)], 6).tolist() == [3, 3, 2, 1, 1, 0]
+    assert StalenessBuffer(4, 1, 1, version=6).lags([sample(3), sample(5)]).tolist() == [3, 3, 2, 1, 1, 0]
+
+
+def test_a_version_between_two_of_the_schedule_counts_as_the_one_before():
+    """Servers that came back got weights that had been updated since the last version: another number, no more lag."""
+    buffer = StalenessBuffer(1, 2, 4)
+    buffer.admit("a")
+    for version, between in ((1, False), (2, True), (3, False), (4, True), (5, True)):
+        taken = buffer.taken = 3
+        buffer.new_version(version, between=between)
+        assert (buffer.version, buffer.taken) == (version, taken if between else 0)
+    again = StalenessBuffer(1, 2, 4)
+    again.load_state_dict(saved(buffer))
+    for each in (buffer, again):
+        assert [each.lag(version) for version in range(6)] == [2, 1, 1, 0, 0, 0]
+        assert each.lags([sample(0), sample(1), sample(4)]).tolist() == [2, 2, 1, 1, 1, 1, 0, 0, 0]
+    del (state := saved(buffer))["between"]
+    again.load_state_dict(state)
+    assert again.lag(4) == 1, "a checkpoint of before has none"
 
 
 def test_without_room_nothing_is_sent():

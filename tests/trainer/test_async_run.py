@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import resume_work
 
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.run.checkpoint_store import CheckpointStore
 from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.run_directory import RECIPE_FILE
+from vespo_megatron.trainer.checkpoint import TRAINER
 
 STEPS, PROMPTS = 12, 2
 pytestmark = pytest.mark.timeout(600)
@@ -65,6 +70,28 @@ def test_killed_and_resumed_every_group_is_trained_once_and_every_token_scored_b
     assert max(row["staleness/held_versions"] for row in rows) == 3
     assert max(row["mismatch/prob_diff_max"] for row in rows) < 1e-5, "scored by other weights than drew it"
     assert max(row["staleness/k3"] for row in rows) > 0.01, "the weights hardly moved"
+
+
+def test_resumed_between_two_versions_the_weights_have_a_number_of_their_own_and_lags_are_as_scheduled(importable):
+    """Of two steps a version, the run ends after its third and goes on with weights that no version has had."""
+    run_dir = make_run(
+        importable,
+        "resumed",
+        "checkpointing.save_period=1",
+        "grpo.async_grpo.max_staleness=1",
+        "grpo.async_grpo.sync_every=2",
+        "loss_fn.behavior=rollout",
+    )
+    recipe = load_recipe(run_dir / RECIPE_FILE)
+    found = []
+    for steps in (3, STEPS):
+        save_recipe(recipe.with_values({"grpo.max_num_steps": steps}), run_dir / RECIPE_FILE)
+        resume_work.finish(run_dir)
+        newest = next(iter(CheckpointStore(run_dir / "checkpoints").checkpoints().values()))
+        facts = json.loads((newest / TRAINER).read_text())
+        found.append((facts["weight_version"], facts["engine_is_behind"]))
+    assert found == [(1, True), (STEPS // 2 + 1, False)]
+    check(run_dir, bound=1)
 
 
 @pytest.mark.sglang

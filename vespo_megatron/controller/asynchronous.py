@@ -14,7 +14,7 @@ from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.parts import Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
 from vespo_megatron.controller.sampler import Sampler, describe, request_seed
-from vespo_megatron.controller.staleness import Group, StalenessBuffer, lags
+from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompts import PromptRecord
@@ -114,8 +114,7 @@ class AsynchronousSource:
         result = advantages_of(
             self.parts.recipe, samples, [group.number for group in groups for _ in group.samples or ()]
         )
-        version = self.buffer.version
-        oldest = np.array([version - int(sample.weight_versions.min()) for sample in samples])
+        oldest = np.array([self.buffer.lag(int(sample.weight_versions.min())) for sample in samples])
         if oldest.max() > self.buffer.bound:
             raise AssertionError(f"a lag of {oldest.max()} where {self.buffer.bound} is the bound")
         keep = np.flatnonzero(result.keep.numpy()).tolist()
@@ -124,7 +123,7 @@ class AsynchronousSource:
         return Rollout(batch, metrics | self._finished_evaluations())
 
     async def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
-        per_token, counts = lags(samples, self.buffer.version), self.buffer.counts
+        per_token, counts = self.buffer.lags(samples), self.buffer.counts
         waits = await self.stream.pop_waits()
         partial = np.mean([len(set(sample.weight_versions.tolist())) > 1 for sample in samples])
         interruptions, self._interruptions = self._interruptions, 0
@@ -176,7 +175,9 @@ class AsynchronousSource:
 
     # ---- weights, state, end -----------------------------------------------------------------------------------
 
-    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(
+        self, stream: Iterable[tuple[str, torch.Tensor]], version: int, *, between: bool = False
+    ) -> None:
         """See `BatchSource.update_weights`; what runs meanwhile is treated as the recipe says."""
         thread, engine = self.parts.thread, self.parts.engine
         thread.run(self.stream.stop_sending(drain=self.mode == "drain"))
@@ -188,7 +189,7 @@ class AsynchronousSource:
                 engine.update_weights(stream, version)
             finally:
                 thread.run(engine.resume())
-        thread.run(self.stream.resume_sending(version))
+        thread.run(self.stream.resume_sending(version, between=between))
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the prompts, and every group that was sent and is not trained on."""

@@ -83,9 +83,11 @@ class Controller:
         """See `BatchSource.evaluate`."""
         return self.source.evaluate(step)
 
-    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(
+        self, stream: Iterable[tuple[str, torch.Tensor]], version: int, *, between: bool = False
+    ) -> None:
         """See `BatchSource.update_weights`."""
-        self.source.update_weights(stream, version)
+        self.source.update_weights(stream, version, between=between)
 
     def release_memory(self) -> None:
         """The engine's device memory is the trainer's until `update_weights`."""

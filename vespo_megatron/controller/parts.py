@@ -57,15 +57,20 @@ class BatchSource(Protocol):
         """The rollout batch of a step; whole groups only.
 
         Raises:
-            WeightsNeeded: servers wait for weights; push them under the same version and call this again.
+            WeightsNeeded: servers wait for weights; push them and call this again.
             UserError: no usable group was drawn in a long time, or the engine or a reward failed.
         """
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores of the validation sets, or nothing yet. Raises WeightsNeeded as `collect` does."""
 
-    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Give the engine the streamed weights; it answers with a checksum both sides agree on."""
+    def update_weights(
+        self, stream: Iterable[tuple[str, torch.Tensor]], version: int, *, between: bool = False
+    ) -> None:
+        """Give the engine the streamed weights; it answers with a checksum both sides agree on.
+
+        `between`: it had lost those it had, and gets newer ones before the schedule gives it any.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

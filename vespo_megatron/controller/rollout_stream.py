@@ -64,7 +64,7 @@ class RolloutStream:
         """The next batch; sends what may be sent meanwhile.
 
         Raises:
-            WeightsNeeded: servers wait for weights; push them under the same version and call this again.
+            WeightsNeeded: servers wait for weights; push them and call this again.
             UserError: drawing or scoring failed.
         """
         started = time.monotonic()
@@ -90,9 +90,9 @@ class RolloutStream:
         while drain and self._tasks and self.weights_needed is None and self._failure is None:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
-    async def resume_sending(self, version: int) -> None:
-        """The engine has the weights of `version`: send again."""
-        self.buffer.new_version(version)
+    async def resume_sending(self, version: int, *, between: bool = False) -> None:
+        """The engine has the weights of `version`: send again. `between`: see `StalenessBuffer.new_version`."""
+        self.buffer.new_version(version, between=between)
         self._sending_stopped, self.weights_needed = False, None
         self._send()
         self._changed.set()

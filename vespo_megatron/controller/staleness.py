@@ -16,6 +16,8 @@ Pure bookkeeping: no clocks, no processes. Not thread-safe; one event loop owns 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,13 +70,15 @@ class StalenessBuffer:
     version: int = 0
     taken: int = 0
     """Groups taken since the last weight update."""
+    between: list[int] = field(default_factory=list)
+    """Versions that came between two of the schedule's, ascending: in lags each counts as the one before it."""
     groups: dict[int, Group] = field(default_factory=dict)
     """By number, in the order of admission."""
     counts: Counts = field(default_factory=Counts)
 
     @property
     def bound(self) -> int:
-        """The largest lag a token can have when it is trained on, in weight versions."""
+        """The largest lag a token can have when it is trained on, in weight versions of the schedule."""
         return math.ceil(self.max_staleness)
 
     @property
@@ -129,16 +133,32 @@ class StalenessBuffer:
         self.counts.trained += len(chosen)
         return chosen
 
-    def new_version(self, version: int) -> list[Group]:
-        """The engine has new weights. Returns groups that have thereby become too old, which are not trained on."""
-        if version == self.version:  # the same weights again, to servers that had lost them
+    def new_version(self, version: int, *, between: bool = False) -> list[Group]:
+        """The engine has new weights. Returns groups that have thereby become too old, which are not trained on.
+
+        `between`: not by the schedule, but because servers had lost theirs; what is due, and when, stays as it was.
+        """
+        if version == self.version:  # the same weights again
             return []
-        self.version, self.taken = version, 0
-        late = [group for group in self.groups.values() if group.version + self.bound < version]
+        self.version = version
+        if between:
+            self.between.append(version)
+            return []
+        self.taken = 0
+        late = [group for group in self.groups.values() if self.lag(group.version) > self.bound]
         for group in late:
             del self.groups[group.number]
         self.counts.expired += len(late)
         return late
+
+    def lag(self, version: int) -> int:
+        """By how many weight versions of the schedule a token of this one is behind."""
+        return self.version - version - (len(self.between) - bisect_right(self.between, version))
+
+    def lags(self, samples: Iterable[Sample]) -> np.ndarray:
+        """int64 [tokens]: the lag of every response token."""
+        versions = np.concatenate([sample.weight_versions for sample in samples])
+        return self.version - versions - (len(self.between) - np.searchsorted(self.between, versions, side="right"))
 
     def expire_other_versions(self, known: Collection[int]) -> None:
         """Give up groups that wait and have a token that none of the `known` weight versions drew."""
@@ -164,9 +184,9 @@ class StalenessBuffer:
         """Whether every group can still be trained on in time: those due by each version fit into its steps."""
         per_version = self.sync_every * self.batch_groups
         due: dict[int, int] = {}
-        for group in groups:
-            ahead = max(0, group.version + self.bound - self.version)
-            due[ahead] = due.get(ahead, 0) + 1
+        for version, count in Counter(group.version for group in groups).items():
+            ahead = max(0, self.bound - self.lag(version))
+            due[ahead] = due.get(ahead, 0) + count
         room, total = per_version - taken, 0
         for ahead in range(self.bound + 1):
             total += due.get(ahead, 0)
@@ -181,6 +201,7 @@ class StalenessBuffer:
         return {
             "version": self.version,
             "taken": self.taken,
+            "between": list(self.between),
             "counts": vars(self.counts).copy(),
             "groups": [
                 {
@@ -196,6 +217,7 @@ class StalenessBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> list[Group]:
         """Go on from `state`; returns the groups that were under way, which the caller sends again."""
         self.version, self.taken, self.counts = state["version"], state["taken"], Counts(**state["counts"])
+        self.between = list(state.get("between", ()))
         self.groups = {}
         for saved in state["groups"]:
             samples = None if saved["samples"] is None else [_sample_of(one) for one in saved["samples"]]
@@ -204,11 +226,6 @@ class StalenessBuffer:
                 group.version = self.version  # drawn anew, by the weights there are
             self.groups[group.number] = group
         return [group for group in self.groups.values() if group.samples is None]
-
-
-def lags(samples: Iterable[Sample], version: int) -> np.ndarray:
-    """int64 [tokens]: by how many weight versions every response token is behind."""
-    return np.concatenate([version - sample.weight_versions for sample in samples])
 
 
 def _sample_state(sample: Sample) -> dict[str, Any]:

@@ -85,7 +85,13 @@ class SynchronousSource:
             return {}
         return self._interruptible.run(lambda: self.parts.thread.run(evaluate(self.parts, self.sampler, step)))
 
-    def update_weights(self, stream: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(
+        self,
+        stream: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        *,
+        between: bool = False,  # noqa: ARG002  (there is no lag)
+    ) -> None:
         """See `BatchSource.update_weights`."""
         self.parts.engine.update_weights(stream, version)
 

@@ -1,8 +1,8 @@
 """A cluster's recipe, small enough for a laptop CPU: the same layout, objective, replay and staleness on a tiny model.
 
 What a recipe tests about itself stays (parallel sizes, N updates per rollout batch, loss, correction, routing replay,
-schedule of evaluation); what makes it big goes (model, lengths, batches, nodes, GPUs). Tensor parallelism is cut to what
-the tiny model's key/value heads can be split by.
+schedule of evaluation); what makes it big goes (model, lengths, batches, nodes, GPUs). Tensor parallelism is cut to
+what the tiny model's key/value heads can be split by.
 """
 
 from __future__ import annotations

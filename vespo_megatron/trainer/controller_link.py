@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -42,6 +42,13 @@ class ControllerLink:
         self.quantizer = quantizer
         self.weight_version = 0
         """Of the weights that the engine has."""
+        self._pushed_at: int | None = policy.updates_taken
+        """Updates that the policy had taken when its weights were those of the engine; None: others than it has."""
+
+    @property
+    def engine_is_behind(self) -> bool:
+        """Whether the policy was updated since the engine's weights were its own."""
+        return self._pushed_at != self.policy.updates_taken
 
     def call(self, action: Callable[[Controller], T]) -> T | None:
         """Run `action` on rank 0 while the others wait; its `UserError` ends every rank. Rank 0 gets the answer."""
@@ -60,24 +67,48 @@ class ControllerLink:
             try:
                 return self.call(action)
             except WeightsNeeded:
-                self.push_weights(self.weight_version)
+                self.push_again()
 
-    def push_weights(self, version: int) -> None:
+    def push_again(self) -> None:
+        """Weights to an engine that may have lost its own, under the number of what it receives.
+
+        That is the number it knows where the same weights can be had again: the policy was not updated since, or
+        `history` holds them. Else they are a version between two of the schedule's.
+        """
+        if self.history is None and self.engine_is_behind:
+            self.push_weights(self.weight_version + 1, between=True)
+        else:
+            self.push_weights(self.weight_version)
+
+    def push_weights(self, version: int, *, between: bool = False) -> None:
         """Stream the policy's weights to the rollout engine, which answers with an agreed checksum.
 
         Returns on every rank when the servers have them. An update in which a server fails is made again without it.
+        `between` says that the version is not one of the schedule's.
         """
         with self.history.pushing(version) if self.history is not None else nullcontext():
-            self._push(version)
+            self._push(version, between)
         self.weight_version = version
+        if self.history is None or self.history.live == version:
+            self._pushed_at = self.policy.updates_taken
 
-    def _push(self, version: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON."""
+        return {"weight_version": self.weight_version, "engine_is_behind": self.engine_is_behind}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, with the policy of its checkpoint."""
+        self.weight_version = state["weight_version"]
+        self._pushed_at = None if state.get("engine_is_behind", False) else self.policy.updates_taken
+
+    def _push(self, version: int, between: bool) -> None:
         while True:
             stream = self.policy.exporter.stream()
             failure = None
             if self.controller is not None:
                 try:
-                    self.controller.update_weights(self.quantizer(stream) if self.quantizer else stream, version)
+                    sent = self.quantizer(stream) if self.quantizer else stream
+                    self.controller.update_weights(sent, version, between=between)
                 except UserError as error:
                     failure = error
             for _ in stream:  # elsewhere all of it; here what a failed update has left, for which the others wait

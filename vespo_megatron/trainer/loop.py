@@ -74,7 +74,7 @@ class Trainer:
         done = self.resume(resumed) if resumed is not None else 0
         if done == schedule.max_num_steps:
             return True
-        self.link.push_weights(self.link.weight_version)
+        self.link.push_again()
         if self.recipe.policy.router_replay.mode == "R3":
             probe_routes(self.link)
         if schedule.val_at_start and schedule.val_period and not done:
@@ -177,14 +177,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What every rank needs to go on, besides its policy; as JSON."""
-        return {"weight_version": self.link.weight_version, "guard": self.guard.state_dict()}
+        return self.link.state_dict() | {"guard": self.guard.state_dict()}
 
     def resume(self, point: ResumePoint) -> int:
         """Be what the checkpoint holds; the step it was taken after."""
         if self.checkpointer is None:
             raise ValueError("a run without checkpoints cannot be resumed")
         controller_state = self.checkpointer.load(point, self.history)
-        self.link.weight_version = point.facts["weight_version"]
+        self.link.load_state_dict(point.facts)
         self.guard.load_state_dict(point.facts["guard"], self.controller.logger.history if self.controller else ())
         self.link.call(lambda controller: controller.load_state_dict(controller_state))
         if self.history is not None:
