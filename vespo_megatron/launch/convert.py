@@ -65,7 +65,7 @@ def convert(
     with written(goal, "TARGET"):
         if goal.exists():
             raise UserError("exists", where=str(goal), fix="name a folder that does not")
-    check_folder(goal.parent, "TARGET")
+    check_folder(goal, "TARGET")
     partial = goal.with_name(goal.name + ".partial")
     with _joined(settings) as rank_info:
         shape = read_shape(what.model)
