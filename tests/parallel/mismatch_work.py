@@ -20,25 +20,32 @@ from vespo_megatron.trainer.mismatch_table import FILE
 METRICS = ("mismatch/k3", "routes/agreement")
 
 
-def measured(store: str, recipe_file: str, run_dir: str, dials: list[dict[str, Any]]) -> list[dict[str, dict]]:
+def measured(
+    store: str, recipe_file: str, run_dir: str, dials: list[dict[str, Any]], prefix: str = "policy.generation.mismatch."
+) -> list[dict[str, dict]]:
     """Per setting of the dials, `METRICS` with replay off ("none") and with "R3", means over the batches."""
     rank_info = None
     answers = []
     for number, dial in enumerate(dials):
-        values = {f"policy.generation.mismatch.{name}": value for name, value in dial.items()}
+        values = {prefix + name: value for name, value in dial.items()}
         recipe = load_recipe(recipe_file).with_values(values)
         rank_info = rank_info or parallel.initialize(
             recipe.policy.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store
         )
         folder = Path(tempfile.mkdtemp(prefix=f"{number}_", dir=run_dir))
-        tokenizer = load_tokenizer(recipe)
-        prompts = load_prompts(recipe.data.train, recipe, tokenizer)
-        controller = build_controller(recipe, folder, rank_info, tokenizer, prompts)
+        controller = None
+        if rank_info.rank == 0:
+            tokenizer = load_tokenizer(recipe)
+            prompts = load_prompts(recipe.data.train, recipe, tokenizer)
+            controller = build_controller(recipe, folder, rank_info, tokenizer, prompts)
         try:
             measure(recipe, MegatronPolicy(recipe.policy, rank_info), controller, folder)
         finally:
-            controller.logger.close()
-            controller.close()
+            if controller is not None:
+                controller.logger.close()
+                controller.close()
+        if controller is None:
+            continue
         rows = json.loads((folder / FILE).read_text())
         answers.append({mode: _means([row for row in rows if row["replay"] == mode]) for mode in ("none", "R3")})
     return answers

@@ -43,7 +43,8 @@ def arrived(store: str, folder: str, layout: dict, mismatch: MismatchConfig) -> 
     """What arrives at the engine, and the policy's weights after that."""
     policy = layout_work.build(folder, layout, store)
     receiver = Receiver() if policy.rank_info.rank == 0 else None
-    ControllerLink(policy, receiver, dist.group.WORLD, quantizer=WeightQuantizer.of(mismatch)).push_weights(3)
+    quantizer = WeightQuantizer.of(policy.config.with_values({"generation.mismatch": mismatch}))
+    ControllerLink(policy, receiver, dist.group.WORLD, quantizer=quantizer).push_weights(3)
     return receiver.arrived if receiver else {}, layout_work.weights(policy)
 
 
@@ -57,7 +58,7 @@ def served(store: str, recipe, layout: dict, urls: list[str] | None, version: in
     sender = None
     if policy.rank_info.rank == 0:
         sender = Sender(connect(recipe, urls) if urls else InProcessEngine(folder))
-    quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
+    quantizer = WeightQuantizer.of(recipe.policy)
     try:
         ControllerLink(policy, sender, dist.group.WORLD, quantizer=quantizer).push_weights(version)
     finally:

@@ -17,7 +17,7 @@ from vespo_megatron.quantization import (
     fake_quantize_cache,
     fake_quantize_tokens,
 )
-from vespo_megatron.recipe.schema import MismatchConfig
+from vespo_megatron.recipe.schema import MismatchConfig, PolicyConfig
 
 # Ragged in rows and columns, single elements, one row, a stack of experts, more than one block each way.
 SHAPES = ((1, 1), (1, 7), (5, 33), (128, 128), (131, 259), (3, 17, 40), (2, 130, 5))
@@ -188,11 +188,13 @@ NAMES = {
 
 
 def test_linear_layers_are_rounded_and_norms_embeddings_head_and_routers_are_not():
-    quantizer = WeightQuantizer.of(MismatchConfig(weights="int4", group_size=4))
-    stream = {name: numbers((8, 12), seed) for seed, name in enumerate(NAMES)}
-    for name, tensor in quantizer(stream.items()):
-        assert torch.equal(tensor, fake_quantize(stream[name], "int4", 4) if NAMES[name] else stream[name]), name
-    assert WeightQuantizer.of(MismatchConfig()) is None
+    dial = {"generation.mismatch.weights": "int4", "generation.mismatch.group_size": 4}
+    for keys in (dial, {"quantization.scheme": "int4", "quantization.group_size": 4, "quantization.where": "rollout"}):
+        quantizer = WeightQuantizer.of(PolicyConfig().with_values(keys))
+        stream = {name: numbers((8, 12), seed) for seed, name in enumerate(NAMES)}
+        for name, tensor in quantizer(stream.items()):
+            assert torch.equal(tensor, fake_quantize(stream[name], "int4", 4) if NAMES[name] else stream[name]), name
+    assert WeightQuantizer.of(PolicyConfig()) is None
 
 
 def test_a_pattern_of_one_s_own_takes_matrices_alone_and_one_that_fits_nothing_is_an_error():

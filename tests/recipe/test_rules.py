@@ -141,6 +141,22 @@ IMPOSSIBLE = {
         "regular expression",
     ),
     "weights of an unknown format": ({DIAL + "weights": "int5"}, "mismatch.weights", "one of none, bfloat16"),
+    "weights rounded by two keys": (
+        {"policy__quantization__scheme": "int4", DIAL + "weights": "int8"},
+        "policy.quantization.scheme",
+        "is int4 beside policy.generation.mismatch.weights=int8",
+    ),
+    "groups of a flow without any": (
+        {"policy__quantization__scheme": "bfloat16", "policy__quantization__group_size": 32},
+        "policy.quantization.group_size",
+        "int8, int6, int4 and int3",
+    ),
+    "a flow of an unknown format": ({"policy__quantization__scheme": "fp4"}, "quantization.scheme", "one of none"),
+    "a flow of training alone": (
+        {"policy__quantization__scheme": "int4", "policy__quantization__where": "training"},
+        "quantization.where",
+        "one of rollout, both",
+    ),
     "groups of one": ({"grpo__num_generations_per_prompt": 1, GLOBAL_BATCH: 32}, "num_generations_per_prompt", "2"),
     "a pass of more than the group": ({"grpo__pass_at_k": 9}, "grpo.pass_at_k", "at most"),
     "a baseline beside an estimator": (

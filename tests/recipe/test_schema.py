@@ -30,7 +30,7 @@ COUNTS = """
     policy.megatron_cfg.num_layers_in_last_pipeline_stage policy.megatron_cfg.context_parallel_size
     policy.megatron_cfg.expert_model_parallel_size policy.megatron_cfg.expert_tensor_parallel_size
     policy.megatron_cfg.logprob_memory_mb policy.megatron_cfg.scheduler.lr_decay_iters
-    policy.generation.mismatch.group_size
+    policy.generation.mismatch.group_size policy.quantization.group_size
     policy.generation.sglang_cfg.num_servers policy.generation.sglang_cfg.tensor_parallel_size
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples

@@ -21,7 +21,7 @@ from vespo_megatron.launch import preflight
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
-from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, Recipe
+from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, QuantizationConfig, Recipe
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
@@ -39,7 +39,7 @@ def evaluate(
 ) -> tuple[Path, str]:
     """Answer every problem and write `problems.jsonl`, `table.md`, `scores.json`; returns their folder and the table.
 
-    The checkpoint answers as it is: what `policy.generation.mismatch` says is of training's rollouts.
+    The checkpoint answers as it is: what `policy.generation.mismatch` and `policy.quantization` say is of training.
 
     Args:
         recipe: model, engine, sampling (`val_temperature`, `val_top_p`), reward and validation set.
@@ -63,6 +63,7 @@ def evaluate(
             "exp_manager.name": f"{recipe.exp_manager.name}_eval",
             "exp_manager.resume_if_exists": False,
             "policy.generation.mismatch": MismatchConfig(),
+            "policy.quantization": QuantizationConfig(),
         }
     )
     with stop_on_signals(), ExitStack() as stack:

@@ -94,6 +94,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
             if phrase := recipe.policy.generation.mismatch.phrase:
                 facts["mismatch"] = phrase
+            if phrase := recipe.policy.quantization.phrase:
+                facts["weights"] = phrase
             controller.logger.print(controller.logger.summary(facts))
     finally:
         if controller is not None:
@@ -147,6 +149,8 @@ def build_controller(
     logger.print(f"behaviour policy: {describe(recipe.behavior)}")
     if phrase := recipe.policy.generation.mismatch.phrase:
         logger.print(f"mismatch: {phrase}")
+    if phrase := recipe.policy.quantization.phrase:
+        logger.print(f"weights: {phrase}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 

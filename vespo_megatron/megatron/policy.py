@@ -19,8 +19,10 @@ from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
+from vespo_megatron.megatron.rounded_weights import RoundedWeights
 from vespo_megatron.megatron.router_losses import RouterLosses
 from vespo_megatron.megatron.router_pass import RouterPass
+from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
@@ -119,6 +121,9 @@ class MegatronPolicy:
             counts_load=config.megatron_cfg.track_moe_metrics,
         )
         self.router_losses = RouterLosses.from_recipe(config.megatron_cfg, self.replay.routers, rank_info.device)
+        quantizer = WeightQuantizer.of(config) if config.quantization.in_training else None
+        self._rounded = RoundedWeights(self.chunks, self.shape, rank_info, quantizer) if quantizer else None
+        """What every pass computes with, where it is not the weights themselves."""
         self.exporter = hf_weights.WeightExporter(
             self.chunks, self.shape, rank_info, bucket_bytes=config.generation.sglang_cfg.weight_piece_bytes
         )
@@ -296,8 +301,11 @@ class MegatronPolicy:
 
         iterators = [iter(micro_batches) for _ in self.chunks]
         backward = not schedule["forward_only"]
-        with self.replay.running(
-            routes.mode, micro_batches=len(micro_batches), backward=backward, device=self.rank_info.device
+        with (
+            self.replay.running(
+                routes.mode, micro_batches=len(micro_batches), backward=backward, device=self.rank_info.device
+            ),
+            self._rounded.in_use() if self._rounded is not None else nullcontext(),
         ):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,

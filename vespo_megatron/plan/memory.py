@@ -77,7 +77,7 @@ class TrainerMemory:
     host: int
     """Of the optimizer, what is offloaded."""
     weight_copies: int
-    """On the host: earlier weight versions, the reference, and the policy's own while either is in use."""
+    """On the host: earlier weight versions, the reference, and the policy's own while others are in use."""
 
     @property
     def device(self) -> int:
@@ -122,11 +122,14 @@ def _stage_memory(shape: ModelShape, recipe: Recipe, stage: int) -> TrainerMemor
 def weight_copies(recipe: Recipe) -> int:
     """How often a trainer process holds its weights in host memory.
 
-    Its own are copied out when others take their place, unless the newest version is a copy of them.
+    Its own are copied out when others take their place, unless the newest version is a copy of them; and once more in
+    passes with rounded weights.
     """
     reference = recipe.loss_fn.reference_policy_kl_penalty != 0
     updated = recipe.held_versions > 0 and recipe.grpo.async_grpo.sync_every > 1
-    return recipe.held_versions + int(reference) + int(reference or updated)
+    return (
+        recipe.held_versions + int(reference) + int(reference or updated) + int(recipe.policy.quantization.in_training)
+    )
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:

@@ -42,6 +42,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
     yield from _mismatch(recipe)
+    yield from _quantization(recipe)
     if recipe.policy.generation.backend == "sglang":
         yield from _servers(recipe)
         yield from _weight_sync(recipe)
@@ -345,6 +346,24 @@ def _mismatch(recipe: Recipe) -> Iterator[UserError]:
                 where=f"{where}.{name}",
                 fix=f"set {_GENERATION}.backend=in_process, or leave it out",
             )
+
+
+def _quantization(recipe: Recipe) -> Iterator[UserError]:
+    flow, dial = recipe.policy.quantization, recipe.policy.generation.mismatch.weights
+    where, other = "policy.quantization", f"{_GENERATION}.mismatch.weights"
+    if flow.scheme != "none" and dial != "none":
+        yield UserError(
+            f"is {flow.scheme} beside {other}={dial}: both round the weights that go to the engine",
+            where=f"{where}.scheme",
+            expected="one of the two",
+            fix=f"leave out {other}; {where}.where=rollout does the same",
+        )
+    if flow.group_size is not None and not flow.scheme.startswith("int"):
+        yield UserError(
+            f"is {flow.group_size} with scheme {flow.scheme}",
+            where=f"{where}.group_size",
+            expected="null: int8, int6, int4 and int3 alone have groups of a size that one chooses",
+        )
 
 
 def _weight_sync(recipe: Recipe) -> Iterator[UserError]:

@@ -18,7 +18,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.behavior import describe
 from vespo_megatron.outputs import check_file, written
-from vespo_megatron.recipe.schema import MismatchConfig
+from vespo_megatron.recipe.schema import MismatchConfig, QuantizationConfig
 from vespo_megatron.recipe.schema.recipe import resolved_behavior
 from vespo_megatron.run.records import SUMMARY_FILE, read_metrics, summarise
 from vespo_megatron.study.measures import by_layer
@@ -26,7 +26,7 @@ from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
 
 RECIPE_FILE = "recipe.yaml"
-MISMATCH = "policy.generation.mismatch"
+MISMATCH, QUANTIZATION = "policy.generation.mismatch", "policy.quantization"
 
 
 SETTINGS: tuple[tuple[str, str], ...] = (
@@ -51,6 +51,7 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("Trainer nodes", "cluster.num_nodes"),
     ("Rollout engine", "policy.generation.backend"),
     ("Mismatch by recipe", MISMATCH),
+    ("Rounded weights", QUANTIZATION),
     ("Response tokens at most", "policy.generation.max_new_tokens"),
     ("Temperature", "policy.generation.temperature"),
 )
@@ -190,6 +191,8 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
                 value = value.get(part) if isinstance(value, Mapping) else None
             if path == MISMATCH:
                 value = MismatchConfig.model_validate(value or {}).phrase or None
+            if path == QUANTIZATION:
+                value = QuantizationConfig.model_validate(value or {}).phrase or None
             values.append("-" if value is None else str(value))
         if any(value != "-" for value in values):
             rows.append((title, path, values))

@@ -54,7 +54,7 @@ class Trainer:
             timers=self.timers,
             history=self.history,
         )
-        quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
+        quantizer = WeightQuantizer.of(recipe.policy)
         self.link = ControllerLink(policy, controller, self.train_step.scatter.group, self.history, quantizer)
         self.checkpointer = checkpointer
 

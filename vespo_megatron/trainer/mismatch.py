@@ -32,7 +32,7 @@ def measure(
     Rank 0 writes. With `updates` every batch is trained on after that, and what this changes is `staleness`.
     """
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
-    quantizer = WeightQuantizer.of(recipe.policy.generation.mismatch)
+    quantizer = WeightQuantizer.of(recipe.policy)
     link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
     accountant = Accountant(policy, step.scatter, quantizer, run_dir)
     rows, lines = [], []

@@ -17,6 +17,7 @@ from vespo_megatron.recipe.schema.loop import (
 )
 from vespo_megatron.recipe.schema.mismatch import MismatchConfig
 from vespo_megatron.recipe.schema.policy import PolicyConfig, TokenizerConfig
+from vespo_megatron.recipe.schema.quantization import QuantizationConfig
 from vespo_megatron.recipe.schema.recipe import Recipe
 from vespo_megatron.recipe.schema.run import (
     CheckpointingConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "MismatchConfig",
     "OptimizerConfig",
     "PolicyConfig",
+    "QuantizationConfig",
     "Recipe",
     "RewardShapingConfig",
     "RouterReplayConfig",

@@ -23,13 +23,14 @@ def _regular_expression(pattern: str) -> str:
 
 
 Pattern = Annotated[str, Field(json_schema_extra={"format": "regex"}), AfterValidator(_regular_expression)]
+WeightFormat = Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6", "int4", "int3"]
 Layer = Annotated[int, Field(ge=0)]
 
 
 class MismatchConfig(Section):
     """`policy.generation.mismatch`: instruments, which make the rollout engine differ from the trainer on purpose."""
 
-    weights: Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6", "int4", "int3"] = key(
+    weights: WeightFormat = key(
         "none", "Format that weights are rounded to on their way to the engine; their dtype stays.", ours=True
     )
     group_size: int | None = key(

@@ -6,6 +6,7 @@ from typing import Literal
 
 from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
 from vespo_megatron.recipe.schema.generation import GenerationConfig
+from vespo_megatron.recipe.schema.quantization import QuantizationConfig
 from vespo_megatron.recipe.schema.training import MegatronConfig, RouterReplayConfig, SequencePackingConfig
 
 
@@ -28,4 +29,5 @@ class PolicyConfig(Section):
     megatron_cfg: MegatronConfig = section(MegatronConfig)
     sequence_packing: SequencePackingConfig = section(SequencePackingConfig)
     router_replay: RouterReplayConfig = section(RouterReplayConfig)
+    quantization: QuantizationConfig = section(QuantizationConfig)
     generation: GenerationConfig = section(GenerationConfig)
