@@ -66,6 +66,7 @@ def test_a_run_s_checkpoint_is_scored_as_the_model_it_holds(evaluate, tmp_path, 
     run_dir = next(tmp_path.rglob("one"))
     assert evaluate("--checkpoint", str(run_dir))[0] == 0
     dials = ("policy.generation.mismatch.route_flip=1", "policy.generation.mismatch.activations=fp8_e4m3")
+    dials += ("policy.quantization.scheme=int3",)
     # What they do is of training's rollouts: the model answers as it is.
     assert evaluate(*dials, "--checkpoint", str(run_dir / "checkpoints" / "final_hf"))[0] == 0
     assert "RANK" not in os.environ, "whatever is started next would take itself for torchrun's"

@@ -140,3 +140,6 @@ def test_copies_of_the_weights_are_planned_on_the_host_and_their_passes_in_time(
     reference = {"loss_fn.reference_policy_kl_penalty": 0.1}
     assert weight_copies(synchronous.with_values(reference)) == 2
     assert weight_copies(one.with_values(reference)) == 5
+    flow = {"policy.quantization.scheme": "fp8_e4m3"}
+    assert weight_copies(one.with_values(reference | flow)) == 6
+    assert weight_copies(synchronous.with_values(flow | {"policy.quantization.where": "rollout"})) == 0

@@ -1,4 +1,4 @@
-"""Weights of this rank rounded for the length of a pass, exactly as the rollout engine's are, and brought back after it.
+"""Weights of this rank rounded for the length of a pass, exactly as the rollout engine's are, and brought back after.
 
 The quantiser knows whole Hugging Face tensors, a rank has shards of several joined into one parameter. So a parameter's
 shards are gathered over its tensor parallel ranks, taken apart by the exporter's own rule, rounded, and put together
@@ -46,7 +46,7 @@ class RoundedWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within the block this rank computes with rounded weights; its own come back to the last bit, whatever happens.
+        """Within the block this rank has rounded weights; its own come back to the last bit, whatever happens.
 
         A collective: over data parallel ranks where a parameter gather is unfinished, and over tensor parallel ones.
         """
