@@ -257,12 +257,7 @@ class WeightExporter:
 
 
 def save(
-    exporter: WeightExporter,
-    folder: str | Path,
-    *,
-    copy_from: str | Path | None = None,
-    shard_bytes: int = 4 << 30,
-    through: Callable[[Iterator[NamedTensor]], Iterator[NamedTensor]] | None = None,
+    exporter: WeightExporter, folder: str | Path, *, copy_from: str | Path | None = None, shard_bytes: int = 4 << 30
 ) -> None:
     """Write the live weights as a HF folder (a collective; rank 0 writes), atomically.
 
@@ -270,7 +265,6 @@ def save(
         folder: must not exist.
         copy_from: the folder whose configuration and tokenizer files belong beside the weights.
         shard_bytes: size at which the next safetensors file begins.
-        through: changes the stream of tensors on rank 0, whose names and shapes stay.
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
@@ -292,10 +286,7 @@ def save(
         pending.clear()
         filled = 0
 
-    stream = exporter.stream()
-    if through is not None and exporter.rank_info.rank == 0:
-        stream = through(stream)
-    for name, tensor in stream:
+    for name, tensor in exporter.stream():
         pending[name] = tensor.cpu().contiguous().clone()
         filled += tensor.nbytes
         total += tensor.nbytes

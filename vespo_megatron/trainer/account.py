@@ -13,11 +13,9 @@ The four add up to log π_θ − log μ, whatever the layout.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +24,10 @@ import torch.distributed as dist
 
 from vespo_megatron.data.layout import SequenceLayout
 from vespo_megatron.data.sample import Sample
-from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.host_weights import HostWeights
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import pipeline_group, tensor_group
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
+from vespo_megatron.megatron.rounded_weights import RoundedWeights
 from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.routing_replay.table import RouteTable
 from vespo_megatron.trainer.scatter import Scatter
@@ -72,13 +69,13 @@ class Accountant:
 
     Args:
         quantizer: what rounds weights on their way to the engine; None where they go as they are.
-        folder: of the run; the engine's weights are written there for as long as it takes to load them.
     """
 
-    def __init__(
-        self, policy: MegatronPolicy, scatter: Scatter, quantizer: WeightQuantizer | None, folder: Path
-    ) -> None:
-        self.policy, self.scatter, self.quantizer, self.folder = policy, scatter, quantizer, folder
+    def __init__(self, policy: MegatronPolicy, scatter: Scatter, quantizer: WeightQuantizer | None) -> None:
+        self.policy, self.scatter = policy, scatter
+        self.rounded = (
+            None if quantizer is None else RoundedWeights(policy.chunks, policy.shape, policy.rank_info, quantizer)
+        )
         self._scores: dict[str, list[torch.Tensor]] = {}
         self._differing: list[torch.Tensor] = []
 
@@ -88,7 +85,7 @@ class Accountant:
         tables = {id(each): self.policy.empty_routes(each) for each in micro_batches}
         own = RouteUse("record", lambda each: (tables[id(each)], None))
         self._scores = {"engine": [each.behavior_log_probs for each in micro_batches]}
-        with self._engine_weights():
+        with nullcontext() if self.rounded is None else self.rounded.in_use():
             self._scores["engine_weights"] = self._log_probs(micro_batches, engine)
         self._scores["engine_routes"] = self._log_probs(micro_batches, engine)
         self._scores["own"] = self._log_probs(micro_batches, own)
@@ -124,23 +121,6 @@ class Accountant:
 
     def _log_probs(self, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> list[torch.Tensor]:
         return [output[0] for output in self.policy.log_probs(micro_batches, routes=routes)]
-
-    def _engine_weights(self) -> AbstractContextManager[None]:
-        """Within the block the policy has the weights that the engine was sent."""
-        if self.quantizer is None:
-            return nullcontext()
-        policy, folder = self.policy, self.folder / "engine_weights"
-        hf_weights.save(policy.exporter, folder, through=self.quantizer)
-        own = HostWeights(policy.weights())
-        own.copy_from(policy.weights())
-        hf_weights.load(policy.chunks, folder, policy.shape, policy.rank_info)
-        rounded = HostWeights(policy.weights())
-        rounded.copy_from(policy.weights())
-        own.copy_to(policy.weights())
-        dist.barrier()
-        if policy.rank_info.rank == 0:
-            shutil.rmtree(folder)
-        return policy.under(rounded, own=own)
 
     def _differing_layers(self, micro_batch: MicroBatch, own: RouteTable) -> torch.Tensor:
         """float64 [R], whole numbers: `SampleAccount.differing` of this rank's tokens."""

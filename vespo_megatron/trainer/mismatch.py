@@ -34,7 +34,7 @@ def measure(
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     quantizer = WeightQuantizer.of(recipe.policy)
     link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
-    accountant = Accountant(policy, step.scatter, quantizer, run_dir)
+    accountant = Accountant(policy, step.scatter, quantizer)
     rows, lines = [], []
     link.push_weights(version=0)
     probe_routes(link)
