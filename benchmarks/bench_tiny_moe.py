@@ -54,7 +54,9 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
         seconds = time.monotonic() - started
         steps = [json.loads(line) for line in (Path(folder) / "run/0/metrics.jsonl").read_text().splitlines()]
     name = next(key for key in steps[0] if key.startswith("eval/") and "/avg@" in key)
-    accuracy = [step[name] for step in steps if step.get(name) is not None]
+    evaluated = [step for step in steps if step.get(name) is not None]
+    first, last = evaluated[0], evaluated[-1]
+    greedy = name.rsplit("/", 1)[0] + "/greedy"
     timed = [step for step in steps if step.get("time/step")]
 
     def middle(key: str) -> float:
@@ -62,8 +64,10 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
 
     return {
         "seed": seed,
-        "first": accuracy[0],
-        "last": accuracy[-1],
+        "first": first[name],
+        "last": last[name],
+        "first_greedy": first[greedy],
+        "last_greedy": last[greedy],
         "steps": len(timed),
         "seconds": seconds,
         "generate": middle("time/generate"),
@@ -74,18 +78,19 @@ def run(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
 
 def table(rows: list[dict[str, float]], arguments: argparse.Namespace) -> str:
     """Markdown."""
+    recipe = f"`{arguments.recipe}` {' '.join(arguments.overrides)}".rstrip()
     lines = [
-        f"`{arguments.recipe}` {' '.join(arguments.overrides)}".rstrip() + ": held-out accuracy (sampled, avg@1), and "
-        "median seconds of a step's phases.",
+        f"{recipe}: held-out accuracy, greedy and sampled (avg@1), and median seconds of a step's phases.",
         "",
-        "| seed | accuracy at the start | at the end | steps | whole command | generate | train | weight sync |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seed | greedy at the start | at the end | sampled at the start | at the end | steps | whole command "
+        "| generate | train | weight sync |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['seed']} | {row['first']:.3f} | {row['last']:.3f} | {row['steps']} | {row['seconds']:.0f} s "
-            f"| {row['generate']:.2f} s | {row['train']:.2f} s | {row['sync']:.2f} s |"
-        )
+        accuracies = [row[name] for name in ("first_greedy", "last_greedy", "first", "last")]
+        cells = [str(row["seed"]), *(f"{value:.3f}" for value in accuracies), str(row["steps"])]
+        cells += [f"{row['seconds']:.0f} s", *(f"{row[phase]:.2f} s" for phase in ("generate", "train", "sync"))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
