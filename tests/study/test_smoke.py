@@ -35,13 +35,13 @@ def test_every_run_finished(study):
 
 
 def test_both_learn_at_sixteenfold_staleness_with_every_seed(study):
-    """From 0.3; the lowest of twenty was 0.77."""
+    """From 0.2; the one pair that has been run on the task as it is came to 0.66 (GRPO) and 0.73."""
     _, outcomes = study
-    assert [(o.cell.name, o.accuracy) for o in outcomes if o.accuracy < 0.6 or o.collapsed] == []
+    assert [(o.cell.name, o.accuracy) for o in outcomes if o.accuracy < 0.5 or o.collapsed] == []
 
 
 def test_vespo_s_training_reward_is_ahead_of_grpo_s_and_it_is_not_noise(study):
-    """With each of the ten seeds; their held-out accuracies do not differ."""
+    """With each of the ten seeds, on the task before this one; so it was in the one pair that has been run on this."""
     loaded, outcomes = study
     (row,) = [row for row in compare_rows(loaded, outcomes) if row.variant == "vespo"]
     assert row.differences["reward"].verdict == "higher", row.differences
