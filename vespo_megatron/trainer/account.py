@@ -14,7 +14,6 @@ The four add up to log π_θ − log μ, whatever the layout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,20 +78,35 @@ class Accountant:
         self._scores: dict[str, list[torch.Tensor]] = {}
         self._differing: list[torch.Tensor] = []
 
-    def before_updates(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Score under the weights that drew the batch."""
-        engine = RouteUse("replay", lambda each: (each.engine_routes, None))
-        tables = {id(each): self.policy.empty_routes(each) for each in micro_batches}
-        own = RouteUse("record", lambda each: (tables[id(each)], None))
+    def before_updates(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        engine_routes: Sequence[torch.Tensor],
+        own: Sequence[torch.Tensor],
+        own_routes: Sequence[RouteTable | None],
+    ) -> None:
+        """Take what was scored under the weights that drew the batch, and score what was not.
+
+        Args:
+            micro_batches: of the batch.
+            engine_routes: [R] of each, log-probs with the engine's routes; empty but on the last pipeline stage.
+            own: the same with the trainer's routes.
+            own_routes: what those were.
+        """
         self._scores = {"engine": [each.behavior_log_probs for each in micro_batches]}
-        with nullcontext() if self.rounded is None else self.rounded.in_use():
-            self._scores["engine_weights"] = self._log_probs(micro_batches, engine)
-        self._scores["engine_routes"] = self._log_probs(micro_batches, engine)
-        self._scores["own"] = self._log_probs(micro_batches, own)
-        self._differing = [self._differing_layers(each, tables[id(each)]) for each in micro_batches]
+        self._scores |= {"engine_weights": list(engine_routes), "engine_routes": list(engine_routes), "own": list(own)}
+        self._scores["now"] = self._scores["own"]
+        if self.rounded is not None:
+            with self.rounded.in_use():
+                engine = RouteUse("replay", lambda each: (each.engine_routes, None))
+                self._scores["engine_weights"] = self._log_probs(micro_batches, engine)
+        self._differing = [
+            self._differing_layers(each, routes) for each, routes in zip(micro_batches, own_routes, strict=True)
+        ]
 
     def after_updates(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Score under the weights there are now."""
+        """Score under the weights there are now, where they are others than drew the batch."""
         self._scores["now"] = self._log_probs(micro_batches, LIVE)
 
     def accounts(self, micro_batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> list[SampleAccount]:
@@ -122,11 +136,11 @@ class Accountant:
     def _log_probs(self, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> list[torch.Tensor]:
         return [output[0] for output in self.policy.log_probs(micro_batches, routes=routes)]
 
-    def _differing_layers(self, micro_batch: MicroBatch, own: RouteTable) -> torch.Tensor:
+    def _differing_layers(self, micro_batch: MicroBatch, own: RouteTable | None) -> torch.Tensor:
         """float64 [R], whole numbers: `SampleAccount.differing` of this rank's tokens."""
         rank_info, engine = self.policy.rank_info, micro_batch.engine_routes
-        if engine is None:
-            raise RuntimeError("the engine's routes are not there")
+        if engine is None or own is None:
+            raise RuntimeError("routes that are compared were not recorded")
         differ = (np.sort(engine.experts, axis=-1) != np.sort(own.experts, axis=-1)).any(axis=-1)
         bits = 2.0 ** (np.array(self.policy.replay.layer_numbers, dtype=np.float64) - 1)
         rows = torch.from_numpy((differ & engine.recorded[:, None]) @ bits).to(rank_info.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vespo_megatron.megatron.parallel import data_context_parallel_group
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.routing_replay.table import RouteTable
 from vespo_megatron.trainer.account import Accountant, SampleAccount, as_json
 from vespo_megatron.trainer.controller_link import ControllerLink
 from vespo_megatron.trainer.loop import probe_routes
@@ -41,17 +43,18 @@ def measure(
     for number in range(1, recipe.grpo.max_num_steps + 1):
         rollout = link.call_with_servers(partial(Controller.collect, step=number))
         batch = step.receive(rollout.batch if rollout else None)
-        for mode in ("none", "R3"):
-            metrics = _score(step, batch.micro_batches, batch.normalizers[0], mode)
-            if rollout:
-                rows.append({"batch": number, "replay": mode, **metrics})
-        accountant.before_updates(batch.micro_batches)
+        own, replayed = (_score(step, batch.micro_batches, batch.normalizers[0], mode) for mode in ("none", "R3"))
+        if rollout:
+            rows += [{"batch": number, "replay": scored.mode, **scored.metrics} for scored in (own, replayed)]
+        accountant.before_updates(
+            batch.micro_batches, engine_routes=replayed.log_probs, own=own.log_probs, own_routes=own.routes
+        )
         if updates:
             routes = step.routes(batch)
             after_log_probs = step.log_probs(batch, routes)
             step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
             link.push_weights(version=number)
-        accountant.after_updates(batch.micro_batches)
+            accountant.after_updates(batch.micro_batches)
         accounts = accountant.accounts(batch.micro_batches, rollout.batch.samples if rollout else ())
         lines += [json.dumps(as_json(each, _texts(controller, each), number), ensure_ascii=False) for each in accounts]
     if controller is not None:
@@ -66,7 +69,20 @@ def _texts(controller: Controller | None, account: SampleAccount) -> list[str]:
     return [str(controller.parts.tokenizer.decode([token])) for token in account.sample.response_ids]
 
 
-def _score(step: TrainStep, micro_batches: list[MicroBatch], normalizer: Any, mode: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Scored:
+    """A batch scored in one replay mode."""
+
+    mode: str
+    log_probs: list[torch.Tensor]
+    """[R] of each micro-batch; empty but on the last pipeline stage."""
+    routes: list[RouteTable | None]
+    """Of each micro-batch, what the trainer's routers chose, where they chose by themselves."""
+    metrics: dict[str, float]
+    """On rank 0."""
+
+
+def _score(step: TrainStep, micro_batches: list[MicroBatch], normalizer: Any, mode: str) -> _Scored:
     policy, objective = step.policy, step.objective
     for micro_batch in micro_batches:
         micro_batch.trainer_routes = None
@@ -85,6 +101,8 @@ def _score(step: TrainStep, micro_batches: list[MicroBatch], normalizer: Any, mo
     gathered = step.scatter.to_rank_zero(
         (metrics if policy.rank_info.reports else {}, routes.engine, routes.drift, 0, 0)
     )
-    if not gathered:
-        return {}
-    return next(report[0] for report in gathered if report[0]) | route_metrics([report[1:] for report in gathered])
+    if gathered:
+        metrics = next(report[0] for report in gathered if report[0])
+        metrics |= route_metrics([report[1:] for report in gathered])
+    routes_taken = [micro_batch.trainer_routes for micro_batch in micro_batches]
+    return _Scored(mode, [output[0] for output in outputs], routes_taken, metrics)
