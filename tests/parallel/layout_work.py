@@ -401,7 +401,8 @@ def router_losses(folder: str, layout: dict[str, Any], store: str, count: int) -
     """Gradients and metrics of the routers' losses alone, over this rank's share in `count` micro-batches."""
     policy = build(folder, layout, store)
     batches = micro_batches(policy, ragged_batch(), count)
-    policy.count_choices(batches)
+    if policy.needs_choices:
+        policy.count_choices(batches)
     taken: dict[str, torch.Tensor] = {}
 
     def look(_: list[Any]) -> bool:

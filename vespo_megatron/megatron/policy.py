@@ -241,9 +241,14 @@ class MegatronPolicy:
             return_free_memory()
         return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports, load, penalties)
 
+    @property
+    def needs_choices(self) -> bool:
+        """Whether `count_choices` has to come before an update."""
+        return self.router_losses is not None and self.router_losses.needs_counts
+
     def count_choices(self, micro_batches: Sequence[MicroBatch], *, routes: RouteUse = LIVE) -> None:
-        """The experts' shares of an update before it begins, where its `router_losses` need them."""
-        if self.router_losses is not None and self.router_losses.needs_counts:
+        """The experts' shares of an update before it begins, for its `router_losses`."""
+        if self.router_losses is not None:
             with self.router_losses.counting():
                 self.log_probs(micro_batches, routes=routes)
 

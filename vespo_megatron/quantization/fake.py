@@ -21,8 +21,7 @@ _LEVELS = {f"int{bits}": 2 ** (bits - 1) - 1 for bits in (8, 6, 4, 3)}
 _FP8_MAX = 448.0
 """The largest number of float8 e4m3fn (arXiv 2209.05433)."""
 FP8_BLOCK = 128
-"""Rows and columns of a weight block, and channels of an activation's group (DeepSeek-V3, arXiv 2412.19437, 3.3.2; the
-`weight_block_size` of Qwen3's FP8 checkpoints)."""
+"""Rows and columns of a weight block, and channels of an activation's group (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
 FORMATS = (*_CASTS, "fp8_e4m3", *_LEVELS)
 """What a weight can be rounded to."""
 

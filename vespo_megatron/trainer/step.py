@@ -131,7 +131,7 @@ class TrainStep:
                 with self.timers("off_policy_baseline"):
                     self._baseline.apply(micro_batches)
             config, counts = self.objective.over_mini_batch(self.policy, micro_batches, routes.extra_pass(), normalizer)
-            if self.policy.router_losses is not None:
+            if self.policy.needs_choices:
                 with self.timers("router_choices"):
                     self.policy.count_choices(micro_batches, routes=routes.extra_pass())
             result = self.policy.update(

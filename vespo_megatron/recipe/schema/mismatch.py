@@ -27,6 +27,12 @@ WeightFormat = Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6"
 Layer = Annotated[int, Field(ge=0)]
 
 
+def rounding_phrase(scheme: str, group_size: int | None, pattern: str) -> str:
+    """How weights are rounded, as in `int4 (groups of 32)`."""
+    group = f" (groups of {group_size})" if group_size else ""
+    return f"{scheme}{group}" + ("" if pattern == LINEAR_LAYERS else f" of {pattern}")
+
+
 class MismatchConfig(Section):
     """`policy.generation.mismatch`: instruments, which make the rollout engine differ from the trainer on purpose."""
 
@@ -68,9 +74,7 @@ class MismatchConfig(Section):
         """What is on, as in `weights int4 (groups of 32), route_flip 0.1`; empty where nothing is."""
         parts = []
         if self.weights != "none":
-            group = f" (groups of {self.group_size})" if self.group_size else ""
-            which = "" if self.weights_pattern == LINEAR_LAYERS else f" of {self.weights_pattern}"
-            parts.append(f"weights {self.weights}{group}{which}")
+            parts.append(f"weights {rounding_phrase(self.weights, self.group_size, self.weights_pattern)}")
         if self.kv_cache != "none":
             parts.append(f"kv_cache {self.kv_cache}")
         if self.activations != "none":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vespo_megatron.recipe.schema.base import Section, key
-from vespo_megatron.recipe.schema.mismatch import LINEAR_LAYERS, Pattern, WeightFormat
+from vespo_megatron.recipe.schema.mismatch import LINEAR_LAYERS, Pattern, WeightFormat, rounding_phrase
 
 
 class QuantizationConfig(Section):
@@ -38,6 +38,5 @@ class QuantizationConfig(Section):
         """What is on, as in `int4 (groups of 32) in training and rollouts`; empty where nothing is."""
         if self.scheme == "none":
             return ""
-        group = f" (groups of {self.group_size})" if self.group_size else ""
-        which = "" if self.weights_pattern == LINEAR_LAYERS else f" of {self.weights_pattern}"
-        return f"{self.scheme}{group}{which} in {'training and ' if self.in_training else ''}rollouts"
+        rounding = rounding_phrase(self.scheme, self.group_size, self.weights_pattern)
+        return f"{rounding} in {'training and ' if self.in_training else ''}rollouts"
