@@ -1,0 +1,47 @@
+"""The parts of `gpu_day.py`: what each shows, its command, and how long it may take. In the order of their worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command in a process of its own."""
+
+    name: str
+    what: str
+    arguments: tuple[str, ...]
+    """What follows `python`; `{device}` is cuda or cpu."""
+    seconds: float = 60.0
+    together: bool = False
+    """Whether it may share the card with others of its kind: it measures no time."""
+    on_gpu: tuple[str, ...] = ()
+    """Arguments that only a run on a GPU gets."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, device: str) -> list[str]:
+        """Without the interpreter."""
+        given = self.arguments + (self.on_gpu if device == "cuda" else ())
+        return [argument.format(device=device) for argument in given]
+
+
+def _figure(name: str, what: str, script: str, *arguments: str, seconds: float = 60.0) -> Part:
+    return Part(name, what, (f"benchmarks/{script}", "--device", "{device}", *arguments), seconds, on_gpu=("--record",))
+
+
+def _tests(name: str, what: str, *arguments: str, seconds: float = 150.0) -> Part:
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *arguments)
+    return Part(name, what, command, seconds, together=True, on_gpu=("-m", "cuda or not cuda"))
+
+
+PARTS = (
+    Part("versions", "imports, versions, and what `doctor` says of the machine", ("benchmarks/gpu_versions.py",), 60),
+    _tests("tests", "correctness on the card, in one process", "tests/gpu"),
+    _figure("loss", "the loss against the copy", "bench_loss.py"),
+    _figure("logprobs", "log-probs from hidden states", "bench_logprobs.py"),
+    _figure("slice", "a slice of Qwen3-30B-A3B: MFU", "bench_slice.py", seconds=90),
+    _figure("experts", "one layer's experts", "bench_experts.py"),
+    _figure("replay", "what routing replay costs", "bench_routing_replay.py"),
+)
