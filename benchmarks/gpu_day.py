@@ -1,12 +1,12 @@
-"""Everything that one GPU can prove, in the order of its worth, each part with a deadline and its result written at once.
+"""Everything that one GPU can prove, in the order of its worth; each part has a deadline and is told of at once.
 
     python benchmarks/gpu_day.py --output DIR --parts versions          # half a minute: can it start at all?
     python benchmarks/gpu_day.py --output DIR [--seconds 480]           # the rest
     python benchmarks/gpu_day.py --output DIR --device cpu              # the same scripts, small, without a GPU
 
-No network. What a node lacks beside its CUDA stack is in requirements/gpu.txt, as wheels. In DIR afterwards: `parts.json`
-(what ended how, rewritten after every part, so that a run that is cut off still tells), `log.txt` (all output),
-`report.jsonl` (figures that tests measured) and `RESULTS.md` (benchmarks/RESULTS.md with the sections of this card).
+No network. What a node lacks beside its CUDA stack is in requirements/gpu.txt, as wheels. In DIR afterwards:
+`parts.json` (what ended how, rewritten after every part, so that a run that is cut off still tells), `log.txt` (all
+output), `report.jsonl` (figures that tests measured) and `RESULTS.md` (benchmarks/RESULTS.md with the sections of this card).
 Tests of parts that share the card start together; figures come after them, one at a time.
 """
 

@@ -1,4 +1,4 @@
-"""Whether everything that `gpu_day.py` runs can be imported here, in which version, and what the machine says of itself.
+"""Whether everything that `gpu_day.py` runs can be imported here, in which versions, and on which GPU.
 
     python benchmarks/gpu_versions.py
 """
