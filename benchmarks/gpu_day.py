@@ -6,7 +6,7 @@
 
 No network. What a node lacks beside its CUDA stack is in requirements/gpu.txt, as wheels. In DIR afterwards:
 `parts.json` (what ended how, rewritten after every part, so that a run that is cut off still tells), `log.txt` (all
-output), `report.jsonl` (figures that tests measured) and `RESULTS.md` (benchmarks/RESULTS.md with the sections of this card).
+output), `report.jsonl` (figures that tests measured) and `RESULTS.md` (the benchmarks' sections of this card).
 Tests of parts that share the card start together; figures come after them, one at a time.
 """
 
