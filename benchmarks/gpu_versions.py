@@ -1,6 +1,6 @@
 """Whether everything that `gpu_day.py` runs can be imported here, in which versions, and on which GPU.
 
-    python benchmarks/gpu_versions.py
+python benchmarks/gpu_versions.py
 """
 
 from __future__ import annotations

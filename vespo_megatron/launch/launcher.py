@@ -24,6 +24,7 @@ from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
+from vespo_megatron.run.devices import gpu_count, trainer_variables
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
 from vespo_megatron.run.processes import (
@@ -179,7 +180,7 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
     config = recipe.policy.generation.sglang_cfg
     if not config.urls:
         print(f"starting {config.num_servers} SGLang server(s), logs in {run_dir / 'servers'}", flush=True)
-    return launch_servers(recipe, run_dir)
+    return launch_servers(recipe, run_dir, beside_trainer=True)
 
 
 @contextmanager
@@ -234,7 +235,7 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
     # Megatron-core's overlap of communication and computation relies on the order of kernel launches.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return environment
+    return environment | trainer_variables(recipe, base, gpu_count())
 
 
 def _watch(agent: subprocess.Popen, checks: Sequence[Callable[[], None]]) -> None:
