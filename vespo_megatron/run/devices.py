@@ -30,7 +30,7 @@ class NodeGPUs:
 
 
 def gpu_count() -> int:
-    """How many GPUs PyTorch offers this process. Asks the driver's library: CUDA stays as it is, so forks may use it."""
+    """How many GPUs PyTorch offers this process. It asks the driver's library, so that forks may still use CUDA."""
     import torch
 
     return torch.cuda.device_count()
