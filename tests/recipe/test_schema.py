@@ -48,7 +48,7 @@ NOT_NEGATIVE = """
     policy.megatron_cfg.moe_aux_loss_coeff policy.generation.mismatch.log_prob_noise
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
-    cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead
+    cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead policy.generation.sglang_cfg.first_server
 """.split()
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
@@ -56,6 +56,7 @@ POSITIVE = """
     policy.megatron_cfg.moe_z_loss_coeff
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
+    policy.generation.sglang_cfg.weight_update_timeout
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()
 # Key → the largest value that is too low and the smallest that is too high; stated here and nowhere taken from.

@@ -88,7 +88,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
         "tensor-parallel-size": config.tensor_parallel_size,
         "context-length": context + _CONTEXT_MARGIN,
         "skip-tokenizer-init": True,  # token ids in, token ids out: nothing is ever tokenised twice
-        "random-seed": recipe.grpo.seed + index,
+        "random-seed": recipe.grpo.seed + config.first_server + index,
         "mem-fraction-static": config.mem_fraction_static,
         "max-total-tokens": config.max_total_tokens,
         "enable-return-routed-experts": config.enable_return_routed_experts,

@@ -21,6 +21,7 @@ from vespo_megatron.rollout_sglang.server.ports import choose_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
 from vespo_megatron.run.devices import split, visible_gpus
 from vespo_megatron.run.host_threads import server_environment
+from vespo_megatron.run.network import interface_variables
 
 _LOOK_EVERY_S = 0.5
 
@@ -135,7 +136,7 @@ def launch_servers(
             environment = build_environment(
                 found,
                 shape,
-                base=dict(os.environ),
+                base=dict(os.environ) | interface_variables(recipe),
                 threads=server_environment(recipe),
                 tensor_parallel_size=config.tensor_parallel_size,
                 gpus=gpus[index],
