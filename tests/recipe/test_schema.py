@@ -35,7 +35,7 @@ COUNTS = """
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
     data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
-    guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes
+    guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold

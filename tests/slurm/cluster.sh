@@ -49,7 +49,7 @@ SlurmctldParameters=enable_configless
 MessageTimeout=60
 NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 11)) CPUs=$cpus RealMemory=$memory
 NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 12)) CPUs=$cpus RealMemory=$memory
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 CONF
     slurmctld -f "$conf"
     slurmd -f "$conf" -N n1

@@ -57,7 +57,7 @@ def test_the_options_are_the_recipe_s():
             "slurm.partition=gpu",
             "slurm.time=04:00:00",
             "slurm.checkpoint_lead=300",
-            "slurm.sbatch_options=[--exclusive]",
+            "slurm.sbatch_options=[--nice]",
         )
     )
     assert {
@@ -67,10 +67,13 @@ def test_the_options_are_the_recipe_s():
         "--partition=gpu",
         "--time=04:00:00",
         "--exclusive",
+        "--nice",
         "--signal=B:USR1@300",
         "--requeue",
     } <= set(found)
     assert "--nodes=4" in options(script(*COLOCATED))
+    shared = options(script("slurm.rollout_nodes=2", "slurm.cpus_per_node=32"))
+    assert "--cpus-per-task=32" in shared and "--exclusive" not in shared
 
 
 def test_colocated_servers_give_their_memory_to_the_trainer_and_one_node_starts_its_own():

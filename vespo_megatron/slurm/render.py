@@ -65,7 +65,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         version=recipe.exp_manager.version or "$SLURM_JOB_ID",
         stop_file=STOP_FILE,
         stopped_file=STOPPED_FILE,
-        # Without --exact a step has all that the job has of its nodes; bound to nothing, so do its threads.
+        # A step that is not --exact has all that the job has of its nodes; bound to nothing, so do its threads.
         step="--overlap --cpu-bind=none --mem=0 --kill-on-bad-exit=1",
         own_servers=colocated and recipe.cluster.num_nodes == 1,
         trainer_container=" ".join(_container(recipe, config.container_image)),
@@ -145,6 +145,7 @@ def _options(recipe: Recipe) -> list[str]:
 def _node_options(recipe: Recipe, partition: str | None) -> list[str]:
     config = recipe.slurm
     options = [f"--partition={partition}"] if partition else []
+    options.append("--exclusive" if config.cpus_per_node is None else f"--cpus-per-task={config.cpus_per_node}")
     if recipe.cluster.device != "cpu":
         options.append(f"--gpus-per-node={recipe.cluster.gpus_per_node}")
     return [*options, *config.sbatch_options]

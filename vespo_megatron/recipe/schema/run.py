@@ -88,6 +88,9 @@ class SlurmConfig(Section):
     qos: str | None = key(None, "sbatch --qos.")
     time: str | None = key(None, "sbatch --time, as in 04:00:00.")
     checkpoint_lead: int = key(600, "Seconds before the time limit at which a checkpoint is asked for.", ge=0)
+    cpus_per_node: int | None = key(
+        None, "Cores of each node, for its servers or trainer processes; None: --exclusive, all of them.", ge=1
+    )
     requeue: bool = key(True, "Back into the queue after the time limit or a lost node, to resume.")
     setup: list[str] = key([], "Shell lines before anything else: modules, environment.")
     container_image: str | None = key(None, "Pyxis: image of every step.")
