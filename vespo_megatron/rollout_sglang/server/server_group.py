@@ -15,6 +15,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
+from vespo_megatron.rollout_sglang.server.cuda_stack import check_exchange
 from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
 from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args, first_gpu
 from vespo_megatron.rollout_sglang.server.ports import choose_ports
@@ -125,6 +126,8 @@ def launch_servers(
     ports = choose_ports(config.host, config.port, config.num_servers)
     python = config.python or sys.executable
     found = probe_environment(python, device or recipe.cluster.device)
+    if found.device == "cuda":
+        check_exchange(python, sys.executable, config.weight_transport)
     gpus = _gpus(recipe, found, beside_trainer)
     deadline = time.monotonic() + config.startup_timeout
     group = ServerGroup([], [], max_restarts=config.max_restarts)
