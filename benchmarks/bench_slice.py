@@ -101,7 +101,10 @@ def measure(layers: int, steps: int, device: str, folder: Path) -> str:
     rank_info = parallel.initialize(
         recipe.policy.megatron_cfg, seed=1, device=torch.device(device), init_method=f"file://{folder}/store"
     )
-    policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn, recipe.behavior)
+    policy, objective = (
+        MegatronPolicy(recipe.policy, rank_info, total_updates=1000),
+        Objective(recipe.loss_fn, recipe.behavior),
+    )
     took = []
     peak = devices.PeakMemory(device)
     for _ in range(steps + 2):

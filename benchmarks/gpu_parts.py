@@ -36,12 +36,25 @@ def _tests(name: str, what: str, *arguments: str, seconds: float = 150.0) -> Par
     return Part(name, what, command, seconds, together=True, on_gpu=("-m", "cuda or not cuda"))
 
 
+def _cards(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/gpu/test_card_{name}.py" for name in names)
+
+
 PARTS = (
-    Part("versions", "imports, versions, and what `doctor` says of the machine", ("benchmarks/gpu_versions.py",), 60),
-    _tests("tests", "correctness on the card, in one process", "tests/gpu"),
+    Part("versions", "imports, versions, and the card", ("benchmarks/gpu_versions.py",), 60),
+    _tests(
+        "kernels",
+        "experts, log-probs, losses, weights on their way",
+        *_cards("experts", "log_probs", "losses", "weights"),
+    ),
+    _tests("policy", "the whole policy, and the engine in process", *_cards("policy", "engine")),
+    _tests("layouts", "several ranks on one card", *_cards("layouts")),
+    _tests("train", "whole runs by the command line", *_cards("train")),
     _figure("loss", "the loss against the copy", "bench_loss.py"),
     _figure("logprobs", "log-probs from hidden states", "bench_logprobs.py"),
     _figure("slice", "a slice of Qwen3-30B-A3B: MFU", "bench_slice.py", seconds=90),
     _figure("experts", "one layer's experts", "bench_experts.py"),
+    _figure("attention", "attention of packed sequences", "bench_attention.py"),
+    _figure("rl_step", "an RL step of a small MoE", "bench_rl_step.py", seconds=90),
     _figure("replay", "what routing replay costs", "bench_routing_replay.py"),
 )

@@ -49,7 +49,7 @@ class _Received:
 
     def wait(self) -> None:
         self._work.wait()
-        self._target.copy_(self._copy)
+        self._target.detach().copy_(self._copy)
 
 
 def _send_by_host(send: Any) -> Any:
