@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def event_seconds(run: Callable[[], object], repeats: int = 20, warm: int = 3) -
         run()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class Ceilings:
 @cache
 def ceilings(device: str) -> Ceilings:
     """On a GPU: a copy of 4 GiB, bfloat16 8192³. On a host: 64 MiB, float32 1024³."""
+    found = _ceilings(device)
+    release(device)
+    return found
+
+
+def _ceilings(device: str) -> Ceilings:
     large = device == "cuda"
     numbers, size = (1 << 30, 8192) if large else (1 << 24, 1024)
     source = torch.empty(numbers, device=device).uniform_()
@@ -88,13 +95,10 @@ def ceilings(device: str) -> Ceilings:
     left, right = (torch.randn(size, size, device=device, dtype=bits(device)) for _ in range(2))
     out = torch.empty_like(left)
     time_of = event_seconds if large else lambda run: median_seconds(device, run, 5, 1)
-    found = Ceilings(
+    return Ceilings(
         2 * source.nbytes / time_of(lambda: target.copy_(source)),
         2 * size**3 / time_of(lambda: torch.mm(left, right, out=out)),
     )
-    del source, target
-    release(device)
-    return found
 
 
 def release(device: str) -> None:

@@ -42,7 +42,9 @@ class Trace:
 
 def short(name: str, most: int = 90) -> str:
     """A kernel's name in a table."""
-    name = name.replace("|", "/").replace("void ", "").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    name = (
+        name.replace("|", "/").replace("void ", "").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    )
     return name if len(name) <= most else f"{name[: most - 30]}…{name[-29:]}"
 
 
