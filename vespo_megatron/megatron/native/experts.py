@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.parameter_marks import marks
 
 
@@ -73,8 +74,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     ) -> torch.Tensor:
         groups = _Groups(tokens_per_expert, x)
         gate_up = groups.product(x, fc1.transpose(1, 2))
-        gate, up = gate_up.chunk(2, dim=1)
-        active = F.silu(gate).mul_(up).mul_(probs[:, None].to(x.dtype))
+        active = swiglu(gate_up, probs)
         ctx.save_for_backward(x, probs, gate_up, fc1, fc2)
         ctx.groups = groups
         return groups.product(active, fc2.transpose(1, 2))
@@ -82,23 +82,50 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, probs, gate_up, fc1, fc2 = ctx.saved_tensors
-        groups, scale, gradient = ctx.groups, probs[:, None].to(x.dtype), gradient.contiguous()
-        gate, up = gate_up.chunk(2, dim=1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        active = silu * up
-        slope = groups.product(gradient, fc2)
-        probs_gradient = (slope * active).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(probs.dtype)
-        fc2_gradient = _weight_gradient(groups, fc2, gradient, active.mul_(scale)) if ctx.needs_input_grad[3] else None
-        slope.mul_(scale)
-        gate_up_gradient = torch.empty_like(gate_up)
-        gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=1)
-        torch.mul(slope, silu, out=up_gradient)
-        # silu' = sigmoid + silu · (1 − sigmoid)
-        torch.mul(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up), slope, out=gate_gradient)
+        groups, gradient = ctx.groups, gradient.contiguous()
+        active, gate_up_gradient, probs_gradient = swiglu_gradient(gate_up, probs, groups.product(gradient, fc2))
+        fc2_gradient = _weight_gradient(groups, fc2, gradient, active) if ctx.needs_input_grad[3] else None
+        del active
         fc1_gradient = _weight_gradient(groups, fc1, gate_up_gradient, x) if ctx.needs_input_grad[2] else None
         x_gradient = groups.product(gate_up_gradient, fc1) if ctx.needs_input_grad[0] else None
         return x_gradient, probs_gradient, fc1_gradient, fc2_gradient, None
+
+
+def swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """[T, 2F] (gate beside up), [T] → [T, F]: probs · silu(gate) · up."""
+    if _has_kernels(gate_up):
+        from vespo_megatron.megatron.native import triton_experts
+
+        return triton_experts.swiglu(gate_up, probs)
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up).mul_(probs[:, None].to(gate_up.dtype))
+
+
+def swiglu_gradient(
+    gate_up: torch.Tensor, probs: torch.Tensor, slope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`swiglu` once more, and the gradients of `gate_up` and `probs`; `slope` [T, F] is its result's, written over."""
+    if _has_kernels(gate_up):
+        from vespo_megatron.megatron.native import triton_experts
+
+        return triton_experts.swiglu_gradient(gate_up, probs, slope)
+    gate, up = gate_up.chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    active = silu * up
+    probs_gradient = (slope * active).sum(1, dtype=torch.promote_types(slope.dtype, torch.float32)).to(probs.dtype)
+    scale = probs[:, None].to(slope.dtype)
+    slope.mul_(scale)
+    gate_up_gradient = torch.empty_like(gate_up)
+    gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=1)
+    torch.mul(slope, silu, out=up_gradient)
+    # silu' = sigmoid + silu · (1 − sigmoid)
+    torch.mul(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up), slope, out=gate_gradient)
+    return active.mul_(scale), gate_up_gradient, probs_gradient
+
+
+def _has_kernels(rows: torch.Tensor) -> bool:
+    return has_triton(rows.device.type) and rows.dtype is not torch.float64
 
 
 def _weight_gradient(

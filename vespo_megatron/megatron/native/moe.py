@@ -23,10 +23,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from vespo_megatron.megatron.native.dispatch import SortedDispatcher
 from vespo_megatron.megatron.native.experts import GroupedExperts
 from vespo_megatron.megatron.parameter_marks import marks
 
@@ -70,6 +71,13 @@ class NativeMoELayer(MoELayer):
             layer_number=layer_number,
             pg_collection=pg_collection,
         )
+        if config.moe_token_dispatcher_type == "alltoall" and torch.cuda.is_available():
+            self.token_dispatcher = SortedDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=pg_collection or get_default_pg_collection(),
+            )
         for parameter in self.experts.parameters():
             # "Reduce over expert data parallel ranks": upstream says so for EP > 1 only (layers.py:863), and with
             # TP > 1, EP = ETP = 1 never sums what the tensor parallel ranks' different tokens contribute.
