@@ -26,12 +26,17 @@ from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.parameter_marks import marks
 
 
-class _Groups:
-    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side."""
+_ALIGNMENT = 16
+"""Bytes; of `torch._grouped_mm`'s strides."""
 
-    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor) -> None:
-        # _grouped_mm takes bfloat16 only there. This branch has not run on a GPU yet.
-        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16
+
+class _Groups:
+    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side, `weights` [E, H, F]."""
+
+    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, weights: torch.Tensor) -> None:
+        # Grouped products take bfloat16 alone, in rows of whole 16 bytes.
+        aligned = all(size * like.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:])
+        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned
         if self.on_device:
             self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
             return
@@ -72,7 +77,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc2: torch.Tensor,
         tokens_per_expert: torch.Tensor,
     ) -> torch.Tensor:
-        groups = _Groups(tokens_per_expert, x)
+        groups = _Groups(tokens_per_expert, x, fc2)
         gate_up = groups.product(x, fc1.transpose(1, 2))
         active = swiglu(gate_up, probs)
         ctx.save_for_backward(x, probs, gate_up, fc1, fc2)
