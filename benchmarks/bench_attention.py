@@ -157,6 +157,21 @@ def table(title: str, lengths: list[int], given: list[torch.Tensor], device: str
     return lines
 
 
+def cudnn_with_offsets(lengths: list[int], given: list[torch.Tensor]) -> str:
+    """What cuDNN's kernels would take on the pack: nothing here uses them, since each shape is compiled."""
+    pack = pack_of(lengths, "cuda")
+    fixed = (None, pack.offsets, pack.offsets, pack.longest, pack.longest, True, 0.0, True, False)
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._cudnn_attention_forward(*tensors, *fixed)[0]
+
+    first = devices.median_seconds("cuda", step(attend, given), 1, 0)
+    took = devices.event_seconds(step(attend, given), 10)
+    ours = flash_attention(*given[:3], pack, None)
+    apart = float((attend(*given[:3]) - ours).norm() / ours.norm())
+    return f"cuDNN with offsets: {took * 1e3:.2f} ms, the first time {first * 1e3:.0f} ms; {apart:.1e} from ours."
+
+
 def rotary(given: list[torch.Tensor], device: str) -> list[str]:
     """Queries and keys, forward and backward: the kernel's time and megatron-core's, and how far they are apart."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
@@ -213,6 +228,11 @@ def main() -> None:
         record(f"Attention on {devices.name(device)}", text)
     if not wrong < MOST_ERROR[devices.bits(device)]:
         sys.exit("ours is wrong")
+    if device == "cuda":
+        try:
+            print(cudnn_with_offsets(long_tail(size[0]), given))
+        except Exception as error:  # whatever it says: it is looked at, not used
+            print(f"cuDNN with offsets: {error}")
 
 
 if __name__ == "__main__":
