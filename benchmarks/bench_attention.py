@@ -232,7 +232,7 @@ def main() -> None:
         try:
             print(cudnn_with_offsets(long_tail(size[0]), given))
         except Exception as error:  # whatever it says: it is looked at, not used
-            print(f"cuDNN with offsets: {error}")
+            print(f"cuDNN with offsets: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
