@@ -157,6 +157,34 @@ def table(title: str, lengths: list[int], given: list[torch.Tensor], device: str
     return lines
 
 
+def cudnn_with_offsets(lengths: list[int], given: list[torch.Tensor], *, few_shapes: bool) -> str:
+    """What cuDNN's kernels would take on the pack: nothing here uses them, since each shape is compiled.
+
+    Args:
+        few_shapes: the number of sequences and the longest one are powers of two; sequences of no token are added.
+    """
+    pack = pack_of(lengths, "cuda")
+    offsets, longest = pack.offsets, pack.longest
+    if few_shapes:
+        number, longest = 1 << (len(lengths) - 1).bit_length(), 1 << (longest - 1).bit_length()
+        offsets = torch.cat([offsets, offsets[-1:].expand(number - len(lengths))])
+    fixed = (None, offsets, offsets, longest, longest, True, 0.0, True, False)
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._cudnn_attention_forward(*tensors, *fixed)[0]
+
+    first = devices.median_seconds("cuda", step(attend, given), 1, 0)
+    took = devices.event_seconds(step(attend, given), 10)
+    ours = flash_attention(*given[:3], pack, None)
+    pairs = [(attend(*given[:3]), ours)]
+    pairs += zip(*(torch.autograd.grad(out, given[:3], given[3]) for out in (pairs[0])), strict=True)
+    apart = max(float((theirs - mine).detach().float().norm() / mine.detach().float().norm()) for theirs, mine in pairs)
+    return (
+        f"cuDNN with offsets{' of few shapes' if few_shapes else ''}: {took * 1e3:.2f} ms, the first time "
+        f"{first * 1e3:.0f} ms; {apart:.1e} from ours."
+    )
+
+
 def rotary(given: list[torch.Tensor], device: str) -> list[str]:
     """Queries and keys, forward and backward: the kernel's time and megatron-core's, and how far they are apart."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
@@ -213,6 +241,12 @@ def main() -> None:
         record(f"Attention on {devices.name(device)}", text)
     if not wrong < MOST_ERROR[devices.bits(device)]:
         sys.exit("ours is wrong")
+    if device == "cuda":
+        for few_shapes in (False, True):
+            try:
+                print(cudnn_with_offsets(long_tail(size[0]), given, few_shapes=few_shapes), flush=True)
+            except Exception as error:  # whatever it says: it is looked at, not used
+                print(f"cuDNN with offsets: {str(error).splitlines()[0][:200]}", flush=True)
 
 
 if __name__ == "__main__":

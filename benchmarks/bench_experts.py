@@ -238,10 +238,15 @@ def parts(module, x, gradient, probs, routing_map, topk: int) -> list[str]:
         "fc2": (lambda: groups.product(narrow, fc2.transpose(1, 2)), None, 0, flops2),
         "gradient through fc2": (lambda: groups.product(gradient, fc2), None, 0, flops2),
         "gradient through fc1": (lambda: groups.product(gate_up, fc1), None, 0, flops1),
-        "fc1's gradient into float32": (lambda: groups.add_outer(main1, gate_up, x), None, 2 * main1.nbytes, flops1),
+        "fc1's gradient into float32": (
+            lambda: groups.add_outer(main1, gate_up, x),
+            lambda: main1.add_(torch._grouped_mm(gate_up.t(), x, offs=groups.ends)),
+            2 * main1.nbytes,
+            flops1,
+        ),
         "fc2's gradient into float32": (
             lambda: groups.add_outer(main2, gradient, narrow),
-            None,
+            lambda: main2.add_(torch._grouped_mm(gradient.t(), narrow, offs=groups.ends)),
             2 * main2.nbytes,
             flops2,
         ),

@@ -198,7 +198,7 @@ def measured_apart(case: str, arguments: argparse.Namespace) -> int:
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def on_host_or_gpu(arguments: argparse.Namespace) -> list[str]:
+def against_the_others(arguments: argparse.Namespace) -> list[str]:
     """The cases against each other, and longer responses, at `arguments.sequences`."""
     tokens, names = arguments.sequences * arguments.length, cases()
     data = inputs(arguments.sequences, arguments.length, arguments.device)
@@ -328,7 +328,7 @@ def main() -> None:
         return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    lines = on_host_or_gpu(arguments)
+    lines = against_the_others(arguments)
     if arguments.device == "cuda":
         lines += larger_on_gpu(arguments.length)
     text = "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,9 +54,13 @@ def trace(run: Callable[[], object]) -> Trace:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        run()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+            run()
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"no trace: {error}")
+        return of_events([])
     return of_events(
         [
             (event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
@@ -69,7 +74,7 @@ def of_events(events: list[tuple[str, float, float]]) -> Trace:
     """From (name, begin, end) in seconds."""
     events = sorted(events, key=lambda event: event[1])
     if not events:
-        return Trace(0, 0.0, 1e-9, {})
+        return Trace(0, math.nan, math.nan, {})
     total: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
     busy, reached = 0.0, events[0][1]

@@ -3,11 +3,14 @@
 Tokens come sorted by expert. On a GPU the products are `torch._grouped_mm`; on the host they are one `mm` per expert
 into its rows of one output (measured no slower there than `_grouped_mm` or padded `bmm`, and it pads nothing). The
 backward is written out: it keeps the input and the first product only, and adds the weights' gradients straight into
-megatron-core's `main_grad` where there is one.
+megatron-core's `main_grad` where there is one. On a GPU that is a product per expert as well: `_grouped_mm` cannot add,
+and adding what it gives moves 12 bytes a weight once more.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,9 +28,27 @@ from megatron.core.transformer.module import MegatronModule
 from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.parameter_marks import marks
 
-
 _ALIGNMENT = 16
 """Bytes; of `torch._grouped_mm`'s strides."""
+
+
+class _HostCopy:
+    """A tensor's values on the host: the copy is asked for now, and waited for where they are first read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._values = tensor
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def tolist(self) -> list[int]:
+        """The values."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()
 
 
 class _Groups:
@@ -39,10 +60,15 @@ class _Groups:
         self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned
         if self.on_device:
             self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
-            return
-        ends = tokens_per_expert.cumsum(0).tolist()
+        # The forward does not wait for it, and the backward comes when it has long been there.
+        self._counts = _HostCopy(tokens_per_expert)
+
+    @cached_property
+    def slices(self) -> list[tuple[int, slice]]:
+        """The experts that have rows, and which."""
+        ends = list(accumulate(self._counts.tolist()))
         rows = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self.slices = [(expert, here) for expert, here in enumerate(rows) if here.stop > here.start]
+        return [(expert, here) for expert, here in enumerate(rows) if here.stop > here.start]
 
     def product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """rows [T, K] by their expert's weight in [E, K, N] → [T, N]."""
@@ -55,12 +81,15 @@ class _Groups:
 
     def add_outer(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """total [E, M, N] += leftᵀ·right over each expert's rows, left [T, M], right [T, N]."""
-        if self.on_device:
+        if self.on_device and total.dtype == left.dtype:
             total.add_(torch._grouped_mm(left.t(), right, offs=self.ends))
             return
         for expert, here in self.slices:
             if total.dtype == left.dtype:
                 total[expert].addmm_(left[here].t(), right[here])
+            elif self.on_device:
+                mine = total[expert]
+                torch.addmm(mine, left[here].t(), right[here], out_dtype=total.dtype, out=mine)
             else:
                 total[expert].add_(left[here].t() @ right[here])
 
