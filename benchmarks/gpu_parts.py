@@ -52,6 +52,7 @@ PARTS = (
         *_cards("experts", "log_probs", "losses", "weights"),
     ),
     _tests("policy", "the whole policy, and the engine in process", *_cards("policy", "engine")),
+    _tests("memory", "what a trainer process takes, against `plan`", *_cards("memory")),
     _tests("layouts", "several ranks on one card", *_cards("layouts")),
     _tests("train", "whole runs by the command line", *_cards("train")),
     _figure("loss", "the loss against the copy", "bench_loss.py", "--sequences 4 --length 64 --repeats 1"),
