@@ -228,11 +228,12 @@ def _layers(recipe: Recipe) -> Iterator[UserError]:
             expected="native, or auto",
             fix="Transformer Engine needs CUDA",
         )
-    if megatron.layer_spec == "native":
+    on_cpu = megatron.layer_spec == "auto" and recipe.cluster.device == "cpu"
+    if megatron.layer_spec == "native" or on_cpu:
         for name in NEED_TRANSFORMER_ENGINE:
             if getattr(megatron, name):
                 yield UserError(
-                    "is true with layer_spec native",
+                    "is true with layer_spec native" + (", which auto is on a CPU" if on_cpu else ""),
                     where=f"{_MEGATRON}.{name}",
                     fix="set it to false, or layer_spec=te",
                 )
