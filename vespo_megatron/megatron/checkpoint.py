@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_saved
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -80,6 +81,7 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     loaded = _load(state, folder)
     _fill(policy.chunks, loaded)
     policy.optimizer.load_state_dict(loaded["optimizer"])
+    _count_in_whole_numbers(policy)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
         for moments in part.optimizer.state.values():  # distrib_optimizer.py:829 gives all one tensor to count in
@@ -107,6 +109,7 @@ def _save(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
+        name_as_saved(state, folder)
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except FAILURES as error:
         raise UserError(
@@ -126,12 +129,18 @@ def reason(error: BaseException) -> str:
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    return {key: hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA)) for key, chunk in _named(chunks)}
+    states = {}
+    for key, chunk in _named(chunks):
+        state = hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
+        states[key] = {name: value for name, value in state.items() if not is_extra_state(name)}
+    return states
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for key, chunk in _named(chunks):
-        hf_weights.unwrap(chunk).load_state_dict(loaded[key])
+        missing, unexpected = hf_weights.unwrap(chunk).load_state_dict(loaded[key], strict=False)
+        if wrong := [*unexpected, *(name for name in missing if not is_extra_state(name))]:
+            raise RuntimeError(f"{len(wrong)} tensors of the model and its checkpoint do not match, {wrong[0]} first")
 
 
 def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -150,9 +159,23 @@ def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
 
     Transformer Engine and Apex have Adams of their own, for which megatron-core needs no help.
     """
-    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+    for part in _optimizers(policy):
         if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             yield part
+
+
+def _optimizers(policy: MegatronPolicy) -> Sequence[MegatronOptimizer]:
+    return getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+
+
+def _count_in_whole_numbers(policy: MegatronPolicy) -> None:
+    """Transformer Engine's Adam goes on from the steps in its groups, in whole numbers (fused_adam.py:494 of 2.9).
+
+    PyTorch's counts in floating point (distrib_optimizer.py:641), also in the checkpoint.
+    """
+    for group in (group for part in _optimizers(policy) for group in part.optimizer.param_groups):
+        if "step" in group:
+            group["step"] = int(group["step"])
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:
