@@ -12,7 +12,12 @@ from test_layout_parity import CP, EP, PP, SP, TP, worst
 from vespo_megatron.launch.convert import convert
 
 pytestmark = pytest.mark.parallel
-LAYOUTS = {"one": (1, {}), "tp2_ep2": (2, {TP: 2, EP: 2, SP: True}), "pp2_cp2_ep2": (4, {PP: 2, CP: 2, EP: 2})}
+LAYOUTS = {
+    "one": (1, {}),
+    "whole": (2, {EP: 2, "optimizer.use_distributed_optimizer": False}),
+    "tp2_ep2": (2, {TP: 2, EP: 2, SP: True}),
+    "pp2_cp2_ep2": (4, {PP: 2, CP: 2, EP: 2}),
+}
 KINDS = ("te", "native")
 
 
@@ -66,6 +71,13 @@ def test_the_same_kind_and_layout_goes_on_to_the_last_bit(saved, run):
         assert torch.equal(ours["random"], theirs["random"]) and ours["grad_norm"] == theirs["grad_norm"]
     for part in ("weights", "next"):
         assert all(torch.equal(found[0][part][key], tensor) for key, tensor in expected[0][part].items())
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("te", "native"), ("native", "te"), ("te", "te")])
+def test_an_optimizer_that_is_not_distributed_counts_on_in_the_other_kind(writer, reader, run, tmp_path):
+    expected = run(writer, checkpoint_work.save_after_two_updates, "whole", checkpoint=str(tmp_path))
+    found = run(reader, checkpoint_work.load_and_go_on, "whole", checkpoint=str(tmp_path))
+    assert worst(found[0]["next"], expected[0]["next"]) < 1e-4
 
 
 @pytest.mark.parametrize("reader", KINDS)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_saved
+from vespo_megatron.megatron.optimizer_steps import TORCH_ADAMS, count_in_whole_numbers, move_steps, parts_of
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -80,8 +81,9 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
         state["rng"] = _rng_state(policy)
     loaded = _load(state, folder)
     _fill(policy.chunks, loaded)
+    move_steps(policy.optimizer, loaded["optimizer"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
-    _count_in_whole_numbers(policy)
+    count_in_whole_numbers(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
         for moments in part.optimizer.state.values():  # distrib_optimizer.py:829 gives all one tensor to count in
@@ -159,23 +161,9 @@ def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
 
     Transformer Engine and Apex have Adams of their own, for which megatron-core needs no help.
     """
-    for part in _optimizers(policy):
-        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    for part in parts_of(policy.optimizer):
+        if isinstance(part.optimizer, TORCH_ADAMS):
             yield part
-
-
-def _optimizers(policy: MegatronPolicy) -> Sequence[MegatronOptimizer]:
-    return getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-
-
-def _count_in_whole_numbers(policy: MegatronPolicy) -> None:
-    """Transformer Engine's Adam goes on from the steps in its groups, in whole numbers (fused_adam.py:494 of 2.9).
-
-    PyTorch's counts in floating point (distrib_optimizer.py:641), also in the checkpoint.
-    """
-    for group in (group for part in _optimizers(policy) for group in part.optimizer.param_groups):
-        if "step" in group:
-            group["step"] = int(group["step"])
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

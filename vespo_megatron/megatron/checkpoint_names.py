@@ -33,9 +33,7 @@ def is_extra_state(name: str) -> bool:
 
 def name_as_saved(state: dict[str, Any], folder: Path) -> None:
     """Give the tensors of `state` that `folder` has under an older key that key, in place."""
-    tensors = [
-        tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor | ShardedTensorFactory)
-    ]
+    tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor | ShardedTensorFactory)]
     if any(new in tensor.key for new in _RENAMED for tensor in tensors):
         saved = load_sharded_metadata(str(folder))
         for tensor in tensors:

@@ -19,9 +19,7 @@ def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: in
     return inp.index_select(0, order), order
 
 
-def moe_permute_with_probs(
-    inp: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int = -1
-):
+def moe_permute_with_probs(inp: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int = -1):
     calls.append("permute")
     order = _order(routing_map)
     assert num_out_tokens in (-1, None) or len(order) == num_out_tokens
