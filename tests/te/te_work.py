@@ -1,4 +1,4 @@
-"""What ranks with the stand-in run: any work of tests/parallel, with layers of a given kind, and what they were made of.
+"""What ranks with the stand-in run: any work of tests/parallel, with layers of a given kind, and what they are made of.
 
 Only their processes can import `transformer_engine`.
 """
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from checkpoint_work import save_after_two_updates
-from layout_work import build, micro_batches, ragged_batch, weighted_loss
+from layout_work import build, micro_batches, policy_config, ragged_batch, weighted_loss
 
-from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native
+from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native, parallel
+from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
 from megatron.core import tensor_parallel
@@ -75,12 +76,24 @@ def made_of(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
             for name, parameter in chunk.named_parameters()
         },
         "shapes": {name: tuple(parameter.shape) for name, parameter in chunk.named_parameters()},
-        "hooked": [router.router_replay is hook for router, hook in zip(policy.replay.routers, policy.replay.hooks)],
+        "hooked": [
+            router.router_replay is hook
+            for router, hook in zip(policy.replay.routers, policy.replay.hooks, strict=True)
+        ],
         "layers": policy.replay.layer_numbers,
         "expert_buffers": sum(len(wrapped.expert_parallel_buffers) for wrapped in policy.chunks),
         "optimizer": type(policy.optimizer.chained_optimizers[0].optimizer).__name__,
         "tracker": type(tensor_parallel.get_cuda_rng_tracker()).__module__,
     }
+
+
+def in_16_bits(folder: str, layout: dict[str, Any], store: str) -> tuple[list[torch.Tensor], float]:
+    """Log-probs of a policy in bfloat16, and the norm of its gradients."""
+    config = policy_config(folder, layout).with_values({"precision": "bfloat16"})
+    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    policy = MegatronPolicy(config, rank_info)
+    batches = micro_batches(policy, ragged_batch())
+    return policy.log_probs(batches), policy.update(batches, weighted_loss).grad_norm
 
 
 def checkpoint_keys(folder: str, layout: dict[str, Any], store: str) -> dict[str, tuple[int, ...]]:

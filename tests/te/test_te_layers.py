@@ -5,6 +5,7 @@ from __future__ import annotations
 import layout_work
 import pytest
 import te_work
+import torch
 from safetensors.torch import load_file
 from test_layout_parity import CP, EP, ETP, PP, SP, TP, VPP, worst
 
@@ -62,3 +63,11 @@ def test_loss_gradients_replay_and_update_are_those_of_native_layers(answers, na
         assert max(abs(loss), error) < TOLERANCE, (routes, loss, error)
     assert worst(answers[0]["update"], native["update"]) < TOLERANCE
     assert abs(answers[0]["grad_norm"] / native["grad_norm"] - 1) < TOLERANCE
+
+
+def test_in_16_bits_log_probs_and_gradients_are_near_those_of_native_layers(te_workers, plain_workers, checkpoint):
+    run = {"work": te_work.in_16_bits, "folder": checkpoint, "layout": {}}
+    log_probs, norm = te_workers.run(te_work.with_layers, 1, layers="te", **run)[0]
+    expected, expected_norm = plain_workers.run(te_work.with_layers, 1, layers="native", **run)[0]
+    errors = torch.cat([(ours - theirs)[0].abs() for ours, theirs in zip(log_probs, expected, strict=True)])
+    assert errors.median() < 0.02 and abs(norm / expected_norm - 1) < 0.05, (errors.median(), norm, expected_norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import te_work
 import torch
-from test_layout_parity import CP, TP, SP
+from test_layout_parity import CP, SP, TP
 
 pytestmark = pytest.mark.parallel
 LAYERS = 4

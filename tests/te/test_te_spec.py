@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import te_work
+import torch
 from test_layout_parity import EP, ETP, SP, TP
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.native import spec
+from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.recipe.schema import MegatronConfig
 
 pytestmark = pytest.mark.parallel
@@ -106,7 +108,14 @@ def test_the_random_state_that_checkpoints_keep_is_megatron_cores(made):
 def test_auto_is_te_where_it_can_be_used(wanted, device, there, expected, monkeypatch):
     monkeypatch.setattr(spec, "have_transformer_engine", lambda: there)
     fused = MegatronConfig(layer_spec=wanted, apply_rope_fusion=expected == "te")
-    assert spec.layers_of(fused, device) == expected
+    assert spec.layers_of(fused, device, torch.bfloat16) == expected
+
+
+def test_attention_of_its_own_wants_16_bits(monkeypatch):
+    monkeypatch.setattr(spec, "have_transformer_engine", lambda: True)
+    assert spec.layers_of(MegatronConfig(), "cuda", torch.float32) == "native"
+    with pytest.raises(UserError, match=r"layer_spec: is te with torch\.float32"):
+        spec.layers_of(MegatronConfig(layer_spec="te"), "cuda", torch.float32)
 
 
 @pytest.mark.parametrize("key", ["moe_permute_fusion", "apply_rope_fusion"])
@@ -114,10 +123,16 @@ def test_auto_is_te_where_it_can_be_used(wanted, device, there, expected, monkey
 def test_a_fusion_without_it_is_one_error_by_its_key(key, device, monkeypatch):
     monkeypatch.setattr(spec, "have_transformer_engine", lambda: False)
     with pytest.raises(UserError) as caught:
-        spec.layers_of(MegatronConfig(**{key: True}), device)
+        spec.layers_of(MegatronConfig(**{key: True}), device, torch.bfloat16)
     assert f"policy.megatron_cfg.{key}: is true, but layer_spec auto is native here" in str(caught.value)
 
 
 def test_te_where_it_is_not_is_one_error(monkeypatch):
     with pytest.raises(UserError, match="policy.megatron_cfg.layer_spec"):
-        spec.layers_of(MegatronConfig(layer_spec="te"), "cuda")
+        spec.layers_of(MegatronConfig(layer_spec="te"), "cuda", torch.bfloat16)
+
+
+def test_its_adam_where_it_is_not_is_one_error():
+    megatron = MegatronConfig().with_values({"optimizer.use_precision_aware_optimizer": True})
+    with pytest.raises(UserError, match="optimizer.use_precision_aware_optimizer: is true, but there is no"):
+        build_optimizer(megatron, [], dtype=torch.bfloat16, total_updates=1)

@@ -171,7 +171,7 @@ def build_model(
     The weights are random until `hf_weights.load` has filled every one of them. (megatron-core marks parameters as
     tensor parallel only while it initialises them: layers.py:230, so initialisation is not skipped.)
     """
-    layer_spec = layers_of(megatron, rank_info.device.type)
+    layer_spec = layers_of(megatron, rank_info.device.type, dtype)
     config = transformer_config(shape, megatron, dtype=dtype)
     padded_vocab = -(-shape.vocab_size // rank_info.tensor_size) * rank_info.tensor_size
     chunks: list[MegatronModule] = []

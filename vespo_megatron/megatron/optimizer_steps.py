@@ -43,7 +43,7 @@ def count_in_whole_numbers(optimizer: MegatronOptimizer) -> None:
 
 
 def _inner_states(saved: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], list[dict[str, Any]]]]:
-    """(state of the parameters, groups) of every optimizer of PyTorch's kind in a loaded state, not distributed ones'."""
+    """(states of parameters, groups) of every optimizer in a loaded state, without distributed ones."""
     if "param_groups" in saved and "state" in saved:
         yield saved["state"], saved["param_groups"]
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -41,16 +42,29 @@ def choose_layer_spec(wanted: str, device_type: str) -> str:
     return "te" if usable and wanted != "native" else "native"
 
 
-def layers_of(megatron: MegatronConfig, device_type: str) -> str:
-    """`choose_layer_spec` of a recipe. Raises `UserError` also where its other keys need Transformer Engine."""
+def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) -> str:
+    """'te' or 'native' for a recipe. Raises `UserError` where its keys need what is not there.
+
+    Transformer Engine attends to packed sequences in 16 bits alone: its kernels refuse float32, and its unfused
+    attention packed sequences (dot_product_attention/utils.py:428, 659 of 2.9) or context parallelism (756 of 2.11).
+    """
     layers = choose_layer_spec(megatron.layer_spec, device_type)
+    if layers == "te" and dtype is not torch.bfloat16:
+        if megatron.layer_spec == "te":
+            raise UserError(
+                f"is te with {dtype}",
+                where="policy.megatron_cfg.layer_spec",
+                expected="policy.precision=bfloat16: its attention runs in 16 bits",
+                fix="set precision to bfloat16, or layer_spec to native",
+            )
+        layers = "native"
     for name in NEED_TRANSFORMER_ENGINE if layers == "native" else ():
         if getattr(megatron, name):
             raise UserError(
                 f"is true, but layer_spec {megatron.layer_spec} is native here",
                 where=f"policy.megatron_cfg.{name}",
-                expected="Transformer Engine's layers, on a CUDA device",
-                fix="set it to false, or install transformer-engine[pytorch,core_cu12]",
+                expected="Transformer Engine's layers: a CUDA device, bfloat16, transformer-engine[pytorch,core_cu12]",
+                fix="set it to false",
             )
     return layers
 

@@ -1,1 +1,1 @@
-"""The policy's layers of Transformer Engine, where it can be used: what megatron-core's own spec of them leaves open."""
+"""The policy's layers of Transformer Engine: what megatron-core's own spec of them leaves open."""
