@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_work import save_after_two_updates
+from checkpoint_work import save_after_two_updates, state_and_next
 from layout_work import build, micro_batches, policy_config, ragged_batch, weighted_loss
 
 from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native, parallel
@@ -105,6 +105,13 @@ def checkpoint_keys(folder: str, layout: dict[str, Any], store: str) -> dict[str
     tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
     assert not [value for value in nested_values(state) if "_extra_state" in getattr(value, "key", "")]
     return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+
+
+def save_at_once(folder: str, layout: dict[str, Any], store: str, target: str) -> dict[str, Any]:
+    """A checkpoint of a policy that has taken no update, and its first one."""
+    policy = build(folder, layout, store)
+    checkpoint.save(policy, Path(target))()
+    return state_and_next(policy, micro_batches(policy, ragged_batch()))
 
 
 def save_as_before(folder: str, layout: dict[str, Any], store: str, target: str) -> Any:

@@ -80,6 +80,14 @@ def test_an_optimizer_that_is_not_distributed_counts_on_in_the_other_kind(writer
     assert worst(found[0]["next"], expected[0]["next"]) < 1e-4
 
 
+@pytest.mark.parametrize("writer", KINDS)
+@pytest.mark.parametrize("reader", KINDS)
+def test_a_checkpoint_from_before_the_first_update(writer, reader, run, tmp_path):
+    expected = run(writer, te_work.save_at_once, target=str(tmp_path))
+    found = run(reader, checkpoint_work.load_and_go_on, checkpoint=str(tmp_path))
+    assert worst(found[0]["next"], expected[0]["next"]) < 1e-4
+
+
 @pytest.mark.parametrize("reader", KINDS)
 def test_a_checkpoint_with_the_keys_of_before_is_read(reader, run, tmp_path):
     expected = run("native", te_work.save_as_before, target=str(tmp_path))

@@ -18,7 +18,13 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_saved
-from vespo_megatron.megatron.optimizer_steps import TORCH_ADAMS, count_in_whole_numbers, move_steps, parts_of
+from vespo_megatron.megatron.optimizer_state import (
+    TORCH_ADAMS,
+    count_in_whole_numbers,
+    make_moments,
+    move_steps,
+    parts_of,
+)
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -56,8 +62,8 @@ def save(policy: MegatronPolicy, folder: Path, *, group: dist.ProcessGroup | Non
     Args:
         group: a gloo group of all ranks that nothing else uses: the write may then run in a thread beside training.
     """
-    for part in _with_torch_adam(policy):
-        _make_moments(part.optimizer)
+    for part in parts_of(policy.optimizer):
+        make_moments(part)
     state = _state(policy, is_loading=False)
     state["rng"] = _rng_state(policy)
     return _save(state, folder, group)
@@ -72,8 +78,9 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     Raises:
         UserError: the folder holds another model, or cannot be read.
     """
+    for part in parts_of(policy.optimizer):
+        make_moments(part)
     for part in _with_torch_adam(policy):
-        _make_moments(part.optimizer)
         if isinstance(part, DistributedOptimizer):
             _keep_steps(part)
     state = _state(policy, is_loading=True)
@@ -164,18 +171,6 @@ def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
     for part in parts_of(policy.optimizer):
         if isinstance(part.optimizer, TORCH_ADAMS):
             yield part
-
-
-def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Adam's state before its first step, which distrib_optimizer.py:642 takes for granted."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _keep_steps(part: DistributedOptimizer) -> None:

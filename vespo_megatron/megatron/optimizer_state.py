@@ -1,8 +1,9 @@
-"""Where an Adam counts its steps: a checkpoint of PyTorch's goes on in Transformer Engine's, and the other way round.
+"""An Adam's state in checkpoints: before its first step, and where it counts steps.
 
-PyTorch counts in each parameter's state, in floating point; Transformer Engine in its groups, in whole numbers that its
-kernel insists on (csrc/extensions.h:415 of 2.9). megatron-core's distributed optimizer carries the number between the
-two places, as it is; the other one saves it where its Adam has it (optimizer.py:1034).
+PyTorch's counts in each parameter's state, in floating point; Transformer Engine's in its groups, in whole numbers that
+its kernel insists on (csrc/extensions.h:415 of 2.9). megatron-core's distributed optimizer carries the number between
+the two places, as it is; the other one saves it where its Adam has it (optimizer.py:1034). So that a checkpoint of one
+Adam goes on in the other, steps are moved here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 # isort: split
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer
 
 TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
@@ -21,6 +22,21 @@ TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 def parts_of(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     """megatron-core's optimizers of dense and of expert parameters."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def make_moments(part: MegatronOptimizer) -> None:
+    """Its Adam's state before the first step, which megatron-core takes for granted (distrib_optimizer.py:642, 908)."""
+    optimizer = part.optimizer
+    in_groups = not isinstance(optimizer, TORCH_ADAMS)
+    if in_groups and (not isinstance(optimizer, Adam) or part.config.use_precision_aware_optimizer):
+        return
+    for group in optimizer.param_groups:
+        if in_groups:
+            group.setdefault("step", 0)
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = moments if in_groups else {"step": torch.zeros(()), **moments}
 
 
 def move_steps(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
