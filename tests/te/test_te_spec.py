@@ -40,7 +40,7 @@ def test_modules_are_its_own_and_routers_are_megatron_cores(made):
         "self_attention.q_layernorm": "RMSNorm",
         "pre_mlp_layernorm": "RMSNorm",
         "mlp": "TEMoELayer",
-        "mlp.router": "TokenShardedRouter" if layout.get(TP) and not layout.get(SP) else "TopKRouter",
+        "mlp.router": "TokenShardedRouter" if layout.get(TP) and not layout.get(SP) else "PolicyRouter",
         "mlp.experts": "TEGroupedMLP",
         "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear",
         "mlp.token_dispatcher": None,

@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import moe_utils
 
+from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, layers_of
@@ -60,14 +61,31 @@ class PolicyModel(GPTModel):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         *args: Any,
+        packed_seq_params: NativePackedSeqParams,
         padding_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        embedded, rotary, cos, sin, offset, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        embedded, rotary, cos, sin, offset, _, *rest = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
         if self.rotates_per_token:
             rotary = rotary.squeeze(1).index_select(0, position_ids[0])  # of every token: [T, 1, head_dim]
+            if self.native and self._turns_in_attention(rotary):
+                angles = rotary[:, 0, : rotary.shape[-1] // 2].float()
+                packed_seq_params.rotation = angles.cos().contiguous(), angles.sin().contiguous()
+                rotary = None
         # Upstream slices the mask for sequence parallelism, on the first stage alone; ours is of a router's rows.
         return embedded, rotary, cos, sin, offset, padding_mask, *rest
+
+    def _turns_in_attention(self, rotary: torch.Tensor) -> bool:
+        """Whether `native.triton_rotary` has a kernel for these angles [T, 1, head_dim] and their queries."""
+        half = rotary.shape[-1] // 2
+        return (
+            has_triton(rotary.device.type)
+            and self.config.params_dtype is not torch.float64
+            and rotary.shape[-1] == self.config.kv_channels
+            and half & (half - 1) == 0
+        )
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *_args: Any, labels: LogProbRequest, **_kwargs: Any

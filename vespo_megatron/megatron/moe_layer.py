@@ -28,7 +28,14 @@ from vespo_megatron.megatron.parameter_marks import marks
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
-class TokenShardedRouter(TopKRouter):
+class PolicyRouter(TopKRouter):
+    """megatron-core's, without what it would compile on a GPU to find that it has nothing to do (router.py:532)."""
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """No expert has a bias here."""
+
+
+class TokenShardedRouter(PolicyRouter):
     """A router that sees one shard of the tokens; its weight's gradient is summed over tensor parallel ranks."""
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -53,7 +60,7 @@ class PolicyMoELayer(MoELayer):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         self.shards_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
-        router = TopKRouter
+        router: type[TopKRouter] = PolicyRouter
         if self.shards_tokens:
             config = copy(config)
             config.sequence_parallel = True

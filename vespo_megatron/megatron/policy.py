@@ -34,6 +34,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
+_NUMBERS_AT_ONE_TIME = 1 << 30
+"""Below 2³¹, where a GPU's reductions would count in 64 bits."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -176,7 +178,8 @@ class MegatronPolicy:
         """Whether every gradient on this rank is, as the buffers hold them now."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         # The extremes carry NaN and infinities on, and need no copy of the gradients.
-        extremes = [extreme for buffer in buffers for extreme in torch.aminmax(buffer.grad_data)]
+        parts = [part for buffer in buffers for part in buffer.grad_data.split(_NUMBERS_AT_ONE_TIME)]
+        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
         return bool(torch.isfinite(torch.stack([extreme.float() for extreme in extremes])).all()) if extremes else True
 
     def scale_learning_rate(self, factor: float) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from vespo_megatron.megatron.moe_layer import PolicyMoELayer
+from vespo_megatron.megatron.native.dispatch import SortedDispatcher
 from vespo_megatron.megatron.native.experts import GroupedExperts
 
 
@@ -29,3 +32,10 @@ class NativeMoELayer(PolicyMoELayer):
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             )
         super().__init__(config, experts, layer_number, pg_collection)
+        if config.moe_token_dispatcher_type == "alltoall" and torch.cuda.is_available():
+            self.token_dispatcher = SortedDispatcher(
+                self.num_local_experts,
+                self.local_expert_indices,
+                config=self.config,
+                pg_collection=pg_collection or get_default_pg_collection(),
+            )

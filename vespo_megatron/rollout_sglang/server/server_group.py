@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,14 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
-from vespo_megatron.rollout_sglang.server.environment import build_environment, probe_environment
-from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args
+from vespo_megatron.rollout_sglang.server.cuda_stack import check_exchange
+from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
+from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args, first_gpu
 from vespo_megatron.rollout_sglang.server.ports import choose_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
+from vespo_megatron.run.devices import split, visible_gpus
 from vespo_megatron.run.host_threads import server_environment
+from vespo_megatron.run.network import interface_variables
 
 _LOOK_EVERY_S = 0.5
 
@@ -100,15 +103,18 @@ class ServerGroup:
         self.stop()
 
 
-def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = None) -> ServerGroup:
+def launch_servers(
+    recipe: Recipe, run_dir: str | Path, *, device: str | None = None, beside_trainer: bool = False
+) -> ServerGroup:
     """Start the servers a recipe asks for and wait until all answer; a group without processes when it gives URLs.
 
     Args:
         run_dir: logs go to `<run_dir>/servers/server_<n>.log`.
         device: "cuda" or "cpu"; None is `cluster.device`, where "auto" is what the servers' interpreter finds.
+        beside_trainer: whether the trainer's processes are on this node too, and have its first GPUs.
 
-    Raises `UserError` for a flag that is refused, a port in use, an interpreter without SGLang, a server that dies
-    (at once, with the end of its log) or is not ready within `startup_timeout`. Nothing is left running then.
+    Raises `UserError` for a flag that is refused, too few GPUs, a port in use, an interpreter without SGLang, a server
+    that dies (at once, with the end of its log) or is not ready within `startup_timeout`. Nothing is left running then.
     """
     config = recipe.policy.generation.sglang_cfg
     if config.urls:
@@ -120,13 +126,9 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
     ports = choose_ports(config.host, config.port, config.num_servers)
     python = config.python or sys.executable
     found = probe_environment(python, device or recipe.cluster.device)
-    environment = build_environment(
-        found,
-        shape,
-        base=dict(os.environ),
-        threads=server_environment(recipe),
-        tensor_parallel_size=config.tensor_parallel_size,
-    )
+    if found.device == "cuda":
+        check_exchange(python, sys.executable, config.weight_transport)
+    gpus = _gpus(recipe, found, beside_trainer)
     deadline = time.monotonic() + config.startup_timeout
     group = ServerGroup([], [], max_restarts=config.max_restarts)
     try:
@@ -134,6 +136,14 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
             flags = build_flags(recipe, shape, found, port=port, index=index)
             url = f"http://{config.host}:{port}"
             log = Path(run_dir) / "servers" / f"server_{index}.log"
+            environment = build_environment(
+                found,
+                shape,
+                base=dict(os.environ) | interface_variables(recipe),
+                threads=server_environment(recipe),
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpus=gpus[index],
+            )
             command = [python, "-m", "vespo_megatron.rollout_sglang.plugin.launch_sglang", *flags]
             group.servers.append(ServerProcess(url, command, environment, log))
             group.urls.append(url)
@@ -143,3 +153,13 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         group.stop()
         raise
     return group
+
+
+def _gpus(recipe: Recipe, found: Environment, beside_trainer: bool) -> Sequence[Sequence[str] | None]:
+    """The names of each server's GPUs; None for servers on the CPU, and where the recipe places them itself."""
+    config = recipe.policy.generation.sglang_cfg
+    if found.device == "cpu" or first_gpu(config, 0) is not None:
+        return [None] * config.num_servers
+    handed_out = split(recipe, visible_gpus(os.environ, found.num_gpus), with_trainer=beside_trainer)
+    print(f"GPUs of this node: {handed_out}", flush=True)
+    return handed_out.servers
