@@ -179,9 +179,10 @@ def describe_trainer(recipe: Recipe, rank_info: RankInfo) -> str:
     """For instance 'megatron-core 0.16.1, native layers, 2 processes on cpu: TP2 PP1 CP1 EP2 DP1'."""
     import megatron.core
 
-    from vespo_megatron.megatron.native.spec import choose_layer_spec
+    from vespo_megatron.megatron.native.spec import layers_of
+    from vespo_megatron.megatron.policy import DTYPES
 
-    layers = choose_layer_spec(recipe.policy.megatron_cfg.layer_spec, rank_info.device.type)
+    layers = layers_of(recipe.policy.megatron_cfg, rank_info.device.type, DTYPES[recipe.policy.precision])
     return (
         f"megatron-core {megatron.core.__version__}, {layers} layers, {rank_info.world_size} processes on "
         f"{rank_info.device.type}: TP{rank_info.tensor_size} PP{rank_info.pipeline_size} CP{rank_info.context_size} "
