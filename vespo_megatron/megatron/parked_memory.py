@@ -1,7 +1,7 @@
 """The policy's device memory, given back for a while: parameters, gradients and optimizer state of one rank.
 
-Storages are emptied and filled again in place, so that every view of them stays what it was: a parameter, its slice of a
-DDP buffer, the distributed optimizer's shard of it. megatron-core's own `offload_to_cpu` makes new tensors
+Storages are emptied and filled again in place, so that every view of them stays what it was: a parameter, its slice of
+a DDP buffer, the distributed optimizer's shard of it. megatron-core's own `offload_to_cpu` makes new tensors
 (optimizer.py:344), of which views know nothing. What is kept waits in host memory, pinned beside a GPU, and comes back
 to the last bit; gradients are not kept, and come back as zeros. On a CPU the same happens to the same storages.
 """
@@ -98,7 +98,7 @@ class ParkedMemory:
                 self._kept[part].copy_to(arriving)
 
     def check_here(self, *parts: Part) -> None:
-        """Raise RuntimeError where one of these is away: its tensors are no memory, and a kernel would run into that."""
+        """Raise RuntimeError where one of these is away: its tensors have no memory that a kernel could use."""
         if missing := self.parked & set(parts):
             raise RuntimeError(f"{', '.join(sorted(missing))} of the policy are parked; restore them first")
 
