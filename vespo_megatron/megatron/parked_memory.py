@@ -21,6 +21,7 @@ from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 
 # isort: split
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 Part = Literal["parameters", "gradients", "optimizer"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -39,7 +40,7 @@ class ParkedMemory:
         device: where both are; tensors elsewhere (an optimizer that computes on the host) stay as they are.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, device: torch.device) -> None:
         self._chunks, self._optimizer, self._device = chunks, optimizer, device
         self._away: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}
         """Of each part that is parked, its storages and their sizes in bytes."""

@@ -35,13 +35,15 @@ def measure(
     """
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     quantizer = WeightQuantizer.of(recipe.policy)
-    link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
+    shares_devices = recipe.policy.generation.shares_devices
+    link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer, shares_devices=shares_devices)
     accountant = Accountant(policy, step.scatter, quantizer)
     rows, lines = [], []
     link.push_weights(version=0)
     probe_routes(link)
     for number in range(1, recipe.grpo.max_num_steps + 1):
         rollout = link.call_with_servers(partial(Controller.collect, step=number))
+        link.turns.to_trainer()
         batch = step.receive(rollout.batch if rollout else None)
         own, replayed = (_score(step, batch.micro_batches, batch.normalizers[0], mode) for mode in ("none", "R3"))
         if rollout:
