@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from vespo_megatron.run.records import read_metrics
 
 TESTS = Path(__file__).parents[1]
 DRIVER = """
-import sys
-sys.path.insert(0, {tests!r})
+import os, sys
+os.environ["PYTHONPATH"] = os.pathsep.join([{tests!r}, os.environ["PYTHONPATH"]])
 from vespo_megatron import cli
 from vespo_megatron.launch import launcher
 launcher.WORKER_MODULE = "recording_worker"
@@ -31,7 +29,10 @@ def of_all(what):
 RELEASE = {"release_memory weights kv_cache cuda_graph"}
 SESSION = [{"resume_memory weights"}, {"begin_weight_update"}, {"end_weight_update"}]
 TO_SERVERS = [of_all("parks parameters"), {"resume_memory kv_cache cuda_graph"}, {"generate"}]
-UPDATE = [of_all("parks gradients optimizer"), *SESSION, *TO_SERVERS]
+PARK = of_all("parks gradients optimizer")
+UPDATE = [PARK, *SESSION, *TO_SERVERS]
+FIRST = [PARK, SESSION[0], {"end_weight_update"}, *SESSION[1:], *TO_SERVERS]
+"""It ends a session that an earlier run may have left open."""
 STEP = [RELEASE, of_all("restores gradients optimizer parameters"), *UPDATE]
 """From the end of a rollout to the evaluation after it; the next rollout is in the servers' same turn."""
 SAVE = [RELEASE, of_all("restores gradients optimizer parameters")]
@@ -56,7 +57,6 @@ def grouped(lines):
 def test_trainer_and_server_are_asked_in_turn(folder, sglang_servers, monkeypatch, tmp_path):
     """Two steps with evaluation, a checkpoint after the first."""
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    monkeypatch.setenv("PYTHONPATH", f"{TESTS}{os.pathsep}{folder}")
     overrides = (
         "grpo.max_num_steps=2",
         "grpo.val_period=1",
@@ -73,11 +73,10 @@ def test_trainer_and_server_are_asked_in_turn(folder, sglang_servers, monkeypatc
         "exp_manager.version=one",
     )
     program = ("-c", DRIVER.format(tests=str(TESTS)))
-    monkeypatch.setattr(sys, "executable", sys.executable)
     with started(folder, *overrides, program=program) as process:
         assert process.wait(150) == 0, (folder / "err").read_text()
     lines = (tmp_path / "record").read_text().splitlines()
     # The run begins with the servers' memory released, and ends with the trainer's own: its weights are saved.
-    assert grouped(lines) == [RELEASE, *UPDATE, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]
+    assert grouped(lines) == [RELEASE, *FIRST, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]
     rows = read_metrics(folder / "runs" / "bad" / "one")
     assert [row["step"] for row in rows] == [0, 1, 2] and all(row["mismatch/k3"] < 1e-6 for row in rows[1:])
