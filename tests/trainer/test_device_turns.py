@@ -1,4 +1,4 @@
-"""Turns with shared devices, where the real runs do not lead: nothing is shared, no server is up, a turn is repeated."""
+"""Turns with shared devices where the real runs do not lead: none are shared, no server is up, a turn is repeated."""
 
 from __future__ import annotations
 
