@@ -102,9 +102,13 @@ def test_a_start_that_fails_or_takes_too_long_keeps_nobody_waiting(group, tmp_pa
     group.restart_dead()
     kill(server)
     group._start_timeout_s = 0.0
-    group.restart_dead()  # the second start
+    group.restart_dead()
+    assert trainer.try_acquire(), "it comes before the second start"
+    trainer.release()
+    group.restart_dead()
     assert server.restarts == 2 and not trainer.try_acquire()
     time.sleep(0.01)
+    group.restart_dead()
     with pytest.raises(UserError, match="SGLang died and was restarted 2 times"):
         group.restart_dead()
     assert "was not ready within 0 s" in capsys.readouterr().out

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_MARGIN_S = 30.0
+"""Beyond a server's own deadline: whoever started it ends it first."""
+
+
 def connect(
     recipe: Recipe, urls: Sequence[str], *, device: str | None = None, run_dir: str | Path | None = None
 ) -> SGLangEngine:
@@ -69,7 +73,7 @@ def connect(
         pool,
         lambda clients, served: make_sync(config, clients, device or served),
         starts=starts,
-        start_timeout_s=config.startup_timeout,
+        start_timeout_s=config.startup_timeout + _MARGIN_S,
     )
 
 

@@ -114,7 +114,7 @@ class Trainer:
         started = time.perf_counter()
         with self.timers("generate"):
             rollout = self.link.call_with_servers(lambda controller: controller.collect(step))
-        self.link.turns.to_trainer()
+            self.link.turns.to_trainer()
         with self.timers("scatter"):
             batch = self.train_step.receive(rollout.batch if rollout else None)
         routes = self.train_step.routes(batch)
@@ -176,8 +176,10 @@ class Trainer:
         if checkpointer is None or not (stop or checkpointer.due(step, last=last)):
             return ""
         controller = self.controller.state_dict if self.controller is not None else None
+        if self.link.turns.shared:
+            with self.timers("sync_weights"):
+                self.link.turns.to_trainer()
         with self.timers("checkpoint"):
-            self.link.turns.to_trainer()
             return checkpointer.save(
                 step, self.state_dict(), controller, metrics, history=self.history, wait=stop or last
             )

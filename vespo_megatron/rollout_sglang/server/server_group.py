@@ -59,7 +59,8 @@ class ServerGroup:
 
         A server that died more than `max_restarts` times stays down. Raises `UserError` when none is left.
         """
-        self._look_after_starts()
+        if self._look_after_starts():
+            return
         for server in self.servers:
             if server.alive or server.url in self._given_up:
                 continue
@@ -87,16 +88,24 @@ class ServerGroup:
         self._starting[server] = time.monotonic() + self._start_timeout_s
         return True
 
-    def _look_after_starts(self) -> None:
-        """Give the lock back when every server that was started again is ready, or has ended."""
+    def _look_after_starts(self) -> bool:
+        """Give the lock back when every server that was started again is ready, or has ended; whether that was now.
+
+        A trainer that waits for it has it then before the next attempt.
+        """
+        if not self._starting:
+            return False
         for server, deadline in list(self._starting.items()):
             if server.alive and time.monotonic() > deadline:
                 print(f"server {server.url} was not ready within {self._start_timeout_s:g} s and is ended", flush=True)
                 server.stop()
             if not server.alive or server.answers():
                 del self._starting[server]
-        if self._start_lock is not None and not self._starting:
+        if self._starting:
+            return False
+        if self._start_lock is not None:
             self._start_lock.release()
+        return True
 
     def check(self) -> None:
         """Raise `UserError` naming the last server that died, with the end of its log, when none is left."""
