@@ -55,8 +55,8 @@ def measure(
             routes = step.routes(batch)
             after_log_probs = step.log_probs(batch, routes)
             step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
-            link.push_weights(version=number)
             accountant.after_updates(batch.micro_batches)
+            link.push_weights(version=number)
         accounts = accountant.accounts(batch.micro_batches, rollout.batch.samples if rollout else ())
         lines += [json.dumps(as_json(each, _texts(controller, each), number), ensure_ascii=False) for each in accounts]
     if controller is not None:
