@@ -52,6 +52,19 @@ def test_flags_follow_the_recipe(recipe, shape):
     assert "--enable-return-routed-experts" in flags and "--skip-tokenizer-init" in flags
 
 
+def test_a_colocated_server_gives_back_graphs_as_well_and_has_no_segments_that_grow(recipe, shape):
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.colocated": True})
+    assert "--enable-memory-saver" in build_flags(recipe, shape, found("cuda"), port=31000, index=0)
+    settings = "max_split_size_mb:512,expandable_segments:True"
+    base = {"PYTORCH_CUDA_ALLOC_CONF": settings, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    given = {"base": base, "threads": THREADS, "tensor_parallel_size": 1}
+    shared = build_environment(found("cuda"), shape, **given, gives_memory_back=True)
+    assert shared["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"
+    assert shared["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512" and "PYTORCH_ALLOC_CONF" not in shared
+    apart = build_environment(found("cuda"), shape, **given)
+    assert apart["PYTORCH_CUDA_ALLOC_CONF"] == settings and "SGLANG_MEMORY_SAVER_CUDA_GRAPH" not in apart
+
+
 def test_on_cuda_a_server_takes_its_own_devices_and_sglangs_own_backends(recipe, shape):
     recipe = recipe.with_values({"policy.generation.sglang_cfg.tensor_parallel_size": 2})
     flags = build_flags(recipe, shape, found("cuda"), port=31000, index=3)

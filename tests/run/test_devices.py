@@ -6,7 +6,7 @@ import pytest
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.run.devices import NodeGPUs, split, trainer_variables, visible_gpus
+from vespo_megatron.run.devices import NodeGPUs, allocator_variables, split, trainer_variables, visible_gpus
 
 C = "policy.generation.sglang_cfg."
 
@@ -76,3 +76,13 @@ def test_trainer_processes_see_their_own_gpus_alone_and_none_when_they_compute_o
     assert trainer_variables(recipe(2, 1, 2), holes, 4) == {"CUDA_VISIBLE_DEVICES": "1,3"}
     assert trainer_variables(recipe(2, cluster__device="cpu"), holes, 4) == {"CUDA_VISIBLE_DEVICES": ""}
     assert trainer_variables(recipe(2), {}, 0) == {}
+
+
+def test_segments_grow_where_memory_comes_and_goes_and_no_process_else_maps_them():
+    colocated = {C + "colocated": True, "cluster.device": "cuda"}
+    disk, tensor = (recipe(**colocated | {C + "weight_transport": name}) for name in ("disk", "tensor"))
+    grow = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert allocator_variables(disk, {}) == grow
+    assert allocator_variables(disk, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}) == {}
+    assert allocator_variables(tensor, {}) == allocator_variables(recipe(), {}) == {}
+    assert allocator_variables(disk.with_values({"cluster.device": "cpu"}), {}) == {}

@@ -185,6 +185,12 @@ def memory(recipe: Recipe, node: Node) -> Iterator[Finding]:
     detail = f"fits, with room for {slots} sequences at a time" if slots else "does not fit: the weights alone are more"
     fix = "" if slots else "raise policy.generation.sglang_cfg.tensor_parallel_size"
     yield Finding("memory of a server", OK if slots else FAIL, detail, fix)
+    if made.phases:
+        most = max(made.phases, key=lambda phase: phase.total)
+        verdict = "fits" if most.fits(node.card) else "does not fit"
+        detail = f"{verdict}: {most.total / _GIB:.1f} of {node.card.memory_gib:g} GiB at most, in its phase {most.name}"
+        fix = "" if most.fits(node.card) else "see `vespo-megatron plan`; lower mem_fraction_static"
+        yield Finding("memory of a card that both share", OK if most.fits(node.card) else FAIL, detail, fix)
 
 
 def examine(recipe: Recipe, node: Node) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
-from vespo_megatron.run.devices import gpu_count, trainer_variables
+from vespo_megatron.run.devices import allocator_variables, gpu_count, trainer_variables
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
 from vespo_megatron.run.network import interface_variables
@@ -241,6 +241,7 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
     # Megatron-core's overlap of communication and computation relies on the order of kernel launches.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment |= allocator_variables(recipe, base)
     return environment | trainer_variables(recipe, base, gpu_count())
 
 

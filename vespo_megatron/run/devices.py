@@ -12,6 +12,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""PyTorch reads its allocator's settings from these; the first is the newer name."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,26 @@ def trainer_variables(recipe: Recipe, environment: Mapping[str, str], count: int
     if count == 0:
         return {}
     return {VISIBLE: ",".join(split(recipe, visible_gpus(environment, count), with_trainer=True).trainer)}
+
+
+def allocator_variables(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, str]:
+    """Of the trainer's processes, where its memory comes and goes: segments that grow leave no holes.
+
+    Not where CUDA IPC shares blocks of them (`weight_transport: tensor`), which PyTorch can only do with rights that
+    containers seldom give (pidfd_getfd). What the user has set stays.
+    """
+    generation = recipe.policy.generation
+    moves = generation.shares_devices and generation.sglang_cfg.weight_transport != "tensor"
+    if recipe.cluster.device == "cpu" or not moves or any(name in environment for name in ALLOCATOR):
+        return {}
+    return {ALLOCATOR[1]: "expandable_segments:True"}
+
+
+def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without that setting of the allocator; others of it stay."""
+    result = dict(environment)
+    for name in ALLOCATOR:
+        kept = [each for each in result.pop(name, "").split(",") if each and "expandable_segments" not in each]
+        if kept:
+            result[name] = ",".join(kept)
+    return result

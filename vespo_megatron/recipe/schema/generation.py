@@ -107,3 +107,8 @@ class GenerationConfig(Section):
     val_top_p: float | None = key(None, "Evaluation; None: as in training.", gt=0, le=1, ours=True)
     mismatch: MismatchConfig = section(MismatchConfig)
     sglang_cfg: SGLangConfig = section(SGLangConfig)
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether servers and trainer take turns on the same devices."""
+        return self.backend == "sglang" and self.sglang_cfg.colocated

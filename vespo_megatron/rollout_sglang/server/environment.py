@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import ModelShape
-from vespo_megatron.run.devices import VISIBLE
+from vespo_megatron.run.devices import VISIBLE, without_expandable_segments
 
 STUBS = Path(__file__).parents[1] / "plugin" / "stubs"
 _PROBE = """
@@ -80,6 +80,7 @@ def build_environment(
     threads: dict[str, str],
     tensor_parallel_size: int,
     gpus: Sequence[str] | None = None,
+    gives_memory_back: bool = False,
 ) -> dict[str, str]:
     """Environment variables of the server.
 
@@ -87,6 +88,7 @@ def build_environment(
         base: the launching process's own.
         threads: `run.host_threads`' variables, for a server that computes on the CPU.
         gpus: the names of its GPUs (`run.devices`); None: all that this process may use.
+        gives_memory_back: whether it is to, of GPUs, when it is asked to.
 
     What belongs to the launching process's own distributed job (`RANK`, `MASTER_PORT`, …) is left out, so that a
     server started from inside one does not believe itself a member.
@@ -108,6 +110,10 @@ def build_environment(
     result["PYTHONUNBUFFERED"] = "1"
     result["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the margin of the context
     if environment.device != "cpu":
+        if gives_memory_back:
+            # Without it graphs stay where they are; and SGLang's memory saver refuses expandable segments.
+            result["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
+            result = without_expandable_segments(result)
         return result if gpus is None else result | {VISIBLE: ",".join(gpus)}
     result |= threads
     result |= {

@@ -20,6 +20,7 @@ from vespo_megatron.rollout_sglang.server.environment import Environment, build_
 from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args, first_gpu
 from vespo_megatron.rollout_sglang.server.ports import choose_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
+from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.run.devices import split, visible_gpus
 from vespo_megatron.run.host_threads import server_environment
 from vespo_megatron.run.network import interface_variables
@@ -33,10 +34,24 @@ class ServerGroup:
     Args:
         urls: of servers started here, or elsewhere.
         max_restarts: of each server.
+        start_lock: is held while servers start again; they wait while another has it, a trainer on their devices.
+        start_timeout_s: a server that starts again and is not ready within so many seconds is ended.
     """
 
-    def __init__(self, servers: list[ServerProcess], urls: list[str], *, max_restarts: int = 0) -> None:
+    def __init__(
+        self,
+        servers: list[ServerProcess],
+        urls: list[str],
+        *,
+        max_restarts: int = 0,
+        start_lock: StartLock | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
         self.servers, self.urls, self.max_restarts = servers, urls, max_restarts
+        self._start_lock, self._start_timeout_s = start_lock, start_timeout_s
+        self._starting: dict[ServerProcess, float] = {}
+        """Servers for which the lock is held, and until when."""
+        self._waiting: set[str] = set()
         self._given_up: set[str] = set()
 
     def restart_dead(self) -> None:
@@ -44,11 +59,15 @@ class ServerGroup:
 
         A server that died more than `max_restarts` times stays down. Raises `UserError` when none is left.
         """
+        if self._look_after_starts():
+            return
         for server in self.servers:
             if server.alive or server.url in self._given_up:
                 continue
             told = f"server {server.url} died"
             if server.restarts < self.max_restarts:
+                if not self._may_start(server):
+                    continue
                 dead = server.log
                 server.restart()
                 print(f"{told} (see {dead}); restart {server.restarts} of {self.max_restarts}", flush=True)
@@ -56,6 +75,37 @@ class ServerGroup:
                 self._given_up.add(server.url)
                 self.check()
                 print(f"{told} and stays down: it was restarted {server.restarts} times; see {server.log}", flush=True)
+
+    def _may_start(self, server: ServerProcess) -> bool:
+        if self._start_lock is None:
+            return True
+        if not self._start_lock.try_acquire():
+            if server.url not in self._waiting:
+                print(f"server {server.url} died; it starts again when the trainer leaves its devices", flush=True)
+            self._waiting.add(server.url)
+            return False
+        self._waiting.discard(server.url)
+        self._starting[server] = time.monotonic() + self._start_timeout_s
+        return True
+
+    def _look_after_starts(self) -> bool:
+        """Give the lock back when every server that was started again is ready, or has ended; whether that was now.
+
+        A trainer that waits for it has it then before the next attempt.
+        """
+        if not self._starting:
+            return False
+        for server, deadline in list(self._starting.items()):
+            if server.alive and time.monotonic() > deadline:
+                print(f"server {server.url} was not ready within {self._start_timeout_s:g} s and is ended", flush=True)
+                server.stop()
+            if not server.alive or server.answers():
+                del self._starting[server]
+        if self._starting:
+            return False
+        if self._start_lock is not None:
+            self._start_lock.release()
+        return True
 
     def check(self) -> None:
         """Raise `UserError` naming the last server that died, with the end of its log, when none is left."""
@@ -93,6 +143,8 @@ class ServerGroup:
             server.ask_to_stop()
         for server in self.servers:
             server.stop()
+        if self._start_lock is not None:
+            self._start_lock.release()
 
     def __enter__(self) -> ServerGroup:
         return self
@@ -130,7 +182,14 @@ def launch_servers(
         check_exchange(python, sys.executable, config.weight_transport)
     gpus = _gpus(recipe, found, beside_trainer)
     deadline = time.monotonic() + config.startup_timeout
-    group = ServerGroup([], [], max_restarts=config.max_restarts)
+    group = ServerGroup(
+        [],
+        [],
+        # Who starts servers elsewhere does not know when the trainer is away from their devices.
+        max_restarts=config.max_restarts if beside_trainer or not config.colocated else 0,
+        start_lock=StartLock(run_dir) if config.colocated else None,
+        start_timeout_s=config.startup_timeout,
+    )
     try:
         for index, port in enumerate(ports):
             flags = build_flags(recipe, shape, found, port=port, index=index)
@@ -143,6 +202,7 @@ def launch_servers(
                 threads=server_environment(recipe),
                 tensor_parallel_size=config.tensor_parallel_size,
                 gpus=gpus[index],
+                gives_memory_back=config.colocated,
             )
             command = [python, "-m", "vespo_megatron.rollout_sglang.plugin.launch_sglang", *flags]
             group.servers.append(ServerProcess(url, command, environment, log))
