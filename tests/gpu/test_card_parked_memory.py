@@ -86,11 +86,9 @@ def measure(folder: str, store: str, precision: str, queue: Any) -> None:
         before = [tensor.cpu() for tensor in state()]
         torch.cuda.synchronize()
         answers["here"] = torch.cuda.memory_allocated()
-        free, _ = torch.cuda.mem_get_info()
         policy.memory.park("gradients", "optimizer")
         policy.memory.park("parameters")
         answers["away"], answers["reserved"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        answers["given back"] = torch.cuda.mem_get_info()[0] - free
         policy.memory.restore()
         answers["after"] = torch.cuda.memory_allocated()
         pairs = zip(before, state(), strict=True)
@@ -103,7 +101,7 @@ def measure(folder: str, store: str, precision: str, queue: Any) -> None:
 @pytest.mark.cuda
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_the_device_has_the_memory_until_it_is_taken_back(precision, tmp_path):
+def test_the_device_has_the_memory_until_it_is_taken_back(precision, tmp_path, note):
     write_model(str(tmp_path / "model"))
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -113,9 +111,9 @@ def test_the_device_has_the_memory_until_it_is_taken_back(precision, tmp_path):
     process.start()
     found = queue.get(timeout=240)
     process.join(30)
+    note(**found)
     assert found["equal 0"] and found["equal 1"]
     assert found["needed"] > 1000 * MIB
     assert found["away"] < 0.1 * found["here"], "near zero: workspaces and the batch are left"
     assert found["reserved"] < 0.15 * found["here"]
-    assert found["given back"] > 0.9 * found["needed"]
     assert abs(found["after"] - found["here"]) < 0.05 * found["here"]
