@@ -35,7 +35,7 @@ def _figure(name: str, what: str, script: str, small: str = "", seconds: float =
     return Part(name, what, command, seconds, on_gpu=("--record",), on_cpu=tuple(shlex.split(small)))
 
 
-def _tests(name: str, what: str, *arguments: str, seconds: float = 150.0) -> Part:
+def _tests(name: str, what: str, *arguments: str, seconds: float = 115.0) -> Part:
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5", *arguments)
     return Part(name, what, command, seconds, together=True, on_gpu=("-m", "cuda or not cuda"))
 
