@@ -119,7 +119,7 @@ def build(engine, **settings):
     logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
     controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)
     exporter = SimpleNamespace(stream=lambda: iter(["tensor"] * 4))
-    policy = SimpleNamespace(exporter=exporter, rank_info=SimpleNamespace(rank=0), updates_taken=0)
+    policy = SimpleNamespace(exporter=exporter, rank_info=SimpleNamespace(rank=0), updates_taken=0, memory=None)
     link = LinkOfOne(policy, controller, None)
     link.weight_version = 5
     return link, controller

@@ -36,7 +36,8 @@ GPUS = {
 USABLE_MEMORY = 0.92
 """Of the device: the rest is CUDA's context, NCCL's buffers and what the allocator cannot give out."""
 TRAINING_MFU = 0.25
-"""Assumed model FLOPs utilisation. Not measured: no GPU run of this project stands behind it; `--mfu` changes it."""
+"""Assumed model FLOPs utilisation. One H100 alone reached 30% to 37% with native layers (docs/gpu.md); over several of
+them communication takes its share, which has not been measured. `--mfu` changes it."""
 DECODE_BANDWIDTH = 0.5
 """Assumed share of memory bandwidth that decoding reaches."""
 
