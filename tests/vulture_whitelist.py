@@ -18,5 +18,5 @@ _().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().redirect_r
 # By its path (test_how_to_add.py); Jinja templates; a checkpoint's layout, which is every `…_size` of RankInfo.
 _().length_reward, _().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.
-_().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
+_().allow_tf32, _().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
 _().protocol_version, _().pre_tokenizer, _().on_step_end, _().reduction, _()._tensors

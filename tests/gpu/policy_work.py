@@ -19,8 +19,6 @@ import layout_work  # noqa: E402
 from vespo_megatron.megatron import parallel  # noqa: E402
 from vespo_megatron.megatron.policy import MegatronPolicy  # noqa: E402
 
-BACKEND = {"cuda": "nccl", "cpu": "gloo"}
-
 
 @contextlib.contextmanager
 def policy(

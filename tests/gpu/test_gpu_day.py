@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_day  # noqa: E402
 from benchmarks.gpu_parts import PARTS, Part  # noqa: E402
+from vespo_megatron.megatron import parallel  # noqa: E402
 
 FIGURES = [part for part in PARTS if "--record" in part.on_gpu]
 
@@ -73,5 +74,8 @@ def test_a_figure_s_script_runs_small(part, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     script, *arguments = part.command("cpu")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        parallel.finalize()  # a script's process would end here
     assert "|---" in capsys.readouterr().out
