@@ -12,6 +12,7 @@
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-wheel     the wheel in an empty environment, by pip from an index: torch and NumPy, none of the stack
 #   make test-triton    GPU kernels in Triton's interpreter, and compiled for an H100; installs Triton (285 MB)
+#   make test-gpu       on a CUDA device, in one process: layers, kernels, updates, checkpoints against references
 #   make lint    ruff, its format, types (mypy), dead code (vulture), import contracts; each a target of its own
 #   make venv    install only
 
@@ -29,7 +30,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-browser test-nemo test-wheel test-triton nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
+.PHONY: train test test-nightly test-slurm test-browser test-nemo test-wheel test-triton test-gpu nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -68,6 +69,9 @@ test-wheel: $(STAMP)
 test-triton: $(STAMP)
 	$(PIP) --no-deps triton==3.9.0
 	$(BIN)/python -m pytest -m triton tests/losses tests/parallel
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m "cuda or not cuda" tests/gpu $(PYTEST_ARGS)
 
 nightly: test-nightly properties fuzz study-smoke
 

@@ -26,13 +26,18 @@ from vespo_megatron.megatron.parameter_marks import marks
 
 
 class _Groups:
-    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side."""
+    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side.
 
-    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor) -> None:
-        # _grouped_mm takes bfloat16 only there. This branch has not run on a GPU yet.
-        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16
+    On a GPU `_grouped_mm` takes bfloat16, some rows, and matrices whose rows begin on 16 bytes: `widths` are how long
+    those of every factor are.
+    """
+
+    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, *widths: int) -> None:
+        fits = like.dtype is torch.bfloat16 and len(like) > 0 and all(width % 8 == 0 for width in widths)
+        self.on_device = like.device.type != "cpu" and fits
         if self.on_device:
-            self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
+            counts = tokens_per_expert.to(like.device, non_blocking=True)
+            self.ends = counts.cumsum(0, dtype=torch.int32)
             return
         ends = tokens_per_expert.cumsum(0).tolist()
         rows = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -71,7 +76,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc2: torch.Tensor,
         tokens_per_expert: torch.Tensor,
     ) -> torch.Tensor:
-        groups = _Groups(tokens_per_expert, x)
+        groups = _Groups(tokens_per_expert, x, *fc2.shape[1:])
         gate_up = groups.product(x, fc1.transpose(1, 2))
         gate, up = gate_up.chunk(2, dim=1)
         active = F.silu(gate).mul_(up).mul_(probs[:, None].to(x.dtype))
