@@ -67,3 +67,26 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     found = found.detach().to(wanted.device).double()
     size = float(wanted.norm()) or 1.0
     return float((found - wanted).norm()) / size
+
+
+@pytest.fixture(scope="module")
+def rank_info(device, tmp_path_factory):
+    """This process alone in a process group and in megatron-core's parallel state; gone after the module."""
+    from vespo_megatron.megatron import parallel
+    from vespo_megatron.recipe.schema import MegatronConfig
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    store = f"file://{tmp_path_factory.mktemp('store')}/store"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in alone.items():
+            patch.setenv(name, value)
+        yield parallel.initialize(MegatronConfig(), seed=1, device=device, init_method=store)
+        parallel.finalize()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The tiny checkpoint of `gpu_policy`."""
+    from gpu_policy import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("gpu_checkpoint"))

@@ -85,9 +85,8 @@ def test_sums(lengths, dtype, masked, device, generator):
         ours, host_sum = getattr(found, name), getattr(wanted, name)
         assert torch.equal(ours.nan_to_num(7.0), getattr(again, name).nan_to_num(7.0)), f"{name}: not the same twice"
         exact = 1e-12 if dtype is torch.float64 else 1e-5
-        torch.testing.assert_close(
-            ours.cpu(), host_sum, rtol=exact, atol=exact * 2000, equal_nan=True, msg=lambda text: f"{name}: {text}"
-        )
+        what = f"{name}: {{}}".format
+        torch.testing.assert_close(ours.cpu(), host_sum, rtol=exact, atol=exact * 2000, equal_nan=True, msg=what)
     values = torch.randn(len(lengths), generator=generator, dtype=dtype)
     for out in {torch.float32: (dtype, torch.bfloat16), torch.float64: (dtype,)}[dtype]:
         spread = expand(here, values.to(device), there[2], out)

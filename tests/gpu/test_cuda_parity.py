@@ -1,0 +1,61 @@
+"""The policy on the device against transformers on the host: log-probs, entropies, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_policy import Transformers, by_sample, gradients, make_batch, make_policy, micro_batches
+
+HOST = torch.device("cpu")
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_grouped_gemm": False}, {"moe_token_dispatcher_type": "allgather"}])
+def test_float32_is_transformers_float32(changes, rank_info, folder, close):
+    policy, batch = make_policy(folder, rank_info, **changes), make_batch()
+    assert not torch.backends.cuda.matmul.allow_tf32
+    batches = micro_batches(policy, batch)
+    found = by_sample(batches, policy.log_probs(batches))
+    theirs = Transformers(folder, torch.float64, HOST, rounded=False)
+    for name, wanted in theirs.scores(batch).items():
+        close(f"scores of {name}", found[name], wanted, 5e-6)
+    wanted = theirs.gradients(batch)
+    ours = gradients(policy, batches)
+    assert ours.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        close(f"gradient of {name}", ours[name], gradient, 1e-4)
+
+
+def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> torch.Tensor:
+    """|log-prob − the exact one| of every token."""
+    return torch.cat([(found[name].cpu().double() - wanted[name].double())[0].abs() for name in wanted])
+
+
+def test_bfloat16_is_as_near_as_transformers_bfloat16(device, rank_info, folder, record):
+    """Both against float64 at the same, rounded, weights. Medians, since a token whose experts flip is far off."""
+    policy, batch = make_policy(folder, rank_info, "bfloat16"), make_batch(lengths=((4, 60),) * 8)
+    batches = micro_batches(policy, batch)
+    exact = Transformers(folder, torch.float64, HOST, rounded=True)
+    wanted = exact.scores(batch)
+    ours = errors(by_sample(batches, policy.log_probs(batches)), wanted)
+    theirs = errors(Transformers(folder, torch.bfloat16, device, rounded=True).scores(batch), wanted)
+    record("median of ours", float(ours.median()))
+    record("median of transformers'", float(theirs.median()))
+    assert ours.isfinite().all()
+    assert ours.median() <= 1.3 * theirs.median(), f"{ours.median():.3g} where transformers has {theirs.median():.3g}"
+    assert ours.mean() <= 2 * theirs.mean(), f"{ours.mean():.3g} where transformers has {theirs.mean():.3g}"
+
+
+def test_bfloat16_gradients_are_as_near_as_transformers_bfloat16(device, rank_info, folder, record):
+    policy, batch = make_policy(folder, rank_info, "bfloat16"), make_batch()
+    ours = gradients(policy, micro_batches(policy, batch))
+    wanted = Transformers(folder, torch.float64, HOST, rounded=True).gradients(batch)
+    theirs = Transformers(folder, torch.bfloat16, device, rounded=True).gradients(batch)
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        """Of all weights together."""
+        apart = sum(float((found[name].cpu().double() - wanted[name].double()).square().sum()) for name in wanted)
+        return (apart / sum(float(each.double().square().sum()) for each in wanted.values())) ** 0.5
+
+    record("ours", error(ours))
+    record("transformers'", error(theirs))
+    assert error(ours) <= 1.5 * error(theirs), f"{error(ours):.3g} where transformers has {error(theirs):.3g}"
