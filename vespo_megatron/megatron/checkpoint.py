@@ -82,8 +82,8 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
-        for moments in part.optimizer.state.values():  # distrib_optimizer.py:829 gives all one tensor to count in
-            moments["step"] = moments["step"].clone()
+        for parameter, moments in part.optimizer.state.items():  # distrib_optimizer.py:829 gives all one, on the host
+            moments["step"] = moments["step"].to(parameter.device, copy=True)
     if same_layout:
         _set_rng_state(loaded["rng"])
 
@@ -161,7 +161,7 @@ def _make_moments(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),  # a fused Adam counts beside its parameter
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -192,6 +192,8 @@ def _rng_state(policy: MegatronPolicy) -> ShardedObject:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["host"])
+    if state["device"].shape != torch.cuda.get_rng_state().shape:
+        return  # saved on another kind of device, whose generators are not this one's
     torch.cuda.set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["regions"])
 
