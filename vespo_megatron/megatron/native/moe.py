@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from vespo_megatron.megatron.native.dispatch import LocalDispatcher
 from vespo_megatron.megatron.native.experts import GroupedExperts
 from vespo_megatron.megatron.parameter_marks import marks
 
@@ -70,6 +71,8 @@ class NativeMoELayer(MoELayer):
             layer_number=layer_number,
             pg_collection=pg_collection,
         )
+        if LocalDispatcher.can_replace(self.token_dispatcher) and next(self.experts.parameters()).is_cuda:
+            self.token_dispatcher = LocalDispatcher.of(self.token_dispatcher)
         for parameter in self.experts.parameters():
             # "Reduce over expert data parallel ranks": upstream says so for EP > 1 only (layers.py:863), and with
             # TP > 1, EP = ETP = 1 never sums what the tensor parallel ranks' different tokens contribute.

@@ -1,0 +1,90 @@
+"""The micro-batches of an update never wait for the device: the host prepares work while the device does it.
+
+From the first forward of an update to the end of its last backward, nothing reads a value. After that the policy looks
+whether its gradients are finite, and the optimizer at their norm; before it micro-batches are copied to the device.
+Not covered: expert parallel sizes above one, where megatron-core's dispatcher fetches the experts' counts for its
+all-to-all in every layer; and passes that record routes, which fetch them once for every micro-batch.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_policy import linear_loss, make_batch, make_policy, micro_batches
+
+from vespo_megatron.losses import Normalizer
+from vespo_megatron.megatron.native.dispatch import LocalDispatcher
+from vespo_megatron.megatron.policy import RouteUse
+from vespo_megatron.recipe.schema import LossConfig
+from vespo_megatron.routing_replay.table import slice_routes
+from vespo_megatron.trainer.objective import Objective
+
+# isort: split
+from megatron.core.utils import get_model_config
+
+pytestmark = pytest.mark.cuda
+
+
+def unwaiting(policy) -> None:
+    """A wait for the device between the first forward and the end of the last backward is an error."""
+    policy.on_progress = lambda: torch.cuda.set_sync_debug_mode("error")
+    config = get_model_config(policy.chunks[0])
+    finalize = config.finalize_model_grads_func
+
+    def look_again(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+        return finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = look_again
+
+
+@pytest.fixture(autouse=True)
+def default_mode():
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_mode_sees_a_wait(device):
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(3, device=device).sum().item()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("replay", [False, True])
+def test_forward_and_backward(replay, recompute, rank_info, folder):
+    policy = make_policy(folder, rank_info, "bfloat16", activation_checkpointing=recompute)
+    assert any(isinstance(each, LocalDispatcher) for each in dispatchers(policy))
+    batches = micro_batches(policy, make_batch(routed=True))
+    use = RouteUse()
+    if replay:
+        for each in batches:
+            samples = each.batch.samples
+            each.engine_routes = slice_routes(samples, each.layout, policy.moe_layers, topk=2, num_experts=8)
+        use = RouteUse("replay", lambda each: (each.engine_routes, None))
+    policy.update(batches, linear_loss, routes=use)  # what is made once may wait: cuBLAS's workspace, Triton's kernels
+    unwaiting(policy)
+    result = policy.update(batches, linear_loss, routes=use)
+    assert result.succeeded and torch.cuda.get_sync_debug_mode() == 0
+
+
+def dispatchers(policy):
+    layers = [module for chunk in policy.chunks for module in chunk.modules()]
+    return [module.token_dispatcher for module in layers if hasattr(module, "token_dispatcher")]
+
+
+@pytest.mark.parametrize("name", ["vespo", "grpo", "gspo", "reinforce"])
+@pytest.mark.parametrize("behavior", ["rollout", "recompute"])
+def test_objectives(name, behavior, rank_info, folder):
+    policy = make_policy(folder, rank_info, "bfloat16")
+    batches = micro_batches(policy, make_batch())
+    if behavior == "recompute":
+        for each, output in zip(batches, policy.log_probs(batches), strict=True):
+            each.old_log_probs = output[0].clone()
+    objective = Objective(LossConfig(name=name), behavior, max_lag=None)
+    normalizer = Normalizer.from_lengths([len(s.response_ids) for each in batches for s in each.batch.samples])
+    loss = objective.loss_function(normalizer)
+    policy.update(batches, loss)
+    unwaiting(policy)
+    assert policy.update(batches, loss).reports
+    assert torch.cuda.get_sync_debug_mode() == 0
