@@ -44,9 +44,10 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert torch.equal(found[name], tensor), f"{name} differs by up to {apart:.3g}"
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_going_on_is_the_same_to_the_last_bit(precision, sharded, deterministic, rank_info, folder, tmp_path):
+def test_going_on_is_the_same_to_the_last_bit(precision, sharded, rank_info, folder, tmp_path):
     settings = {"optimizer.use_distributed_optimizer": sharded}
     policy = make_policy(folder, rank_info, precision, **settings)
     batches = micro_batches(policy, make_batch())

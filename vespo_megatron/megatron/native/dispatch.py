@@ -79,9 +79,9 @@ class LocalDispatcher(MoETokenDispatcher):
         self._shape = tokens.shape
         experts = routing_map.int().topk(self.config.moe_router_topk, dim=1).indices.sort(dim=1).values
         self._counts = routing_map.sum(dim=0)
-        # Where a token's row is among those of an expert, and where those begin.
-        place = routing_map.cumsum(0) - 1 + (self._counts.cumsum(0) - self._counts)
-        self._place = place.gather(1, experts)
+        # One count of all choices, expert by expert: what it is at a choice says where its row is.
+        count = routing_map.t().reshape(-1).cumsum(0, dtype=torch.int32).view(routing_map.shape[::-1]).t()
+        self._place = count.gather(1, experts).long() - 1
         numbers = torch.arange(self._place.numel(), device=tokens.device)
         self._choice = torch.empty_like(numbers).scatter_(0, self._place.flatten(), numbers)
         rows = _Spread.apply(tokens.reshape(-1, self._shape[-1]), self._choice, self._place)

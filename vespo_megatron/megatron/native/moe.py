@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from vespo_megatron.megatron.native.dispatch import LocalDispatcher
@@ -46,6 +47,8 @@ class TokenShardedRouter(TopKRouter):
 
 class NativeMoELayer(MoELayer):
     """`MoELayer` for any combination of tensor and sequence parallelism. Input and output as upstream's."""
+
+    token_dispatcher: MoETokenDispatcher
 
     def __init__(
         self,
