@@ -8,11 +8,13 @@ all-to-all in every layer; and passes that record routes, which fetch them once 
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from gpu_policy import linear_loss, make_batch, make_policy, micro_batches
 
-from vespo_megatron.losses import Normalizer
+from vespo_megatron.errors import UserError
+from vespo_megatron.losses import Normalizer, objective_names
 from vespo_megatron.megatron.native.dispatch import LocalDispatcher
 from vespo_megatron.megatron.policy import RouteUse
 from vespo_megatron.recipe.schema import LossConfig
@@ -73,18 +75,44 @@ def dispatchers(policy):
     return [module.token_dispatcher for module in layers if hasattr(module, "token_dispatcher")]
 
 
-@pytest.mark.parametrize("name", ["vespo", "grpo", "gspo", "reinforce"])
-@pytest.mark.parametrize("behavior", ["rollout", "recompute"])
-def test_objectives(name, behavior, rank_info, folder):
+def configurations() -> dict[str, tuple[LossConfig, str]]:
+    """Every objective whose loss looks at no other micro-batch, and one with a correction of the mismatch."""
+    waits = ("minpro", "bapo", "m2po", "clip_cov", "kl_cov")
+    found = {
+        f"{name}, {behavior}": (LossConfig(name=name), behavior)
+        for name in objective_names()
+        if name not in waits
+        for behavior in ("rollout", "recompute")
+    }
+    correction = {"weight": "tis", "high": 2.0, "normalize": True}
+    found["corrected"] = (LossConfig(name="grpo", correction=correction), "recompute")
+    return found
+
+
+def test_objectives(rank_info, folder):
+    """With what an asynchronous run reports by lag, and with KL and entropy terms."""
     policy = make_policy(folder, rank_info, "bfloat16")
-    batches = micro_batches(policy, make_batch())
-    if behavior == "recompute":
-        for each, output in zip(batches, policy.log_probs(batches), strict=True):
-            each.old_log_probs = output[0].clone()
-    objective = Objective(LossConfig(name=name), behavior, max_lag=None)
-    normalizer = Normalizer.from_lengths([len(s.response_ids) for each in batches for s in each.batch.samples])
-    loss = objective.loss_function(normalizer)
-    policy.update(batches, loss)
-    unwaiting(policy)
-    assert policy.update(batches, loss).reports
-    assert torch.cuda.get_sync_debug_mode() == 0
+    batch = make_batch()
+    batch.lags = np.arange(len(batch)) % 3
+    batches = micro_batches(policy, batch)
+    for each, output in zip(batches, policy.log_probs(batches), strict=True):
+        each.old_log_probs = each.ref_log_probs = output[0].clone()
+    normalizer = Normalizer.from_lengths([len(sample.response_ids) for sample in batch.samples])
+    finalize = get_model_config(policy.chunks[0]).finalize_model_grads_func
+    failures = {}
+    for name, (config, behavior) in configurations().items():
+        try:
+            objective = Objective(config, behavior, max_lag=2)
+        except UserError:  # an objective that has no meaning without π_old
+            continue
+        loss = objective.loss_function(normalizer)
+        policy.compute_gradients(batches, loss)  # what is made once may wait
+        unwaiting(policy)
+        try:
+            assert policy.compute_gradients(batches, loss)
+        except RuntimeError as error:
+            failures[name] = str(error).splitlines()[0]
+        torch.cuda.set_sync_debug_mode("default")
+        get_model_config(policy.chunks[0]).finalize_model_grads_func = finalize
+        policy.on_progress = lambda: None
+    assert not failures
