@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -69,19 +69,30 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm()) / size
 
 
-@pytest.fixture(scope="module")
-def rank_info(device, tmp_path_factory):
-    """This process alone in a process group and in megatron-core's parallel state; gone after the module."""
+def _joined(device: torch.device, folder) -> Iterator[object]:
+    """This process alone in a process group and in megatron-core's parallel state."""
     from vespo_megatron.megatron import parallel
     from vespo_megatron.recipe.schema import MegatronConfig
 
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    store = f"file://{tmp_path_factory.mktemp('store')}/store"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in alone.items():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
             patch.setenv(name, value)
-        yield parallel.initialize(MegatronConfig(), seed=1, device=device, init_method=store)
+        yield parallel.initialize(MegatronConfig(), seed=1, device=device, init_method=f"file://{folder}/store")
         parallel.finalize()
+
+
+@pytest.fixture(scope="session")
+def lasting_rank_info(device, tmp_path_factory):
+    yield from _joined(device, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def rank_info(device, request, tmp_path_factory):
+    """Where other folders' tests follow it is gone after the module; NCCL takes seconds to start, and stays."""
+    if device.type == "cuda":
+        yield request.getfixturevalue("lasting_rank_info")
+    else:
+        yield from _joined(device, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_policy import Transformers, by_sample, gradients, make_batch, make_policy, micro_batches
+from gpu_policy import Transformers, by_sample, gradients, make_batch, make_checkpoint, make_policy, micro_batches
 
 HOST = torch.device("cpu")
 
@@ -30,11 +30,28 @@ def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> t
     return torch.cat([(found[name].cpu().double() - wanted[name].double())[0].abs() for name in wanted])
 
 
-def test_bfloat16_is_as_near_as_transformers_bfloat16(device, rank_info, folder, record):
+WIDE = dict(
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=128,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
+    num_experts=32,
+    num_experts_per_tok=8,
+)
+"""Nearer to the shapes of real models; in transformers' float64 too slow for the host."""
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("wide", marks=pytest.mark.cuda)])
+def test_bfloat16_is_as_near_as_transformers_bfloat16(size, device, rank_info, folder, record, tmp_path):
     """Both against float64 at the same, rounded, weights. Medians, since a token whose experts flip is far off."""
-    policy, batch = make_policy(folder, rank_info, "bfloat16"), make_batch(lengths=((4, 60),) * 8)
+    lengths = ((4, 60),) * 8
+    if size == "wide":
+        folder, lengths = make_checkpoint(tmp_path, **WIDE), ((30, 220), (5, 240), (100, 100), (1, 37))
+    policy, batch = make_policy(folder, rank_info, "bfloat16"), make_batch(lengths=lengths)
     batches = micro_batches(policy, batch)
-    exact = Transformers(folder, torch.float64, HOST, rounded=True)
+    exact = Transformers(folder, torch.float64, device, rounded=True)
     wanted = exact.scores(batch)
     ours = errors(by_sample(batches, policy.log_probs(batches)), wanted)
     theirs = errors(Transformers(folder, torch.bfloat16, device, rounded=True).scores(batch), wanted)

@@ -27,6 +27,10 @@ def expected(start, steps_of_gradients, precision):
     return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}, norm
 
 
+OVERLAP = {
+    "distributed_data_parallel_config.overlap_grad_reduce": True,
+    "distributed_data_parallel_config.overlap_param_gather": True,
+}
 OFFLOAD = {"optimizer.optimizer_cpu_offload": True, "optimizer.optimizer_offload_fraction": 0.5}
 
 
@@ -36,9 +40,10 @@ OFFLOAD = {"optimizer.optimizer_cpu_offload": True, "optimizer.optimizer_offload
     [
         {"optimizer.use_distributed_optimizer": True},
         {"optimizer.use_distributed_optimizer": False},
+        OVERLAP,
         pytest.param(OFFLOAD, marks=pytest.mark.cuda),
     ],
-    ids=["sharded", "whole", "half of it on the host"],
+    ids=["sharded", "whole", "overlapped", "half of it on the host"],
 )
 def test_two_updates_are_those_of_adamw(how, precision, rank_info, folder, close):
     """Each from the gradients that the policy itself computes: the optimizer alone is judged."""
@@ -72,6 +77,15 @@ def test_recompute_gives_the_same_gradients(precision, bound, rank_info, folder,
     record("to the last bit", all(torch.equal(found[True][name], each) for name, each in found[False].items()))
     for name, gradient in found[False].items():
         close(f"gradient of {name}", found[True][name], gradient, bound)
+
+
+def test_gradients_kept_in_bfloat16(rank_info, folder, close):
+    """`grad_reduce_in_fp32: false`: what every kernel adds to is then narrower."""
+    narrow = {"distributed_data_parallel_config.grad_reduce_in_fp32": False}
+    wide, policy = make_policy(folder, rank_info, "bfloat16"), make_policy(folder, rank_info, "bfloat16", **narrow)
+    found, wanted = (gradients(each, micro_batches(each, make_batch())) for each in (policy, wide))
+    for name, gradient in wanted.items():
+        close(f"gradient of {name}", found[name], gradient, 2e-2)
 
 
 def test_a_gradient_that_is_not_finite_is_seen(rank_info, folder):
