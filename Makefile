@@ -12,7 +12,7 @@
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-wheel     the wheel in an empty environment, by pip from an index: torch and NumPy, none of the stack
 #   make test-triton    GPU kernels in Triton's interpreter, and compiled for an H100; installs Triton (285 MB)
-#   make test-gpu       on a CUDA device, in one process: layers, kernels, updates, checkpoints against references
+#   make test-gpu       what a GPU shows, on a machine that has one (benchmarks/gpu_day.py runs it too)
 #   make lint    ruff, its format, types (mypy), dead code (vulture), import contracts; each a target of its own
 #   make venv    install only
 

@@ -6,14 +6,17 @@
 TRL's is its own `GRPOTrainer._compute_loss`, on a stand-in trainer whose model pass returns the log-probs; the time of
 the two concatenations of token ids it does for that pass is measured apart and taken off. All sequences have the same
 length here, so that padding costs the others nothing. "Extra memory" is the peak above the inputs, the gradient
-included, measured in a process of its own. Cases take turns, so each finds memory as a training step would: what the
-last one freed has gone back to the system, and fresh pages cost whoever asks for them. The last table grows the
-responses at a fixed number of tokens.
+included, on a host measured in a process of its own. Cases take turns, so each finds memory as a training step would:
+what the last one freed has gone back to the system, and fresh pages cost whoever asks for them. One table grows the
+responses at a fixed number of tokens. On a GPU sizes grow until launching no longer matters; what is in its kernels
+alone, and what a CUDA graph of the same calls takes, is said beside the whole. TRL's case is left out where it is not
+installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -21,6 +24,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import devices  # noqa: E402
+from benchmarks import devices, kernels  # noqa: E402
 from benchmarks.results import record  # noqa: E402
 from vespo_megatron.losses import LossInputs, Normalizer, PolicyLossConfig, compute_policy_loss  # noqa: E402
 from vespo_megatron.losses.ratio_sums import ratio_sums  # noqa: E402
@@ -37,6 +41,10 @@ from vespo_megatron.losses.sequence import PackedSequences  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
 CASES = ("ours", "ours with full metrics", "TRL", "padded formula")
+BYTES_PER_TOKEN = 12
+"""Read log π and log μ, write the gradient."""
+GPU_SEQUENCES = (512, 4096, 16384, 65536)
+"""Of 4,096 tokens: 2, 16, 64 and 256 million of them; beyond the first no cache holds them."""
 
 
 def inputs(num_sequences: int, length: int, device: str) -> SimpleNamespace:
@@ -54,11 +62,12 @@ def inputs(num_sequences: int, length: int, device: str) -> SimpleNamespace:
     )
 
 
-def ours(data: SimpleNamespace, metrics: str) -> Step:
-    """`compute_policy_loss` on packed tensors."""
+def ours(data: SimpleNamespace, metrics: str, *, pinned: bool = False) -> Step:
+    """`compute_policy_loss` on packed tensors; `pinned` offsets can be copied in a CUDA graph."""
     config = PolicyLossConfig("vespo", metrics=metrics)
     normalizer = Normalizer(float(data.n * data.length), float(data.n))
     cu_seqlens = torch.arange(0, data.n * data.length + 1, data.length)
+    cu_seqlens = cu_seqlens.pin_memory() if pinned else cu_seqlens
 
     def step() -> torch.Tensor:
         given = LossInputs(
@@ -132,6 +141,11 @@ def trl(data: SimpleNamespace) -> tuple[Step, Step]:
     return lambda: GRPOTrainer._compute_loss(trainer, None, given), concatenations
 
 
+def cases() -> list[str]:
+    """Those that can run here."""
+    return [case for case in CASES if case != "TRL" or find_spec("trl")]
+
+
 def step_of(case: str, data: SimpleNamespace) -> Step:
     """The loss of a case."""
     if case == "TRL":
@@ -175,62 +189,55 @@ def peak_extra_bytes(case: str, num_sequences: int, length: int, device: str) ->
 
 
 def measured_apart(case: str, arguments: argparse.Namespace) -> int:
-    """`peak_extra_bytes` in a process of its own."""
+    """`peak_extra_bytes`, on a host in a process of its own."""
+    if arguments.device == "cuda":
+        return peak_extra_bytes(case, arguments.sequences, arguments.length, arguments.device)
     command = [sys.executable, __file__, "--memory-of", case, "--device", arguments.device]
     command += ["--sequences", str(arguments.sequences), "--length", str(arguments.length)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(found.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Measure, print, and with --record write to RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=512)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.default_device())
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
-    parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        print(peak_extra_bytes(arguments.memory_of, arguments.sequences, arguments.length, arguments.device))
-        return
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tokens = arguments.sequences * arguments.length
+def against_the_others(arguments: argparse.Namespace) -> list[str]:
+    """The cases against each other, and longer responses, at `arguments.sequences`."""
+    tokens, names = arguments.sequences * arguments.length, cases()
     data = inputs(arguments.sequences, arguments.length, arguments.device)
-    runs = {case: forward_backward(data, step_of(case, data)) for case in CASES}
-    runs["concatenations"] = trl(data)[1]
-    time_of = seconds(runs, arguments.device, arguments.repeats)
-    time_of["TRL"] -= time_of.pop("concatenations")
+    runs = {case: forward_backward(data, step_of(case, data)) for case in names}
+    timed = dict(runs)
+    if "TRL" in names:
+        timed["concatenations"] = trl(data)[1]
+    time_of = seconds(timed, arguments.device, arguments.repeats)
+    if "TRL" in names:
+        time_of["TRL"] -= time_of.pop("concatenations")
     memory_of, gradient_of = {}, {}
-    for case in CASES:
+    for case in names:
         runs[case]()
         gradient_of[case] = data.log_probs.grad.clone()
         memory_of[case] = measured_apart(case, arguments)
-    for case in CASES:
+    for case in names:
         torch.testing.assert_close(gradient_of[case], gradient_of["padded formula"], rtol=1e-3, atol=1e-12)
+    rival = "TRL" if "TRL" in names else "padded formula"
+    whose = "TRL's" if rival == "TRL" else "the formula's (TRL is not installed)"
     lines = [
         f"{arguments.sequences} × {arguments.length} tokens, float32, {arguments.device}, "
         f"{torch.get_num_threads()} threads, median of {arguments.repeats} rounds, cases in turn; all gradients agree.",
         "",
-        "| loss | time (ms) | M tokens/s | throughput / TRL's | peak extra memory (MiB) | memory / TRL's |",
+        f"| loss | time (ms) | M tokens/s | throughput / {whose} | peak extra memory (MiB) | memory / {whose} |",
         "|---|---|---|---|---|---|",
     ]
-    for case in CASES:
+    for case in names:
         took, memory = time_of[case], memory_of[case]
         lines.append(
-            f"| {case} | {took * 1e3:.2f} | {tokens / took / 1e6:.0f} | {time_of['TRL'] / took:.2f} "
-            f"| {memory / 2**20:.1f} | {memory / memory_of['TRL']:.2f} |"
+            f"| {case} | {took * 1e3:.2f} | {tokens / took / 1e6:.0f} | {time_of[rival] / took:.2f} "
+            f"| {memory / 2**20:.1f} | {memory / memory_of[rival]:.2f} |"
         )
     source, target = torch.empty_like(data.behavior_log_probs), torch.empty_like(data.behavior_log_probs)
     copy = seconds({"copy": lambda: target.copy_(source)}, arguments.device, arguments.repeats)["copy"]
-    least = 12 * tokens  # read π and μ, write the gradient
+    least = BYTES_PER_TOKEN * tokens
     lines += [
         "",
-        f"Copy: {8 * tokens / copy / 1e9:.0f} GB/s. The loss must move 12 bytes per token (read log π and log μ, write "
-        f"the gradient): ours {least / time_of['ours'] / 1e9:.1f} GB/s, "
+        f"Copy: {8 * tokens / copy / 1e9:.0f} GB/s. The loss must move {BYTES_PER_TOKEN} bytes per token (read log π "
+        f"and log μ, write the gradient): ours {least / time_of['ours'] / 1e9:.1f} GB/s, "
         f"{least / time_of['ours'] / (8 * tokens / copy):.0%} of the copy.",
         "",
         "| response length | sequences | ours (ms) | sequence sums alone (ms) |",
@@ -250,10 +257,84 @@ def main() -> None:
         }
         took = seconds(runs, arguments.device, arguments.repeats)
         lines.append(f"| {length} | {grown.n} | {took['loss'] * 1e3:.2f} | {took['sums'] * 1e3:.2f} |")
+    return lines
+
+
+def larger_on_gpu(length: int) -> list[str]:
+    """Ours at sizes that no cache holds, against the copy of as many bytes."""
+    ceilings = devices.ceilings("cuda")
+    empty = torch.zeros(1, device="cuda")
+    lines = [
+        "",
+        f"{ceilings} One kernel that does nothing takes {devices.event_seconds(empty.zero_) * 1e6:.1f} µs after "
+        f"another, {devices.median_seconds('cuda', empty.zero_) * 1e6:.1f} µs waited for.",
+        "",
+        "| M tokens | floor (µs) | waited for (µs) | one after another (µs) | kernels | busy (µs) | graph (µs) "
+        "| copy's share: waited for | one after another | busy | graph |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for sequences in GPU_SEQUENCES:
+        data = inputs(sequences, length, "cuda")
+        run = forward_backward(data, ours(data, "none"))
+        floor = ceilings.floor(nbytes=BYTES_PER_TOKEN * sequences * length)
+        waited, queued = devices.median_seconds("cuda", run), devices.event_seconds(run)
+        found, replayed = kernels.trace(run), graph_seconds(data)
+        times = (waited, queued, found.busy, replayed)
+        shown = [f"{time * 1e6:.0f}" for time in times]
+        shown.insert(2, str(found.launches))
+        lines.append(
+            f"| {sequences * length / 1e6:.0f} | {floor * 1e6:.0f} | {' | '.join(shown)} "
+            f"| {' | '.join(f'{floor / time:.0%}' for time in times)} |"
+        )
+        table = found.table(6)
+        del data, run
+        gc.collect()
+        devices.release("cuda")
+    return [*lines, "", "The kernels of the largest:", "", table]
+
+
+def graph_seconds(data: SimpleNamespace) -> float:
+    """Seconds of a replay of the same calls; NaN where they cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    run = forward_backward(data, ours(data, "none", pinned=True))
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"no graph: {str(error).splitlines()[0]}")
+        return math.nan
+    return devices.event_seconds(graph.replay)
+
+
+def main() -> None:
+    """Measure, print, and with --record write to RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.default_device())
+    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's default")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
+    parser.add_argument("--memory-of", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(peak_extra_bytes(arguments.memory_of, arguments.sequences, arguments.length, arguments.device))
+        return
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    lines = against_the_others(arguments)
+    if arguments.device == "cuda":
+        lines += larger_on_gpu(arguments.length)
     text = "\n".join(lines)
     print(text)
     if arguments.record:
-        record(f"VESPO loss on {arguments.device}", text)
+        record(f"VESPO loss on {devices.name(arguments.device)}", text)
 
 
 if __name__ == "__main__":

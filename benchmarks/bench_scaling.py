@@ -124,7 +124,10 @@ def step_seconds(case: Case, model: Path, rank_info, layout) -> float:
             "policy.megatron_cfg": layout,
         }
     )
-    policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn)
+    policy, objective = (
+        MegatronPolicy(recipe.policy, rank_info, total_updates=1000),
+        Objective(recipe.loss_fn, recipe.behavior),
+    )
     chance, half = np.random.default_rng(0), case.length // 2
     samples = [
         Sample(

@@ -1,149 +1,185 @@
 """MFU of some layers of Qwen3-30B-A3B at their real widths on one GPU, with the native layers: an update of VESPO.
 
-    python benchmarks/bench_slice.py [--layers 4] [--record]
+    python benchmarks/bench_slice.py [--layers 2 4] [--record]
 
 Embedding, output layer and vocabulary are the model's own, the weights random, the micro-batches packed to 16,384
 tokens of sequences with a long tail, the step the trainer's own: packing, slicing, forward, backward, optimizer,
-metrics. Model FLOPs are counted as in `throughput/mfu`. On a CPU the widths are a sixteenth, so that the script itself
-can be tried; what it says there is no MFU.
+metrics. Model FLOPs are counted as in `throughput/mfu`; the floor is their time at the rate of a square product,
+measured in the same process. Two numbers of layers give the time of one more layer and the rest, and from these the
+update of all 48 layers, as if they fit. On a CPU the widths are a sixteenth, so that the script itself can be tried;
+what it says there is no MFU.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import gc
 import statistics
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import devices  # noqa: E402
+from benchmarks import devices, kernels, slice_model  # noqa: E402
 from benchmarks.results import record  # noqa: E402
 
-PACK_TOKENS = 16384
+OPTIMIZER_BYTES = 38
+"""A parameter's: norm reads 4 of gradient; Adam reads 16 and writes 12; the copy reads 4 and writes 2."""
 
 
-def make_model(layers: int, share: int, folder: Path) -> None:
-    """Qwen3-30B-A3B's config.json with `layers` of its 48 layers and widths over `share`."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+@dataclass(frozen=True)
+class Measured:
+    """Of one number of layers; seconds."""
 
-    config = Qwen3MoeConfig(
-        vocab_size=151936 // share,
-        hidden_size=2048 // share,
-        intermediate_size=6144 // share,
-        moe_intermediate_size=768 // share,
-        num_hidden_layers=layers,
-        num_attention_heads=32 // min(share, 8),
-        num_key_value_heads=4,
-        head_dim=128 // share,
-        num_experts=128 // share,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        mlp_only_layers=[],
-        max_position_embeddings=PACK_TOKENS,
-        rope_theta=1e6,
-        dtype=torch.bfloat16,
-    )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    layers: int
+    parameters: int
+    num_tokens: int
+    update: float
+    optimizer: float
+    flops: int
+    flops_of_all_layers: int
+    memory: int
+    trace: kernels.Trace | None
+    finite: bool
+    """The last gradients."""
 
 
-def make_batch(packs: int, tokens: int, vocabulary: int):
-    """Responses log-normal in length, prompts of a sixteenth of the pack; about `packs` micro-batches of `tokens`."""
-    from vespo_megatron.data.batch import Batch
-    from vespo_megatron.data.sample import Sample
-
-    chance, samples, prompt = np.random.default_rng(0), [], tokens // 64
-    while sum(sample.num_tokens for sample in samples) < 0.95 * packs * tokens:
-        length = int(np.clip(chance.lognormal(np.log(tokens / 8), 0.8), 16, tokens - prompt))
-        name = str(len(samples))
-        samples.append(
-            Sample(
-                sample_id=name,
-                prompt_id=name,
-                prompt_ids=chance.integers(3, vocabulary, prompt),
-                response_ids=chance.integers(3, vocabulary, length),
-                behavior_log_probs=np.full(length, -np.log(vocabulary)),
-                weight_versions=np.zeros(length),
-                finish_reason="stop",
-            )
-        )
-    return Batch(samples, chance.normal(size=len(samples)).astype(np.float32))
-
-
-def measure(layers: int, steps: int, device: str, folder: Path) -> str:
-    """The table's line."""
+def measure(layers: int, steps: int, device: str, folder: Path, rank_info, *, traced: bool) -> Measured:
+    """Updates with `layers` layers."""
     from benchmarks.training_step import train_step
-    from vespo_megatron.megatron import parallel
-    from vespo_megatron.megatron.policy import MegatronPolicy
-    from vespo_megatron.recipe.schema import Recipe
+    from vespo_megatron.megatron import flops
     from vespo_megatron.trainer.objective import Objective
-    from vespo_megatron.trainer.utilization import utilization
 
-    share, tokens = (1, PACK_TOKENS) if device == "cuda" else (16, PACK_TOKENS // 16)
-    make_model(layers, share, folder / "model")
-    batch = make_batch(packs=4, tokens=tokens, vocabulary=151936 // share)
-    recipe = Recipe().with_values(
-        {
-            "policy.model_name": str(folder / "model"),
-            "policy.precision": "bfloat16" if device == "cuda" else "float32",
-            "policy.megatron_cfg.logprob_memory_mb": 512 if device == "cuda" else 64,
-            "policy.sequence_packing.train_mb_tokens": tokens,
-            "policy.train_global_batch_size": len(batch.samples),
-        }
-    )
-    rank_info = parallel.initialize(
-        recipe.policy.megatron_cfg, seed=1, device=torch.device(device), init_method=f"file://{folder}/store"
-    )
-    policy, objective = MegatronPolicy(recipe.policy, rank_info, total_updates=1000), Objective(recipe.loss_fn)
-    took = []
+    tokens = slice_model.pack_tokens(device)
+    model = folder / f"layers_{layers}"
+    slice_model.write_config(layers, device, model)
+    batch = slice_model.make_batch(8, tokens, 151936 // slice_model.share(device))
+    recipe = slice_model.make_recipe(device, model, len(batch.samples))
+    began = time.perf_counter()
     peak = devices.PeakMemory(device)
-    for _ in range(steps + 2):
-        started = devices.now(device)
+    policy, objective = slice_model.make_policy(recipe.policy, rank_info), Objective(recipe.loss_fn, "rollout")
+    print(f"{layers} layers: built in {devices.now(device) - began:.1f} s", flush=True)
+
+    def update() -> None:
         train_step(batch, recipe, policy, objective)
+
+    took = []
+    for number in range(steps + 2):
+        started = devices.now(device)
+        update()
         took.append(devices.now(device) - started)
-    seconds = statistics.median(took[2:])
-    found = utilization(batch.samples, policy.shape, seconds=seconds, device=torch.device(device), devices=1)
-    parallel.finalize()
-    mfu = f"{found['throughput/mfu']:.1%}" if "throughput/mfu" in found else "-"
-    num_tokens = sum(sample.num_tokens for sample in batch.samples)
-    return (
-        f"| {layers} | {2048 // share} | {num_tokens} | {seconds:.3g} | {num_tokens / seconds:,.0f} "
-        f"| {found['throughput/tflops_per_device']:.3g} | {mfu} | {peak.extra() / 2**30:.1f} |"
+        print(f"update {number}: {took[-1]:.3f} s", flush=True)
+    trace = None
+    if traced and device == "cuda":
+        trace = kernels.trace(update)
+    optimizer = devices.median_seconds(device, policy.optimizer.step, 3, 1)
+    lengths = [sample.num_tokens for sample in batch.samples]
+    responses = sum(len(sample.response_ids) for sample in batch.samples)
+    found = Measured(
+        layers,
+        sum(parameter.numel() for chunk in policy.chunks for parameter in chunk.parameters()),
+        sum(lengths),
+        statistics.median(took[2:]),
+        optimizer,
+        flops.training(policy.shape, lengths, responses),
+        flops.training(slice_model.whole_model(policy.shape), lengths, responses),
+        peak.extra(),
+        trace,
+        policy.gradients_finite(),
     )
+    slice_model.free(policy)
+    return found
+
+
+def line(name: str, flops: float, seconds: float, num_tokens: int, peak: float | None, device: str) -> str:
+    """The end of a row: rate, MFU, and the share of what is possible."""
+    mfu = f"{flops / seconds / peak / 1e12:.1%}" if peak else "-"
+    floor = devices.ceilings(device).floor(flops=flops)
+    return (
+        f"| {name} | {seconds:.3g} | {num_tokens / seconds:,.0f} | {flops / 1e12:.3g} | {flops / seconds / 1e12:.3g} "
+        f"| {mfu} | {floor:.3g} | {floor / seconds:.0%} |"
+    )
+
+
+def report(all_measured: list[Measured], device: str) -> list[str]:
+    """The tables."""
+    from vespo_megatron.megatron.hardware import peak_tflops
+
+    peak = peak_tflops(devices.name(device))
+    ceilings = devices.ceilings(device)
+    lines = [
+        f"Micro-batches packed to {slice_model.pack_tokens(device)} tokens, {all_measured[0].num_tokens} tokens an "
+        f"update, {str(devices.bits(device)).removeprefix('torch.')}, one device, median. {ceilings}"
+        + (f" MFU is of {peak:.0f} TFLOP/s, the data sheet's." if peak else ""),
+        "",
+        "| layers | seconds | tokens/s | model TFLOP | TFLOP/s | MFU | floor (s) | floor's share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in all_measured:
+        lines.append(line(str(each.layers), each.flops, each.update, each.num_tokens, peak, device))
+    few, many = all_measured[0], all_measured[-1]
+    if many.layers > few.layers:
+        layer = (many.update - few.update) / (many.layers - few.layers)
+        work = (many.flops - few.flops) / (many.layers - few.layers)
+        rest, rest_work = few.update - few.layers * layer, few.flops - few.layers * work
+        whole = rest + slice_model.MODEL_LAYERS * layer
+        lines += [
+            line("one more layer", work, layer, few.num_tokens, peak, device),
+            line("the rest", rest_work, rest, few.num_tokens, peak, device),
+            line(
+                f"{slice_model.MODEL_LAYERS}, extrapolated",
+                few.flops_of_all_layers,
+                whole,
+                few.num_tokens,
+                peak,
+                device,
+            ),
+        ]
+    lines += ["", "| layers | parameters (billion) | optimizer (s) | its floor (s) | most memory (GiB) |"]
+    lines += ["|---|---|---|---|---|"]
+    for each in all_measured:
+        floor = ceilings.floor(nbytes=OPTIMIZER_BYTES * each.parameters)
+        lines.append(
+            f"| {each.layers} | {each.parameters / 1e9:.2f} | {each.optimizer:.3f} | {floor:.3f} "
+            f"| {each.memory / 2**30:.1f} |"
+        )
+    if many.trace is not None:
+        lines += ["", f"An update of {many.layers} layers under the profiler:", "", many.trace.table()]
+    return lines
 
 
 def main() -> None:
     """Measure, print, and with --record write to RESULTS.md (a GPU's figures alone)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=devices.default_device())
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     if arguments.record and arguments.device != "cuda":
         parser.error("--record: only a GPU's figures are worth keeping")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    from vespo_megatron.megatron import parallel
+
+    devices.ceilings(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
-        line = measure(arguments.layers, arguments.steps, arguments.device, Path(folder))
-    text = "\n".join(
-        [
-            f"Micro-batches packed to {PACK_TOKENS} tokens, bfloat16, one device, median of {arguments.steps} updates.",
-            "",
-            "| layers | hidden | tokens an update | seconds | tokens/s | TFLOP/s | MFU | memory on top (GiB) |",
-            "|---|---|---|---|---|---|---|---|",
-            line,
-        ]
-    )
+        rank_info = slice_model.start(arguments.device, Path(folder))
+        found = []
+        for layers in sorted(arguments.layers):
+            traced = layers == max(arguments.layers)
+            found.append(measure(layers, arguments.steps, arguments.device, Path(folder), rank_info, traced=traced))
+            gc.collect()
+            devices.release(arguments.device)
+        parallel.finalize()
+    text = "\n".join(report(found, arguments.device))
     print(text)
     if arguments.record:
         record(f"A slice of Qwen3-30B-A3B on {devices.name(arguments.device)}", text)
+    if not all(each.finite for each in found):
+        sys.exit("gradients are not finite")
 
 
 if __name__ == "__main__":

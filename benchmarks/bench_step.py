@@ -231,7 +231,7 @@ def run_ours(size: Size, folder: Path, steps: int, generate: bool) -> dict:
     store = f"file://{tempfile.mkdtemp()}/store"
     rank_info = parallel.initialize(recipe.policy.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=1000)
-    objective = Objective(recipe.loss_fn)
+    objective = Objective(recipe.loss_fn, recipe.behavior)
     engine = InProcessEngine(folder, return_routes=False) if generate else None
     sampling = SamplingParams(temperature=1.0, max_new_tokens=size.generated)
 

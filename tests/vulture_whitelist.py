@@ -7,8 +7,9 @@ _().wait_stream, _().wait_event, _().record_event, _().Stream, _().default_strea
 _()._get_cuda_rng_state, _()._set_cuda_rng_state
 # megatron-core: of a GPTModel, a router, a module spec, a parameter, packed sequences, a save strategy, a config.
 _()._postprocess, _().gating, _().backward_dw, _().pre_mlp_layernorm, _().core_attention, _().k_layernorm, _().allreduce
-_().cu_seqlens_q, _().cu_seqlens_kv, _().cu_seqlens_q_padded, _().cu_seqlens_kv_padded
+_().pad_between_seqs, _().cu_seqlens_q, _().cu_seqlens_kv, _().cu_seqlens_q_padded, _().cu_seqlens_kv_padded
 _().can_handle_sharded_objects, _().grad_scale_func, _().get_replay_topk
+_().dispatch_preprocess, _().combine_postprocess, _()._apply_expert_bias
 # SGLang: of a platform plugin, found by its entry point, and of what it patches (plugin/cpu_platform.py).
 _().activate, _().get_default_attention_backend, _().get_dispatch_key_name, _().is_pin_memory_available
 _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().tp_size

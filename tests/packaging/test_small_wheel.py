@@ -14,6 +14,7 @@ CASES = {
     "train": ["recipe.yaml"],
     "eval": ["recipe.yaml"],
     "mismatch": ["recipe.yaml"],
+    "preflight": ["recipe.yaml"],
     "recipe": ["show", "recipe.yaml"],
     "replay-step": ["run/steps/1"],
     "serve": ["recipe.yaml"],

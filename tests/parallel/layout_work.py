@@ -71,9 +71,14 @@ def policy_config(folder: str, layout: dict[str, Any], **changes: Any) -> Policy
     return config.with_values({f"megatron_cfg.{name}": value for name, value in megatron.items()})
 
 
-def build(folder: str, layout: dict[str, Any], store: str, **changes: Any) -> MegatronPolicy:
+CPU = torch.device("cpu")
+
+
+def build(
+    folder: str, layout: dict[str, Any], store: str, device: torch.device = CPU, **changes: Any
+) -> MegatronPolicy:
     config = policy_config(folder, layout, **changes)
-    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
+    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=device, init_method=store)
     return MegatronPolicy(config, rank_info)
 
 
@@ -107,13 +112,13 @@ def weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in policy.exporter.stream()}
 
 
-def everything(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
+def everything(folder: str, layout: dict[str, Any], store: str, device: torch.device = CPU) -> dict[str, Any]:
     """All that a layout must share with one process, from one set-up of it.
 
     The weights as loaded; loss and gradients with live routers and with the samples' random routes (R3); the change of
     every weight in one update; gradients after that update with the routes recorded before it (R2).
     """
-    policy = build(folder, layout, store)
+    policy = build(folder, layout, store, device)
     answers: dict[str, Any] = {"loaded": weights(policy)}
     batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
     engine = RouteUse("replay", lambda each: (each.engine_routes, None))

@@ -143,3 +143,41 @@ def test_copies_of_the_weights_are_planned_on_the_host_and_their_passes_in_time(
     flow = {"policy.quantization.scheme": "fp8_e4m3"}
     assert weight_copies(one.with_values(reference | flow)) == 6
     assert weight_copies(synchronous.with_values(flow | {"policy.quantization.where": "rollout"})) == 0
+
+
+COLOCATED = {
+    "policy.generation.sglang_cfg.colocated": True,
+    "policy.generation.sglang_cfg.weight_transport": "tensor",
+    "policy.generation.sglang_cfg.mem_fraction_static": 0.85,
+}
+
+
+def test_a_colocated_recipe_has_a_peak_for_each_phase():
+    device = gpu("h100-80")
+    apart = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml")
+    lengths = default_lengths(apart)
+    assert plan(SHAPE, apart, device, lengths).phases == []
+    recipe = apart.with_values(COLOCATED)
+    found = plan(SHAPE, recipe, device, lengths)
+    build, weights, servers, train = found.phases
+    memory, served = found.memory, parameters(SHAPE).total * 2
+    assert [phase.name for phase in found.phases] == ["build", "weights", "servers", "train"]
+    assert train.trainer == memory.device and train.server == build.server == servers.trainer == 0
+    assert memory.weights + memory.gradients <= build.trainer < memory.device
+    assert weights.server == served // recipe.policy.generation.sglang_cfg.tensor_parallel_size
+    assert weights.trainer == memory.weights + 2 * recipe.policy.generation.sglang_cfg.weight_bucket_bytes
+    assert servers.server == int(0.85 * 80 * 2**30) + 3 * 2**30
+    text = report(SHAPE, found, lengths)
+    per_node = recipe.cluster.gpus_per_node * (memory.weights + memory.optimizer) / 2**30
+    assert f"{per_node:.0f} a node" in text and "with mem_fraction_static 0.85 it fits; at most 0.92" in text
+
+
+def test_a_share_that_leaves_idle_trainers_no_room_does_not_fit():
+    recipe = load_recipe(EXAMPLES / "grid" / "vespo_n8.yaml").with_values(
+        COLOCATED | {"policy.generation.sglang_cfg.mem_fraction_static": 0.95}
+    )
+    device, lengths = gpu("h100-80"), default_lengths(recipe)
+    found = plan(SHAPE, recipe, device, lengths)
+    assert not found.fits and not found.phases[2].fits(device)
+    text = report(SHAPE, found, lengths)
+    assert "with mem_fraction_static 0.95 it does not fit" in text and "lower policy.generation.sglang_cfg" in text

@@ -192,6 +192,21 @@ IMPOSSIBLE = {
         "apply_rope_fusion",
         "false",
     ),
+    "fusion on a CPU": (
+        {"cluster__device": "cpu", M + "moe_permute_fusion": True},
+        "moe_permute_fusion",
+        "auto on a CPU",
+    ),
+    "fusion in float32": (
+        {"policy__precision": "float32", M + "apply_rope_fusion": True},
+        "apply_rope_fusion",
+        "auto and precision float32",
+    ),
+    "Transformer Engine in float32": (
+        {"policy__precision": "float32", M + "layer_spec": "te"},
+        "layer_spec",
+        "precision=bfloat16",
+    ),
     "R3 without routes": ({"policy__router_replay__mode": "R3"}, "enable_return_routed_experts", "true"),
     "a server address without scheme": ({G + "sglang_cfg__urls": ["localhost:1"]}, "urls", "http://"),
     "no processes": ({GPUS: 0}, "cluster.gpus_per_node", "at least 1"),

@@ -35,7 +35,7 @@ COUNTS = """
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
     data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
-    guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes
+    guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
@@ -48,7 +48,7 @@ NOT_NEGATIVE = """
     policy.megatron_cfg.moe_aux_loss_coeff policy.generation.mismatch.log_prob_noise
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
-    cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead
+    cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead policy.generation.sglang_cfg.first_server
 """.split()
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
@@ -56,6 +56,7 @@ POSITIVE = """
     policy.megatron_cfg.moe_z_loss_coeff
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
+    policy.generation.sglang_cfg.weight_update_timeout
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()
 # Key → the largest value that is too low and the smallest that is too high; stated here and nowhere taken from.

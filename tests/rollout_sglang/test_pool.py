@@ -25,7 +25,7 @@ class Sync:
     """The calls of a weight update, and which servers took part in each."""
 
     def __init__(self, clients):
-        self.clients, self.updates = list(clients), []
+        self.clients, self.updates, self.lacks_memory = list(clients), [], False
 
     def set_servers(self, clients):
         self.clients = list(clients)

@@ -52,11 +52,41 @@ def test_flags_follow_the_recipe(recipe, shape):
     assert "--enable-return-routed-experts" in flags and "--skip-tokenizer-init" in flags
 
 
+def test_a_colocated_server_gives_back_graphs_as_well_and_has_no_segments_that_grow(recipe, shape):
+    recipe = recipe.with_values({"policy.generation.sglang_cfg.colocated": True})
+    assert "--enable-memory-saver" in build_flags(recipe, shape, found("cuda"), port=31000, index=0)
+    settings = "max_split_size_mb:512,expandable_segments:True"
+    base = {"PYTORCH_CUDA_ALLOC_CONF": settings, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    given = {"base": base, "threads": THREADS, "tensor_parallel_size": 1}
+    shared = build_environment(found("cuda"), shape, **given, gives_memory_back=True)
+    assert shared["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"
+    assert shared["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512" and "PYTORCH_ALLOC_CONF" not in shared
+    apart = build_environment(found("cuda"), shape, **given)
+    assert apart["PYTORCH_CUDA_ALLOC_CONF"] == settings and "SGLANG_MEMORY_SAVER_CUDA_GRAPH" not in apart
+
+
 def test_on_cuda_a_server_takes_its_own_devices_and_sglangs_own_backends(recipe, shape):
     recipe = recipe.with_values({"policy.generation.sglang_cfg.tensor_parallel_size": 2})
     flags = build_flags(recipe, shape, found("cuda"), port=31000, index=3)
-    assert flag(flags, "--base-gpu-id") == "6"
+    assert "--base-gpu-id" not in flags  # it sees its own ones alone, and they count from 0
     assert "--attention-backend" not in flags and "--max-total-tokens" not in flags
+    given = {"base": {"PATH": "/bin"}, "threads": THREADS, "tensor_parallel_size": 2}
+    assert build_environment(found("cuda"), shape, gpus=["6", "7"], **given)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert "CUDA_VISIBLE_DEVICES" not in build_environment(found("cuda"), shape, **given)
+
+
+@pytest.mark.parametrize(("given", "index", "first"), [(4, 0, "4"), (4, 1, "6"), ([1, 5], 1, "5"), ([0, 2], 0, "0")])
+def test_a_recipe_can_place_servers_itself(recipe, shape, given, index, first):
+    settings = {"tensor_parallel_size": 2, "num_servers": 2, "server_args": {"base_gpu_id": given}}
+    recipe = recipe.with_values({f"policy.generation.sglang_cfg.{name}": value for name, value in settings.items()})
+    assert flag(build_flags(recipe, shape, found("cuda"), port=31000, index=index), "--base-gpu-id") == first
+
+
+def test_a_place_for_every_server_or_for_none(recipe, shape):
+    settings = {"num_servers": 2, "server_args": {"base-gpu-id": [3]}}
+    recipe = recipe.with_values({f"policy.generation.sglang_cfg.{name}": value for name, value in settings.items()})
+    with pytest.raises(UserError, match="base-gpu-id: has 1 entries"):
+        build_flags(recipe, shape, found("cuda"), port=31000, index=0)
 
 
 def test_further_server_args_pass_through(recipe, shape):

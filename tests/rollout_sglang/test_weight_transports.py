@@ -211,4 +211,7 @@ def test_released_memory_comes_back_with_the_next_weights(engine_by, reference):
         generate(engine, make_requests(1))
     engine.update_weights(reference.named_tensors(0.1, seed=6), engine.weight_version + 1)
     assert engine.sync.sent["tensors"] == len(engine.sync._served), "released weights are lost"
+    with pytest.raises(UserError, match="cache is released"):
+        generate(engine, make_requests(1))
+    engine.resume_memory()
     check_serves(engine, reference, 0.1, 6)

@@ -36,7 +36,7 @@ SlurmdPidFile=$folder/slurmd_%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd_%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
@@ -49,7 +49,7 @@ SlurmctldParameters=enable_configless
 MessageTimeout=60
 NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 11)) CPUs=$cpus RealMemory=$memory
 NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 12)) CPUs=$cpus RealMemory=$memory
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 CONF
     slurmctld -f "$conf"
     slurmd -f "$conf" -N n1

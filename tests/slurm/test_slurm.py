@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vespo_megatron.launch.launcher import agent_environment
+from vespo_megatron.recipe.loader import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_moe" / "build"
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
@@ -110,10 +113,17 @@ def is_server(command):
 
 
 def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_path):
-    job = submit(cluster, tmp_path, "whole", 2, time="00:20:00")
+    """With all cores of their node, and in the environment that a run without SLURM gives a trainer process."""
+    told = tmp_path / "told.json"
+    job = submit(cluster | {"TOLD": str(told)}, tmp_path, "whole", 2, "slow_reward:tell", time="00:20:00")
     wait_until(lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING"), 300, lambda: logs(tmp_path))
     assert state(cluster, job) == ("COMPLETED", 0), logs(tmp_path)
     assert steps(tmp_path, "whole", job) == [1, 2]
+    cores, environment = json.loads(told.read_text())
+    assert cores == sorted(os.sched_getaffinity(0))
+    recipe = load_recipe(tmp_path / "whole.yaml")
+    for name, value in agent_environment(recipe, {}).items():
+        assert environment.get(name) == value, name
     wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
 
 

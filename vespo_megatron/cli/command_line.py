@@ -17,6 +17,7 @@ from vespo_megatron.cli import (
     mismatch,
     plan,
     predict,
+    preflight,
     recipe,
     replay_step,
     report,
@@ -41,6 +42,7 @@ COMMANDS = {
     "predict": predict,
     "simulate": simulate,
     "doctor": doctor,
+    "preflight": preflight,
     "report": report,
     "kernels": kernels,
 }

@@ -89,9 +89,17 @@ class Controller:
         """See `BatchSource.update_weights`."""
         self.source.update_weights(stream, version, between=between)
 
-    def release_memory(self) -> None:
-        """The engine's device memory is the trainer's until `update_weights`."""
-        self.engine.release_memory()
+    def release_memory(self) -> int:
+        """See `RolloutEngine.release_memory`."""
+        return self.engine.release_memory()
+
+    def resume_memory(self) -> None:
+        """See `RolloutEngine.resume_memory`."""
+        self.engine.resume_memory()
+
+    def await_server(self) -> None:
+        """See `RolloutEngine.await_server`."""
+        self.engine.await_server()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step to every record of the run."""

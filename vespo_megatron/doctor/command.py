@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from vespo_megatron.doctor import communication, machine, rewards, software
@@ -19,9 +19,14 @@ def examine(exp_dir: str = "runs") -> Iterator[Finding]:
 
 
 def doctor(exp_dir: str = "runs", *, as_json: bool = False) -> int:
-    """Print the findings; 1 where a run cannot work, else 0."""
+    """Print what is found on this machine; 1 where a run cannot work, else 0."""
+    return show(examine(exp_dir), as_json=as_json)
+
+
+def show(found: Iterable[Finding], *, as_json: bool = False) -> int:
+    """Print findings as they come; 1 where one is a failure, else 0."""
     findings = []
-    for finding in examine(exp_dir):
+    for finding in found:
         findings.append(finding)
         if not as_json:
             print(finding, flush=True)

@@ -24,8 +24,10 @@ from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
+from vespo_megatron.run.devices import allocator_variables, gpu_count, trainer_variables
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
+from vespo_megatron.run.network import interface_variables
 from vespo_megatron.run.processes import (
     TrainingFailed,
     clear_failures,
@@ -179,7 +181,7 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
     config = recipe.policy.generation.sglang_cfg
     if not config.urls:
         print(f"starting {config.num_servers} SGLang server(s), logs in {run_dir / 'servers'}", flush=True)
-    return launch_servers(recipe, run_dir)
+    return launch_servers(recipe, run_dir, beside_trainer=True)
 
 
 @contextmanager
@@ -231,10 +233,16 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
     if hosts <= set(_LOOPBACK):
         # gloo otherwise looks the machine's name up, which has no address in many containers.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment |= interface_variables(recipe)
+    if recipe.policy.generation.backend == "sglang":
+        # SGLang's workers have both, and two ends of a communicator must agree on them (SkyRL #143).
+        environment.setdefault("NCCL_CUMEM_ENABLE", "0")
+        environment.setdefault("NCCL_NVLS_ENABLE", "0")
     # Megatron-core's overlap of communication and computation relies on the order of kernel launches.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return environment
+    environment |= allocator_variables(recipe, base)
+    return environment | trainer_variables(recipe, base, gpu_count())
 
 
 def _watch(agent: subprocess.Popen, checks: Sequence[Callable[[], None]]) -> None:

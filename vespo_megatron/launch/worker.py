@@ -71,11 +71,12 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
     tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
     prompts = load_prompts(recipe.data.train, recipe, tokenizer) if tokenizer is not None else []
     recipe = limit_steps(recipe, len(prompts), rank_info)
+    engine = take_devices(recipe, run_dir, rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = (
-        build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0)
+        build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0, engine)
         if tokenizer is not None
         else None
     )
@@ -89,6 +90,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         atexit.register(gc.unfreeze)  # or Triton's library reports a page of leaks
         finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
+            trainer.link.turns.to_trainer()
             hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
@@ -101,6 +103,22 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         if controller is not None:
             controller.logger.close()
             controller.close()
+
+
+def take_devices(recipe: Recipe, run_dir: Path, rank_info: RankInfo) -> RolloutEngine | None:
+    """Where servers share the trainer's devices: have them give their memory back, before anything is built there.
+
+    They have been up for a while, with all that is theirs. A collective; rank 0 gets the engine over them.
+    """
+    import torch.distributed as dist
+
+    if not recipe.policy.generation.shares_devices:
+        return None
+    engine = build_engine(recipe, run_dir) if rank_info.rank == 0 else None
+    if engine is not None:
+        engine.release_memory()
+    dist.barrier()
+    return engine
 
 
 def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> Recipe:
@@ -125,8 +143,9 @@ def build_controller(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[PromptRecord],
     start_step: int = 0,
+    engine: RolloutEngine | None = None,
 ) -> Controller:
-    """Rank 0's engine, prompts, rewards and logger, for a run that goes on after `start_step`."""
+    """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.prompts import PromptStream, load_prompts
     from vespo_megatron.losses.behavior import describe
@@ -143,7 +162,7 @@ def build_controller(
     )
     if start_step:
         logger.print(f"resuming after step {start_step}")
-    engine = build_engine(recipe)
+    engine = engine or build_engine(recipe)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
     logger.print(f"behaviour policy: {describe(recipe.behavior)}")
@@ -155,8 +174,12 @@ def build_controller(
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
-def build_engine(recipe: Recipe) -> RolloutEngine:
-    """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one."""
+def build_engine(recipe: Recipe, run_dir: Path | None = None) -> RolloutEngine:
+    """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one.
+
+    Args:
+        run_dir: of the run whose devices the servers share, if they do.
+    """
     if recipe.policy.generation.backend == "in_process":
         from vespo_megatron.megatron.parallel import pick_device
         from vespo_megatron.megatron.policy import DTYPES
@@ -172,16 +195,17 @@ def build_engine(recipe: Recipe) -> RolloutEngine:
         )
     from vespo_megatron.rollout_sglang import connect
 
-    return connect(recipe, recipe.policy.generation.sglang_cfg.urls)
+    return connect(recipe, recipe.policy.generation.sglang_cfg.urls, run_dir=run_dir)
 
 
 def describe_trainer(recipe: Recipe, rank_info: RankInfo) -> str:
     """For instance 'megatron-core 0.16.1, native layers, 2 processes on cpu: TP2 PP1 CP1 EP2 DP1'."""
     import megatron.core
 
-    from vespo_megatron.megatron.native.spec import choose_layer_spec
+    from vespo_megatron.megatron.native.spec import layers_of
+    from vespo_megatron.megatron.policy import DTYPES
 
-    layers = choose_layer_spec(recipe.policy.megatron_cfg.layer_spec, rank_info.device.type)
+    layers = layers_of(recipe.policy.megatron_cfg, rank_info.device.type, DTYPES[recipe.policy.precision])
     return (
         f"megatron-core {megatron.core.__version__}, {layers} layers, {rank_info.world_size} processes on "
         f"{rank_info.device.type}: TP{rank_info.tensor_size} PP{rank_info.pipeline_size} CP{rank_info.context_size} "

@@ -17,6 +17,14 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_saved
+from vespo_megatron.megatron.optimizer_state import (
+    TORCH_ADAMS,
+    count_in_whole_numbers,
+    make_moments,
+    move_steps,
+    parts_of,
+)
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -54,8 +62,8 @@ def save(policy: MegatronPolicy, folder: Path, *, group: dist.ProcessGroup | Non
     Args:
         group: a gloo group of all ranks that nothing else uses: the write may then run in a thread beside training.
     """
-    for part in _with_torch_adam(policy):
-        _make_moments(part.optimizer)
+    for part in parts_of(policy.optimizer):
+        make_moments(part)
     state = _state(policy, is_loading=False)
     state["rng"] = _rng_state(policy)
     return _save(state, folder, group)
@@ -70,8 +78,9 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     Raises:
         UserError: the folder holds another model, or cannot be read.
     """
+    for part in parts_of(policy.optimizer):
+        make_moments(part)
     for part in _with_torch_adam(policy):
-        _make_moments(part.optimizer)
         if isinstance(part, DistributedOptimizer):
             _keep_steps(part)
     state = _state(policy, is_loading=True)
@@ -79,7 +88,9 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
         state["rng"] = _rng_state(policy)
     loaded = _load(state, folder)
     _fill(policy.chunks, loaded)
+    move_steps(policy.optimizer, loaded["optimizer"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
+    count_in_whole_numbers(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
         for parameter, moments in part.optimizer.state.items():  # distrib_optimizer.py:829 gives all one, on the host
@@ -107,6 +118,7 @@ def _save(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
+        name_as_saved(state, folder)
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except FAILURES as error:
         raise UserError(
@@ -126,12 +138,18 @@ def reason(error: BaseException) -> str:
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    return {key: hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA)) for key, chunk in _named(chunks)}
+    states = {}
+    for key, chunk in _named(chunks):
+        state = hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
+        states[key] = {name: value for name, value in state.items() if not is_extra_state(name)}
+    return states
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for key, chunk in _named(chunks):
-        hf_weights.unwrap(chunk).load_state_dict(loaded[key])
+        missing, unexpected = hf_weights.unwrap(chunk).load_state_dict(loaded[key], strict=False)
+        if wrong := [*unexpected, *(name for name in missing if not is_extra_state(name))]:
+            raise RuntimeError(f"{len(wrong)} tensors of the model and its checkpoint do not match, {wrong[0]} first")
 
 
 def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -150,21 +168,9 @@ def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
 
     Transformer Engine and Apex have Adams of their own, for which megatron-core needs no help.
     """
-    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
-        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    for part in parts_of(policy.optimizer):
+        if isinstance(part.optimizer, TORCH_ADAMS):
             yield part
-
-
-def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Adam's state before its first step, which distrib_optimizer.py:642 takes for granted."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),  # a fused Adam counts beside its parameter
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _keep_steps(part: DistributedOptimizer) -> None:

@@ -50,5 +50,11 @@ def gpu(name: str) -> GPU:
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bfloat16 TFLOP/s of the device CUDA calls by this name, as in "NVIDIA H100 80GB HBM3"; None if unknown."""
+    known = named(device_name)
+    return None if known is None else known.bf16_tflops
+
+
+def named(device_name: str) -> GPU | None:
+    """What CUDA calls by this name; None if unknown."""
     words = device_name.upper().replace("-", " ").split()
-    return next((known.bf16_tflops for name, known in GPUS.items() if name.split("-")[0].upper() in words), None)
+    return next((known for name, known in GPUS.items() if name.split("-")[0].upper() in words), None)

@@ -14,13 +14,16 @@ from vespo_megatron.megatron.parallel import RankInfo
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import moe_utils
 
+from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
-from vespo_megatron.megatron.native.spec import block_spec, choose_layer_spec
+from vespo_megatron.megatron.native.spec import block_spec, layers_of
+from vespo_megatron.megatron.te.packed import TEPackedSeqParams
 from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MegatronConfig
 
@@ -39,29 +42,50 @@ class PolicyModel(GPTModel):
     def __init__(self, *args: Any, real_vocab_size: int, native: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size, self.native = real_vocab_size, native
+        self.rotates_per_token = native or not self.config.apply_rope_fusion
         if self.post_process:
             # Called as a module, so that DDP's hooks on the output layer (parameter gathering) keep their place.
             self.output_layer.forward = self._log_probs
 
     def forward(self, *args: Any, packed_seq_params: NativePackedSeqParams, **kwargs: Any) -> torch.Tensor:
         """See the class."""
+        seen_by_layers: PackedSeqParams
         if self.native:
-            packed_seq_params = packed_seq_params.without_offsets()
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+            seen_by_layers = packed_seq_params.without_offsets()
+        else:
+            seen_by_layers = TEPackedSeqParams.of(packed_seq_params, rotates_per_token=self.rotates_per_token)
+        return super().forward(*args, packed_seq_params=seen_by_layers, **kwargs)
 
     def _preprocess(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         *args: Any,
+        packed_seq_params: NativePackedSeqParams,
         padding_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        embedded, rotary, cos, sin, offset, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if self.native:
+        embedded, rotary, cos, sin, offset, _, *rest = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if self.rotates_per_token:
             rotary = rotary.squeeze(1).index_select(0, position_ids[0])  # of every token: [T, 1, head_dim]
+            if self.native and self._turns_in_attention(rotary):
+                angles = rotary[:, 0, : rotary.shape[-1] // 2].float()
+                packed_seq_params.rotation = angles.cos().contiguous(), angles.sin().contiguous()
+                rotary = None
         # Upstream slices the mask for sequence parallelism, on the first stage alone; ours is of a router's rows.
         return embedded, rotary, cos, sin, offset, padding_mask, *rest
+
+    def _turns_in_attention(self, rotary: torch.Tensor) -> bool:
+        """Whether `native.triton_rotary` has a kernel for these angles [T, 1, head_dim] and their queries."""
+        half = rotary.shape[-1] // 2
+        return (
+            has_triton(rotary.device.type)
+            and self.config.params_dtype is not torch.float64
+            and rotary.shape[-1] == self.config.kv_channels
+            and half & (half - 1) == 0
+        )
 
     def _postprocess(
         self, hidden_states: torch.Tensor, *_args: Any, labels: LogProbRequest, **_kwargs: Any
@@ -165,8 +189,8 @@ def build_model(
     The weights are random until `hf_weights.load` has filled every one of them. (megatron-core marks parameters as
     tensor parallel only while it initialises them: layers.py:230, so initialisation is not skipped.)
     """
+    layer_spec = layers_of(megatron, rank_info.device.type, dtype)
     config = transformer_config(shape, megatron, dtype=dtype)
-    layer_spec = choose_layer_spec(megatron.layer_spec, rank_info.device.type)
     padded_vocab = -(-shape.vocab_size // rank_info.tensor_size) * rank_info.tensor_size
     chunks: list[MegatronModule] = []
     virtual = megatron.virtual_pipeline_model_parallel_size

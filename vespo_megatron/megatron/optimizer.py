@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vespo_megatron.errors import UserError
+from vespo_megatron.megatron.native.spec import have_transformer_engine
 from vespo_megatron.recipe.schema import MegatronConfig
 
 # isort: split
@@ -16,8 +18,19 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 def build_optimizer(
     megatron: MegatronConfig, chunks: Sequence[torch.nn.Module], *, dtype: torch.dtype, total_updates: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """The optimizer over this rank's chunks, and a schedule counted in updates."""
+    """The optimizer over this rank's chunks, and a schedule counted in updates.
+
+    Raises:
+        UserError: it needs Transformer Engine's Adam, which is not there.
+    """
     settings, schedule = megatron.optimizer, megatron.scheduler
+    if settings.use_precision_aware_optimizer and not have_transformer_engine():
+        raise UserError(
+            "is true, but there is no Transformer Engine, whose Adam does it",
+            where="policy.megatron_cfg.optimizer.use_precision_aware_optimizer",
+            expected="transformer-engine[pytorch,core_cu12]",
+            fix="set it to false, or install it",
+        )
     config = OptimizerConfig(
         optimizer=settings.optimizer,
         lr=settings.lr,

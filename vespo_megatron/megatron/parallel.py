@@ -63,6 +63,7 @@ def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_
     """
     timeout = datetime.timedelta(seconds=config.distributed_timeout)
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -19,6 +19,7 @@ from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
+from vespo_megatron.megatron.parked_memory import ParkedMemory
 from vespo_megatron.megatron.rounded_weights import RoundedWeights
 from vespo_megatron.megatron.router_losses import RouterLosses
 from vespo_megatron.megatron.router_pass import RouterPass
@@ -34,6 +35,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
+_NUMBERS_AT_ONE_TIME = 1 << 30
+"""Below 2³¹, where a GPU's reductions would count in 64 bits."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -97,6 +100,7 @@ class MegatronPolicy:
         self.optimizer, self.scheduler = build_optimizer(
             config.megatron_cfg, self.chunks, dtype=self.dtype, total_updates=total_updates
         )
+        self.memory = ParkedMemory(self.chunks, self.optimizer, rank_info.device)
         model_config = get_model_config(self.chunks[0])
         model_config.grad_scale_func = self.optimizer.scale_loss
         finalize = model_config.finalize_model_grads_func
@@ -141,6 +145,7 @@ class MegatronPolicy:
 
     def weights(self) -> list[torch.Tensor]:
         """`weights_of` this rank's chunks, as the last update left them."""
+        self.memory.check_here("parameters")
         finish_parameter_gather(self.chunks)
         return weights_of(self.chunks)
 
@@ -176,7 +181,8 @@ class MegatronPolicy:
         """Whether every gradient on this rank is, as the buffers hold them now."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         # The extremes carry NaN and infinities on, and need no copy of the gradients.
-        extremes = [extreme for buffer in buffers for extreme in torch.aminmax(buffer.grad_data)]
+        parts = [part for buffer in buffers for part in buffer.grad_data.split(_NUMBERS_AT_ONE_TIME)]
+        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
         return bool(torch.isfinite(torch.stack([extreme.float() for extreme in extremes])).all()) if extremes else True
 
     def scale_learning_rate(self, factor: float) -> None:
@@ -196,6 +202,7 @@ class MegatronPolicy:
 
         With the distributed optimizer each data parallel rank ends with its shard of it, unless `everywhere`.
         """
+        self.memory.check_here("parameters", "gradients", "optimizer")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -280,6 +287,7 @@ class MegatronPolicy:
     def _run(
         self, micro_batches: Sequence[MicroBatch], loss_function: Callable, routes: RouteUse, **schedule: bool
     ) -> list[Any]:
+        self.memory.check_here("parameters")
         routers = RouterPass(routes.scores, routes.measures_shift, self.rank_info, self.shape.num_moe_layers)
 
         def forward_step(

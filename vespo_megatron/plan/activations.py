@@ -72,6 +72,9 @@ def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -
     local = tokens / tp if megatron.sequence_parallel else tokens
     held = _norm(recipe, local, shape.hidden_size) + local * shape.hidden_size * element  # input of q, k and v
     held += _query_key_norms(recipe, tokens, heads, kv, dim)
+    if _takes_packs(recipe):
+        held += tokens * (heads + kv) * dim * element + tokens * heads * _FLOAT32  # rotated, and log-sums
+        return held + tokens * heads * dim * element  # outputs
     held += 4 * tokens * dim * element  # cosines and sines, for queries and for keys
     if megatron.recompute == "selective":
         held += tokens * (heads + kv) * dim * element  # queries and keys once more, rotated
@@ -84,6 +87,12 @@ def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -
         held += tokens * heads * dim * element  # outputs without the padding
         held += padded * (1 + cp) * _INT64 + 2 * tokens * _INT64
     return held + tokens * heads * dim * element  # input of the output projection
+
+
+def _takes_packs(recipe: Recipe) -> bool:
+    """Whether the native attention hands packs to FlashAttention (`native.attention.takes_packs`)."""
+    on_gpu = recipe.cluster.device != "cpu" and element_size(recipe) == 2
+    return on_gpu and recipe.policy.megatron_cfg.context_parallel_size == 1
 
 
 def _query_key_norms(recipe: Recipe, tokens: int, heads: int, kv: int, dim: int) -> float:
@@ -111,5 +120,7 @@ def _experts(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
     held = _norm(recipe, local, shape.hidden_size)
     held += mine * shape.hidden_size * element  # input of the router
     held += chosen * (_INT64 + _FLOAT32 + _INT64) + mine * shape.num_experts * (1 + _FLOAT32)  # choice, map, gates
+    if recipe.cluster.device != "cpu":
+        held += 2 * chosen * _INT64  # where every choice went, from either side (`native.dispatch.Places`)
     rows = chosen * etp  # expert tensor parallel ranks see each other's tokens
     return held + rows * ((shape.hidden_size + 2 * shape.moe_intermediate_size // etp) * element + _FLOAT32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
 from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory, weight_copies
+from vespo_megatron.plan.phases import PhaseMemory, phases, table
 from vespo_megatron.plan.timing import (
     Lengths,
     Server,
@@ -43,10 +44,13 @@ class Plan:
     generate: float
     train: float
     sync: float
+    phases: list[PhaseMemory]
+    """Of a colocated run; else none."""
 
     @property
     def fits(self) -> bool:
-        return fits(self.memory.device, self.device) and self.server.slots > 0
+        turns = all(phase.fits(self.device) for phase in self.phases)
+        return fits(self.memory.device, self.device) and self.server.slots > 0 and turns
 
     @property
     def step(self) -> float:
@@ -63,16 +67,17 @@ class Plan:
 def plan(shape: ModelShape, recipe: Recipe, device: GPU, lengths: Lengths, mfu: float = TRAINING_MFU) -> Plan:
     """Memory and time of the recipe as it is."""
     server = server_speed(shape, recipe, device, lengths)
-    servers = number_of_servers(recipe)
+    servers, memory = number_of_servers(recipe), trainer_memory(shape, recipe)
     return Plan(
         recipe=recipe,
         device=device,
-        memory=trainer_memory(shape, recipe),
+        memory=memory,
         server=server,
         servers=servers,
         generate=generation_seconds(server, servers, recipe.rollout_batch_size, lengths),
         train=training_seconds(shape, recipe, device, lengths, mfu),
         sync=sync_seconds(shape, recipe, device),
+        phases=phases(shape, recipe, device, memory),
     )
 
 
@@ -163,6 +168,8 @@ def report(shape: ModelShape, first: Plan, lengths: Lengths, *, mfu: float = TRA
             f"  {'on the host':12}{memory.weight_copies / GIB:8.2f}   {weight_copies(recipe)} copies of the weights, "
             f"{per_node / GIB:.0f} GiB a node"
         )
+    if first.phases:
+        lines += table(first.phases, recipe, device, memory)
     per_token = kv_bytes_per_token(shape)
     lines += [
         f"server: {per_token / 1024:.0f} KiB of keys and values a token, room for {first.server.slots} sequences at a "
@@ -181,6 +188,8 @@ def report(shape: ModelShape, first: Plan, lengths: Lengths, *, mfu: float = TRA
             lines.append(f"nearest layout that does: {fitting[0].layout}")
         elif first.server.slots == 0:
             lines.append("the server needs more GPUs: policy.generation.sglang_cfg.tensor_parallel_size")
+        elif any(phase.server and not phase.fits(device) for phase in first.phases):
+            lines.append("lower policy.generation.sglang_cfg.mem_fraction_static")
         else:
             lines.append(f"no layout of {recipe.world_size} {device.name} does: use more of them, or shorter sequences")
     if compare:

@@ -228,11 +228,25 @@ def _layers(recipe: Recipe) -> Iterator[UserError]:
             expected="native, or auto",
             fix="Transformer Engine needs CUDA",
         )
-    if megatron.layer_spec == "native":
+    elif megatron.layer_spec == "te" and recipe.policy.precision == "float32":
+        yield UserError(
+            "is te with policy.precision float32",
+            where=f"{_MEGATRON}.layer_spec",
+            expected="native, or precision=bfloat16",
+            fix="its attention to packed sequences runs in 16 bits alone",
+        )
+    reason = "layer_spec native"
+    if megatron.layer_spec == "auto" and recipe.cluster.device == "cpu":
+        reason = "layer_spec auto on a CPU, which is native"
+    elif megatron.layer_spec == "auto" and recipe.policy.precision == "float32":
+        reason = "layer_spec auto and precision float32, which is native"
+    elif megatron.layer_spec != "native":
+        reason = ""
+    if reason:
         for name in NEED_TRANSFORMER_ENGINE:
             if getattr(megatron, name):
                 yield UserError(
-                    "is true with layer_spec native",
+                    f"is true with {reason}",
                     where=f"{_MEGATRON}.{name}",
                     fix="set it to false, or layer_spec=te",
                 )

@@ -5,6 +5,7 @@ Trainer and rollout engine each sum `tensor_checksum` over what they hold; equal
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def tensor_checksum(name: str, tensor: torch.Tensor) -> int:
 
     host = tensor.detach().cpu().contiguous()
     digest = xxhash.xxh3_64(f"{name} {str(host.dtype).removeprefix('torch.')} {tuple(host.shape)}".encode())
-    digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    flat = host.reshape(-1).view(torch.uint8)
+    # Not through NumPy, after whose look at a storage PyTorch resizes it no more, as a policy does that is parked.
+    digest.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()) if flat.nbytes else b"")
     return digest.intdigest()
 
 

@@ -115,8 +115,17 @@ class RolloutEngine(Protocol):
         engine cannot, and `faults.WeightsNeeded` when a server failed and the same update can be made without it.
         """
 
-    def release_memory(self) -> None:
-        """Give device memory to the trainer until the next weight update, which brings everything back."""
+    def release_memory(self) -> int:
+        """Give all device memory to the trainer: weights and cache are lost. Returns how many servers are up to get it.
+
+        `update_weights` takes back room for weights alone; `generate` needs `resume_memory` after it.
+        """
+
+    def resume_memory(self) -> None:
+        """Take back, after an update, all else that generation needs."""
+
+    def await_server(self) -> None:
+        """After `release_memory` found none up: let servers start, until one is up and has given its memory back."""
 
     async def pause(self) -> None:
         """End running requests as 'abort' and hold new ones back; returns when all have ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
@@ -17,19 +18,28 @@ from vespo_megatron.rollout_sglang.client.request import check_request
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
+from vespo_megatron.rollout_sglang.pool.server import PooledServer
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 from vespo_megatron.rollout_sglang.server.flags import check_served, context_length
+from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
 if TYPE_CHECKING:
     import torch
 
 
-def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -> SGLangEngine:
+_MARGIN_S = 30.0
+"""Beyond a server's own deadline: whoever started it ends it first."""
+
+
+def connect(
+    recipe: Recipe, urls: Sequence[str], *, device: str | None = None, run_dir: str | Path | None = None
+) -> SGLangEngine:
     """An engine over servers that run; asks each what it is and probes it with one token.
 
     Args:
         device: where the trainer's weights are, "cuda" or "cpu"; None follows the servers.
+        run_dir: of the run whose devices the servers share, if they do; see `start_lock`.
 
     Raises `UserError` for a server that cannot be reached, serves another context or model, or returns no routes
     though the recipe wants them.
@@ -58,7 +68,13 @@ def connect(recipe: Recipe, urls: Sequence[str], *, device: str | None = None) -
         health_timeout_s=config.health_timeout,
         recovery_timeout_s=config.recovery_timeout,
     )
-    return SGLangEngine(pool, lambda clients, served: make_sync(config, clients, device or served))
+    starts = None if run_dir is None else StartLock(run_dir)
+    return SGLangEngine(
+        pool,
+        lambda clients, served: make_sync(config, clients, device or served),
+        starts=starts,
+        start_timeout_s=config.startup_timeout + _MARGIN_S,
+    )
 
 
 class SGLangEngine:
@@ -67,10 +83,19 @@ class SGLangEngine:
     Args:
         pool: the servers, all of the same model.
         make_sync: their weight sync, from the clients and the device they report.
+        starts: is held while the servers' memory is the trainer's.
+        start_timeout_s: how long a server may take to start, for which `release_memory` waits.
     """
 
-    def __init__(self, pool: ServerPool, make_sync: Callable[[list[SGLangClient], str], WeightSync]) -> None:
-        self.pool = pool
+    def __init__(
+        self,
+        pool: ServerPool,
+        make_sync: Callable[[list[SGLangClient], str], WeightSync],
+        *,
+        starts: StartLock | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        self.pool, self._starts, self._start_timeout_s = pool, starts, start_timeout_s
         self.clients = [server.client for server in pool.servers]
         self.shape, self.context_length = self.clients[0].shape, self.clients[0].context_length
         infos = pool.on_all(SGLangClient.server_info)
@@ -144,15 +169,46 @@ class SGLangEngine:
                     ) from error
                 raise
             self.pool.admit(members)
-            self._broken = ""
+            self._broken = "the servers' cache is released" if self.sync.lacks_memory else ""
             self.weight_version = version
             return digest
 
-    def release_memory(self) -> None:
-        """See `RolloutEngine.release_memory`. Waits for running requests."""
+    def release_memory(self) -> int:
+        """See `RolloutEngine.release_memory`. Waits for running requests, and for a server that is starting.
+
+        Every server that is up is asked, in or out of service: each holds its share. Raises its `ServerFault` where one
+        refuses and stays up; what has ended holds nothing.
+        """
         with self._generation_lock.write(self.clients[0].request_timeout_s + 30):
             self._broken = "the servers' memory is released"
-            self.sync.release_memory()
+            if self._starts is not None:
+                self._starts.acquire(self._start_timeout_s)
+            up = self.pool.membership.up()
+            failed = self._out_of_service_where_fails(self.sync.release_memory, up)
+            if failed:
+                still_up = self.pool.membership.up()
+                for server, fault in failed.items():
+                    if server in still_up:
+                        raise fault
+            return len(up) - len(failed)
+
+    def resume_memory(self) -> None:
+        """See `RolloutEngine.resume_memory`. A server that fails it is out of service until the next update."""
+        with self._generation_lock.write(self.clients[0].request_timeout_s + 30):
+            resume = not self._paused
+            self._out_of_service_where_fails(
+                lambda client: self.sync.resume_memory(client, resume=resume), self.pool.membership.serving
+            )
+            self._broken = ""
+            if self._starts is not None:
+                self._starts.release()
+
+    def await_server(self) -> None:
+        """See `RolloutEngine.await_server`. Raises as `Membership.wait_for_candidates`."""
+        if self._starts is not None:
+            self._starts.release()
+        self.pool.membership.wait_for_candidates()
+        self.release_memory()
 
     def metrics(self) -> dict[str, float]:
         """See `pool.metrics`."""
@@ -176,6 +232,23 @@ class SGLangEngine:
 
     def _control(self, method: Callable[[SGLangClient], None]) -> None:
         """`method` for every server that serves; one that fails it counts as gone, so that its calls end."""
+        serving = self.pool.membership.serving
+        for server, fault in self._faults(method, serving).items():
+            self.pool.membership.take_out_of_service(server, ServerGone.of(fault, server.url))
+
+    def _out_of_service_where_fails(
+        self, method: Callable[[SGLangClient], None], servers: Sequence[PooledServer]
+    ) -> dict[PooledServer, ServerFault]:
+        """`method` for these; those that fail it serve no more, and are returned with their faults."""
+        faults = self._faults(method, servers)
+        for server, fault in faults.items():
+            self.pool.membership.take_out_of_service(server, fault)
+        return faults
+
+    def _faults(
+        self, method: Callable[[SGLangClient], None], servers: Sequence[PooledServer]
+    ) -> dict[PooledServer, ServerFault]:
+        """`method` for these servers, side by side: those that failed it, and how."""
 
         def attempt(client: SGLangClient) -> ServerFault | None:
             try:
@@ -184,10 +257,8 @@ class SGLangEngine:
                 return fault
             return None
 
-        serving = self.pool.membership.serving
-        for server, fault in zip(serving, self.pool.on_all(attempt, serving), strict=True):
-            if fault is not None:
-                self.pool.membership.take_out_of_service(server, ServerGone.of(fault, server.url))
+        answers = zip(servers, self.pool.on_all(attempt, servers), strict=True)
+        return {server: fault for server, fault in answers if fault is not None}
 
     async def health(self) -> bool:
         """Whether some server serves, and all that serve are ready (a paused engine's servers are not asked)."""
@@ -201,6 +272,8 @@ class SGLangEngine:
             self._closed = True
             self.sync.close()
             self.pool.close()
+            if self._starts is not None:
+                self._starts.release()
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -35,6 +35,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
     """
     config = recipe.slurm
     _check(recipe)
+    overrides = [*overrides, *_of_layout(recipe)]
     colocated = config.layout == "colocated"
     heterogeneous = config.layout == "heterogeneous"
     return _render(
@@ -64,7 +65,11 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         version=recipe.exp_manager.version or "$SLURM_JOB_ID",
         stop_file=STOP_FILE,
         stopped_file=STOPPED_FILE,
-        step=" ".join(["--exact" if not colocated else "--overlap", *_container(recipe), "--kill-on-bad-exit=1"]),
+        # A step that is not --exact has all that the job has of its nodes; bound to nothing, so do its threads.
+        step="--overlap --cpu-bind=none --mem=0 --kill-on-bad-exit=1",
+        own_servers=colocated and recipe.cluster.num_nodes == 1,
+        trainer_container=" ".join(_container(recipe, config.container_image)),
+        rollout_container=" ".join(_container(recipe, config.rollout_container_image or config.container_image)),
         trainer_group="--het-group=0" if heterogeneous else "",
         rollout_group="--het-group=1" if heterogeneous else "",
     )
@@ -90,7 +95,7 @@ def _render(template: str, recipe: Recipe, **names: Any) -> str:
         logs=str(Path(recipe.slurm.logs).resolve()),
         host_python=sys.executable,
         command=f"{python} -m vespo_megatron.cli",
-        torchrun=f"{python} -m torch.distributed.run",
+        node_agent=f"{python} -m vespo_megatron.slurm.node_agent",
         **names,
     )
 
@@ -106,6 +111,15 @@ def _check(recipe: Recipe) -> None:
             expected=f"at least 1 in layout {config.layout}",
             fix="say how many nodes the SGLang servers get, or set slurm.layout=colocated",
         )
+    transport = recipe.policy.generation.sglang_cfg.weight_transport
+    if config.layout == "colocated" and recipe.cluster.num_nodes > 1 and transport != "disk":
+        raise UserError(
+            f"is {transport} with slurm.layout=colocated on {recipe.cluster.num_nodes} nodes: memory is shared within "
+            "a node, and NCCL takes no two processes on one GPU",
+            where="policy.generation.sglang_cfg.weight_transport",
+            expected="disk, with a weight_folder that all nodes share",
+            fix="set it, use one node, or slurm.layout=disaggregated",
+        )
     if recipe.policy.generation.backend != "sglang":
         raise UserError(
             f"is {recipe.policy.generation.backend}",
@@ -113,6 +127,13 @@ def _check(recipe: Recipe) -> None:
             expected="sglang",
             fix="a run without servers needs no script of ours: torchrun under srun is enough",
         )
+
+
+def _of_layout(recipe: Recipe) -> list[str]:
+    """What a layout means for servers and trainer."""
+    if recipe.slurm.layout != "colocated" or recipe.policy.generation.sglang_cfg.colocated:
+        return []
+    return ["policy.generation.sglang_cfg.colocated=true"]
 
 
 def _options(recipe: Recipe) -> list[str]:
@@ -124,17 +145,17 @@ def _options(recipe: Recipe) -> list[str]:
 def _node_options(recipe: Recipe, partition: str | None) -> list[str]:
     config = recipe.slurm
     options = [f"--partition={partition}"] if partition else []
+    options.append("--exclusive" if config.cpus_per_node is None else f"--cpus-per-task={config.cpus_per_node}")
     if recipe.cluster.device != "cpu":
         options.append(f"--gpus-per-node={recipe.cluster.gpus_per_node}")
     return [*options, *config.sbatch_options]
 
 
-def _container(recipe: Recipe) -> list[str]:
-    config = recipe.slurm
-    if not config.container_image:
+def _container(recipe: Recipe, image: str | None) -> list[str]:
+    if not image:
         return []
-    mounts = ",".join(config.container_mounts)
+    mounts = ",".join(recipe.slurm.container_mounts)
     return [
-        f"--container-image={shlex.quote(config.container_image)}",
+        f"--container-image={shlex.quote(image)}",
         *([f"--container-mounts={shlex.quote(mounts)}"] if mounts else []),
     ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.api_key import VARIABLE
 from vespo_megatron.rollout_sglang.client.control import call
 
 _PAUSE_S = 1.0
@@ -17,7 +19,7 @@ def wait_for(urls: list[str], seconds: float) -> list[str]:
     missing = list(urls)
     while missing and time.monotonic() < deadline:
         try:
-            call(missing[0], "/model_info", timeout_s=5.0)
+            call(missing[0], "/model_info", timeout_s=5.0, api_key=os.environ.get(VARIABLE))
             missing.pop(0)
         except UserError:
             time.sleep(_PAUSE_S)

@@ -14,6 +14,7 @@ from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.quantization import WeightQuantizer
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
+from vespo_megatron.trainer.device_turns import DeviceTurns
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class ControllerLink:
         group: of all ranks, with a deadline that fits what a controller waits for.
         history: is told of every version that the engine is given.
         quantizer: rounds weights on their way to the engine; the policy keeps its own.
+        shares_devices: whether the engine's servers and the policy take turns on the same ones.
     """
 
     def __init__(
@@ -35,11 +37,14 @@ class ControllerLink:
         group: dist.ProcessGroup,
         history: WeightHistory | None = None,
         quantizer: WeightQuantizer | None = None,
+        *,
+        shares_devices: bool = False,
     ) -> None:
         if (controller is None) != (policy.rank_info.rank != 0):
             raise ValueError("rank 0 has the controller, the others have none")
         self.policy, self.controller, self.group, self.history = policy, controller, group, history
         self.quantizer = quantizer
+        self.turns = DeviceTurns(policy.memory, self.call, lambda: dist.barrier(group), shared=shares_devices)
         self.weight_version = 0
         """Of the weights that the engine has."""
         self._pushed_at: int | None = policy.updates_taken
@@ -62,7 +67,12 @@ class ControllerLink:
         return answer
 
     def call_with_servers(self, action: Callable[[Controller], T]) -> T | None:
-        """As `call`; servers that come back in the middle of it are given their weights, and it goes on."""
+        """As `call`; servers that come back in the middle of it are given their weights, and it goes on.
+
+        So are servers that had given their devices to the trainer, before it.
+        """
+        if not self.turns.servers_can_generate:
+            self.push_again()
         while True:
             try:
                 return self.call(action)
@@ -86,8 +96,10 @@ class ControllerLink:
         Returns on every rank when the servers have them. An update in which a server fails is made again without it.
         `between` says that the version is not one of the schedule's.
         """
+        self.turns.to_weights()
         with self.history.pushing(version) if self.history is not None else nullcontext():
             self._push(version, between)
+        self.turns.to_servers()
         self.weight_version = version
         if self.history is None or self.history.live == version:
             self._pushed_at = self.policy.updates_taken

@@ -55,7 +55,14 @@ class Trainer:
             history=self.history,
         )
         quantizer = WeightQuantizer.of(recipe.policy)
-        self.link = ControllerLink(policy, controller, self.train_step.scatter.group, self.history, quantizer)
+        self.link = ControllerLink(
+            policy,
+            controller,
+            self.train_step.scatter.group,
+            self.history,
+            quantizer,
+            shares_devices=recipe.policy.generation.shares_devices,
+        )
         self.checkpointer = checkpointer
 
     @property
@@ -107,10 +114,9 @@ class Trainer:
         started = time.perf_counter()
         with self.timers("generate"):
             rollout = self.link.call_with_servers(lambda controller: controller.collect(step))
+            self.link.turns.to_trainer()
         with self.timers("scatter"):
             batch = self.train_step.receive(rollout.batch if rollout else None)
-        if self.recipe.policy.generation.sglang_cfg.colocated:
-            self.link.call(lambda controller: controller.release_memory())
         routes = self.train_step.routes(batch)
         after_log_probs = self.train_step.log_probs(batch, routes)
         with self.timers("train"):
@@ -170,6 +176,9 @@ class Trainer:
         if checkpointer is None or not (stop or checkpointer.due(step, last=last)):
             return ""
         controller = self.controller.state_dict if self.controller is not None else None
+        if self.link.turns.shared:
+            with self.timers("sync_weights"):
+                self.link.turns.to_trainer()
         with self.timers("checkpoint"):
             return checkpointer.save(
                 step, self.state_dict(), controller, metrics, history=self.history, wait=stop or last

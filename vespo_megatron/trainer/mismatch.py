@@ -35,13 +35,15 @@ def measure(
     """
     step = TrainStep(recipe, policy, Objective(recipe.loss_fn, recipe.behavior))
     quantizer = WeightQuantizer.of(recipe.policy)
-    link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer)
+    shares_devices = recipe.policy.generation.shares_devices
+    link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer, shares_devices=shares_devices)
     accountant = Accountant(policy, step.scatter, quantizer)
     rows, lines = [], []
     link.push_weights(version=0)
     probe_routes(link)
     for number in range(1, recipe.grpo.max_num_steps + 1):
         rollout = link.call_with_servers(partial(Controller.collect, step=number))
+        link.turns.to_trainer()
         batch = step.receive(rollout.batch if rollout else None)
         own, replayed = (_score(step, batch.micro_batches, batch.normalizers[0], mode) for mode in ("none", "R3"))
         if rollout:
@@ -53,8 +55,8 @@ def measure(
             routes = step.routes(batch)
             after_log_probs = step.log_probs(batch, routes)
             step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
-            link.push_weights(version=number)
             accountant.after_updates(batch.micro_batches)
+            link.push_weights(version=number)
         accounts = accountant.accounts(batch.micro_batches, rollout.batch.samples if rollout else ())
         lines += [json.dumps(as_json(each, _texts(controller, each), number), ensure_ascii=False) for each in accounts]
     if controller is not None:

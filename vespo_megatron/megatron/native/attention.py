@@ -2,14 +2,18 @@
 
 Keys and values are all-gathered over context parallel ranks (backward: reduce-scatter) and put back into packed
 order; queries stay where they are. Sequences are then run as padded batches, one per power-of-two length class, so
-padding at most doubles the work of a class and no mask of the whole pack is ever made. Source of the zigzag order:
-`data.layout`. megatron-core's own `DotProductAttention` asserts both features off (dot_product_attention.py:52,166).
+padding at most doubles the work of a class and no mask of the whole pack is ever made. On a GPU, in 16 bits and without
+context parallelism, PyTorch's FlashAttention takes the pack as it is: nothing is padded, gathered or put back.
+
+Source of the zigzag order: `data.layout`. megatron-core's own `DotProductAttention` asserts both features off
+(dot_product_attention.py:52,166).
 """
 
 from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,12 +43,29 @@ class LengthClass:
     output_index: torch.Tensor
 
 
+class Pack:
+    """What the native attention needs of a layout, on the device; one for all layers of a micro-batch."""
+
+    def __init__(self, layout: SequenceLayout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
+        self.longest = int(layout.segment_lengths.max())
+        self.offsets = torch.from_numpy(layout.cu_seqlens).to(device)
+        """int32 [S + 1], of the packed buffer's segments."""
+
+    @cached_property
+    def classes(self) -> tuple[LengthClass, ...]:
+        """Every segment is in one of them."""
+        return tuple(_length_classes(self._layout, self._device))
+
+
 @dataclass
 class NativePackedSeqParams(PackedSeqParams):
-    """megatron-core's packed-sequence parameters, plus what the native attention needs of the layout."""
+    """megatron-core's packed-sequence parameters, plus what the native layers need of the micro-batch."""
 
-    classes: tuple[LengthClass, ...] = ()
+    pack: Pack | None = None
     gather_order: torch.Tensor | None = None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosines and sines, float32 [T, head_dim / 2], where attention itself turns queries and keys."""
 
     def without_offsets(self) -> NativePackedSeqParams:
         """For layers whose rotary embedding is given per token.
@@ -59,8 +80,8 @@ class NativePackedSeqParams(PackedSeqParams):
 
 def packed_seq_params(layout: SequenceLayout, device: torch.device) -> NativePackedSeqParams:
     """Everything attention needs to know of a micro-batch; computed once, used by every layer."""
-    cu_seqlens = torch.from_numpy(layout.cu_seqlens).to(device)
-    longest = int(layout.segment_lengths.max())
+    pack = Pack(layout, device)
+    cu_seqlens, longest = pack.offsets, pack.longest
     return NativePackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -69,7 +90,7 @@ def packed_seq_params(layout: SequenceLayout, device: torch.device) -> NativePac
         cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        classes=tuple(_length_classes(layout, device)),
+        pack=pack,
         gather_order=(torch.from_numpy(layout.gather_order).to(device) if layout.context_parallel_size > 1 else None),
     )
 
@@ -185,23 +206,52 @@ class PackedAttention(torch.nn.Module):
         **_unused: object,
     ) -> torch.Tensor:
         """See the class; masks are those of `packed_seq_params`."""
-        if not isinstance(packed_seq_params, NativePackedSeqParams):
+        if not isinstance(packed_seq_params, NativePackedSeqParams) or packed_seq_params.pack is None:
             raise ValueError(
                 "the native attention runs packed sequences; build packed_seq_params from a SequenceLayout"
             )
+        if packed_seq_params.rotation is not None:
+            from vespo_megatron.megatron.native.triton_rotary import rotate
+
+            query, key = rotate(query, *packed_seq_params.rotation), rotate(key, *packed_seq_params.rotation)
+        if self.context_parallel_group.size() == 1 and takes_packs(query):
+            return flash_attention(query, key, value, packed_seq_params.pack, self.softmax_scale).flatten(1)
         if self.context_parallel_group.size() > 1:
             both = torch.stack([key, value], dim=1)
             both = _GatherOverContextParallel.apply(both, self.context_parallel_group)
             key, value = both.index_select(0, packed_seq_params.gather_order).unbind(1)
-        output = query.new_zeros(query.shape)
-        for batch in packed_seq_params.classes:
-            attended = _attend(
-                query[batch.query_index].transpose(1, 2),
-                key[batch.key_index].transpose(1, 2),
-                value[batch.key_index].transpose(1, 2),
-                batch.mask,
-                self.softmax_scale,
-            )
-            rows = attended.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, batch.output_rows)
-            output = output.index_copy(0, batch.output_index, rows)
-        return output.flatten(1)
+        return padded_attention(query, key, value, packed_seq_params.pack, self.softmax_scale).flatten(1)
+
+
+def takes_packs(query: torch.Tensor) -> bool:
+    """Whether PyTorch's FlashAttention can be called with offsets on such queries."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float | None
+) -> torch.Tensor:
+    """Query [T, heads, head_dim], key and value [T, kv_heads, head_dim] → [T, heads, head_dim], of whole sequences."""
+    # positional: cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask
+    fixed = (pack.offsets, pack.offsets, pack.longest, pack.longest, 0.0, True, False)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *fixed, scale=scale)[0]
+
+
+def padded_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float | None
+) -> torch.Tensor:
+    """The same by length classes; queries may be a context parallel rank's."""
+    output = query.new_zeros(query.shape)
+    for batch in pack.classes:
+        attended = F.scaled_dot_product_attention(
+            query[batch.query_index].transpose(1, 2),
+            key[batch.key_index].transpose(1, 2),
+            value[batch.key_index].transpose(1, 2),
+            attn_mask=batch.mask,
+            is_causal=batch.mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        rows = attended.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, batch.output_rows)
+        output = output.index_copy(0, batch.output_index, rows)
+    return output

@@ -1,110 +1,124 @@
-"""Tokens to experts and back where one rank has all experts, without a wait for the device.
+"""Tokens sorted by expert and summed up again, without a wait for the device and without an addition in a race.
 
-megatron-core's dispatchers find the rows of an expert by `masked_select` (moe_utils.py:369), which asks the device how
-many there are, and fetch the experts' counts to the host (token_dispatcher.py:899): in every layer the host stops until
-the device has caught up. Without token dropping there are `topk` rows per token, whoever gets them, so that nothing
-needs to be asked. Rows are in megatron-core's order: by expert, then by token. A token's rows are added in the order of
-their experts, so the sum is the same every time, which atomic additions do not promise.
+megatron-core's own `permute` finds the rows by a boolean mask, for which the host waits (moe_utils.py:369), and adds
+an expert's answers with `scatter_add`, one atomic addition a number; the gradient of the sort is the same again. Here
+where every token went is known from either side, so that both directions read rows and write them once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from vespo_megatron.losses.sequence import has_triton
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of T tokens with k experts each: N = T·k rows sorted by expert, then by token."""
+
+    experts: torch.Tensor
+    """int64 [T, k], ascending."""
+    positions: torch.Tensor
+    """int64 [T, k]: the row of each choice."""
+    choices: torch.Tensor
+    """int64 [N]: the choice (an index into `experts`, flat) of each row."""
+    tokens: torch.Tensor
+    """int64 [N]: the token of each row."""
+
+    @staticmethod
+    def of(routing_map: torch.Tensor, count: int) -> Places:
+        """bool [T, E], `count` of each row true."""
+        num_tokens, num_experts = routing_map.shape
+        chosen = torch.nonzero_static(routing_map, size=num_tokens * count)
+        experts = chosen[:, 1].view(num_tokens, count)
+        rank = routing_map.t().flatten().cumsum(0, dtype=torch.int32).view(num_experts, num_tokens)
+        positions = rank.t().gather(1, experts).long() - 1
+        every = torch.arange(num_tokens * count, device=routing_map.device)
+        choices = torch.empty_like(every).scatter_(0, positions.flatten(), every)
+        return Places(experts, positions, choices, choices // count)
 
 
 class _Spread(torch.autograd.Function):
-    """A row for every choice: [T, H] → [T · topk, H], row r the token of choice `choice[r]`; see `_Gather`."""
+    """[T, H] → [N, H]: every token's row, once per expert."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, choice: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(place)
-        return tokens.index_select(0, choice // place.shape[1])
+    def forward(ctx: Any, hidden: torch.Tensor, places: Places) -> torch.Tensor:
+        ctx.places = places
+        return hidden.index_select(0, places.tokens)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        return _sums(gradient, place), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return sum_rows(gradient.contiguous(), ctx.places.positions), None
 
 
-class _Gather(torch.autograd.Function):
-    """The sum of every token's rows: [T · topk, H] → [T, H], `place` [T, topk] where they are; see `_Spread`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, choice: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(choice)
-        ctx.topk = place.shape[1]
-        return _sums(rows, place)
+class _Collect(torch.autograd.Function):
+    """[N, H] → [T, H]: the sum of every token's rows."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (choice,) = ctx.saved_tensors
-        return gradient.index_select(0, choice // ctx.topk), None, None
-
-
-def _sums(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    return rows.index_select(0, place.flatten()).view(*place.shape, rows.shape[1]).sum(1)
-
-
-class LocalDispatcher(MoETokenDispatcher):
-    """See the module. For groups of one, expert and expert tensor parallel, and no token dropping."""
-
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
-        self._shape = torch.Size()
-        self._place = self._choice = self._counts = torch.empty(0)
+    def forward(ctx: Any, rows: torch.Tensor, places: Places) -> torch.Tensor:
+        ctx.places = places
+        return sum_rows(rows.contiguous(), places.positions)
 
     @staticmethod
-    def can_replace(other: MoETokenDispatcher) -> bool:
-        """Whether that one, too, sends nothing anywhere."""
-        return other.ep_size * other.tp_size == 1 and other.config.moe_expert_capacity_factor is None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.index_select(0, ctx.places.tokens), None
 
-    @classmethod
-    def of(cls, other: MoETokenDispatcher) -> LocalDispatcher:
-        """In place of that one."""
-        groups = ProcessGroupCollection(ep=other.ep_group, expt_tp=other.tp_group, tp_ep=other.tp_ep_group)
-        return cls(other.config, groups)
+
+def sum_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """rows [N, H], int64 [T, k] → [T, H], summed in float32 at least."""
+    if has_triton(rows.device.type) and rows.dtype is not torch.float64:
+        from vespo_megatron.megatron.native import triton_experts
+
+        return triton_experts.sum_rows(rows, positions)
+    found = rows.index_select(0, positions.flatten()).view(*positions.shape, rows.shape[1])
+    return found.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+
+
+class SortedDispatcher(MoEAlltoAllTokenDispatcher):
+    """megatron-core's all-to-all, with this module's way to sort and to sum up.
+
+    One rank alone sends nothing and has its rows in order: `tokens_per_expert` then stays on the device.
+    """
 
     def dispatch_preprocess(
-        self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[…, H], `routing_map` bool [T, experts] with `topk` True in every row, gates [T, experts].
+        """[…, H], bool [T, E], [T, E] → rows [N, H] sorted by expert, their gates [N]."""
+        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        hidden_states = hidden_states.view(-1, self.hidden_shape[-1])
+        self.tokens_per_expert = self.preprocess(routing_map)
+        if not self._is_alone:
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        self.places = Places.of(routing_map, self.config.moe_router_topk)
+        gates = probs.gather(1, self.places.experts).flatten().index_select(0, self.places.choices)
+        return _Spread.apply(hidden_states, self.places), gates
 
-        Returns a row for every choice, [T · topk, H], and their gates [T · topk].
-        """
-        self._shape = tokens.shape
-        experts = routing_map.int().topk(self.config.moe_router_topk, dim=1).indices.sort(dim=1).values
-        self._counts = routing_map.sum(dim=0)
-        # One count of all choices, expert by expert: what it is at a choice says where its row is.
-        count = routing_map.t().reshape(-1).cumsum(0, dtype=torch.int32).view(routing_map.shape[::-1]).t()
-        self._place = count.gather(1, experts).long() - 1
-        numbers = torch.arange(self._place.numel(), device=tokens.device)
-        self._choice = torch.empty_like(numbers).scatter_(0, self._place.flatten(), numbers)
-        rows = _Spread.apply(tokens.reshape(-1, self._shape[-1]), self._choice, self._place)
-        return rows, probs.gather(1, experts).flatten().index_select(0, self._choice)
-
-    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nothing to send."""
-        return hidden_states, probs
+    def token_dispatch(self, rows: torch.Tensor, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """To the ranks that have the experts."""
+        return (rows, gates) if self._is_alone else super().token_dispatch(rows, gates)
 
     def dispatch_postprocess(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor
+        self, rows: torch.Tensor, gates: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, tokens of each expert int64 [experts], gates."""
-        return hidden_states, self._counts, probs
+        """Sorted by this rank's experts, with the rows of each."""
+        return (rows, self.tokens_per_expert, gates) if self._is_alone else super().dispatch_postprocess(rows, gates)
 
-    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The experts' rows [T · topk, H] → [T, H]."""
-        return _Gather.apply(hidden_states, self._choice, self._place)
+    def combine_preprocess(self, rows: torch.Tensor) -> torch.Tensor:
+        """Back in the order that they came in."""
+        return rows if self._is_alone else super().combine_preprocess(rows)
 
-    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Nothing to fetch."""
-        return hidden_states
+    def token_combine(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Back to the ranks that they came from."""
+        return rows if self._is_alone else super().token_combine(rows, *args, **kwargs)
 
-    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, H] → the shape that came in."""
-        return hidden_states.view(self._shape)
+    def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of every token's rows, in the shape that hidden states had."""
+        return _Collect.apply(rows, self.places).view(self.hidden_shape)
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.ep_size == 1 and self.tp_size == 1

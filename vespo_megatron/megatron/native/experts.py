@@ -3,11 +3,14 @@
 Tokens come sorted by expert. On a GPU the products are `torch._grouped_mm`; on the host they are one `mm` per expert
 into its rows of one output (measured no slower there than `_grouped_mm` or padded `bmm`, and it pads nothing). The
 backward is written out: it keeps the input and the first product only, and adds the weights' gradients straight into
-megatron-core's `main_grad` where there is one.
+megatron-core's `main_grad` where there is one. On a GPU that is a product per expert as well: `_grouped_mm` cannot add,
+and adding what it gives moves 12 bytes a weight once more.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,26 +25,50 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.parameter_marks import marks
+
+_ALIGNMENT = 16
+"""Bytes; of `torch._grouped_mm`'s strides."""
+
+
+class _HostCopy:
+    """A tensor's values on the host: the copy is asked for now, and waited for where they are first read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._values = tensor
+        if tensor.is_cuda:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def tolist(self) -> list[int]:
+        """The values."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()
 
 
 class _Groups:
-    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side.
+    """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side, `weights` [E, H, F]."""
 
-    On a GPU `_grouped_mm` takes bfloat16, some rows, and matrices whose rows begin on 16 bytes: `widths` are how long
-    those of every factor are.
-    """
-
-    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, *widths: int) -> None:
-        fits = like.dtype is torch.bfloat16 and len(like) > 0 and all(width % 8 == 0 for width in widths)
-        self.on_device = like.device.type != "cpu" and fits
+    def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, weights: torch.Tensor) -> None:
+        # Grouped products take bfloat16 alone, in rows of whole 16 bytes.
+        aligned = all(size * like.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:])
+        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned
         if self.on_device:
-            counts = tokens_per_expert.to(like.device, non_blocking=True)
-            self.ends = counts.cumsum(0, dtype=torch.int32)
-            return
-        ends = tokens_per_expert.cumsum(0).tolist()
+            self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
+        # The forward does not wait for it, and the backward comes when it has long been there.
+        self._counts = _HostCopy(tokens_per_expert)
+
+    @cached_property
+    def slices(self) -> list[tuple[int, slice]]:
+        """The experts that have rows, and which."""
+        ends = list(accumulate(self._counts.tolist()))
         rows = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self.slices = [(expert, here) for expert, here in enumerate(rows) if here.stop > here.start]
+        return [(expert, here) for expert, here in enumerate(rows) if here.stop > here.start]
 
     def product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """rows [T, K] by their expert's weight in [E, K, N] → [T, N]."""
@@ -54,12 +81,15 @@ class _Groups:
 
     def add_outer(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """total [E, M, N] += leftᵀ·right over each expert's rows, left [T, M], right [T, N]."""
-        if self.on_device:
+        if self.on_device and total.dtype == left.dtype:
             total.add_(torch._grouped_mm(left.t(), right, offs=self.ends))
             return
         for expert, here in self.slices:
             if total.dtype == left.dtype:
                 total[expert].addmm_(left[here].t(), right[here])
+            elif self.on_device:
+                mine = total[expert]
+                torch.addmm(mine, left[here].t(), right[here], out_dtype=total.dtype, out=mine)
             else:
                 total[expert].add_(left[here].t() @ right[here])
 
@@ -76,10 +106,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         fc2: torch.Tensor,
         tokens_per_expert: torch.Tensor,
     ) -> torch.Tensor:
-        groups = _Groups(tokens_per_expert, x, *fc2.shape[1:])
+        groups = _Groups(tokens_per_expert, x, fc2)
         gate_up = groups.product(x, fc1.transpose(1, 2))
-        gate, up = gate_up.chunk(2, dim=1)
-        active = F.silu(gate).mul_(up).mul_(probs[:, None].to(x.dtype))
+        active = swiglu(gate_up, probs)
         ctx.save_for_backward(x, probs, gate_up, fc1, fc2)
         ctx.groups = groups
         return groups.product(active, fc2.transpose(1, 2))
@@ -87,23 +116,50 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, probs, gate_up, fc1, fc2 = ctx.saved_tensors
-        groups, scale, gradient = ctx.groups, probs[:, None].to(x.dtype), gradient.contiguous()
-        gate, up = gate_up.chunk(2, dim=1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        active = silu * up
-        slope = groups.product(gradient, fc2)
-        probs_gradient = (slope * active).sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).to(probs.dtype)
-        fc2_gradient = _weight_gradient(groups, fc2, gradient, active.mul_(scale)) if ctx.needs_input_grad[3] else None
-        slope.mul_(scale)
-        gate_up_gradient = torch.empty_like(gate_up)
-        gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=1)
-        torch.mul(slope, silu, out=up_gradient)
-        # silu' = sigmoid + silu · (1 − sigmoid)
-        torch.mul(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up), slope, out=gate_gradient)
+        groups, gradient = ctx.groups, gradient.contiguous()
+        active, gate_up_gradient, probs_gradient = swiglu_gradient(gate_up, probs, groups.product(gradient, fc2))
+        fc2_gradient = _weight_gradient(groups, fc2, gradient, active) if ctx.needs_input_grad[3] else None
+        del active
         fc1_gradient = _weight_gradient(groups, fc1, gate_up_gradient, x) if ctx.needs_input_grad[2] else None
         x_gradient = groups.product(gate_up_gradient, fc1) if ctx.needs_input_grad[0] else None
         return x_gradient, probs_gradient, fc1_gradient, fc2_gradient, None
+
+
+def swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """[T, 2F] (gate beside up), [T] → [T, F]: probs · silu(gate) · up."""
+    if _has_kernels(gate_up):
+        from vespo_megatron.megatron.native import triton_experts
+
+        return triton_experts.swiglu(gate_up, probs)
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up).mul_(probs[:, None].to(gate_up.dtype))
+
+
+def swiglu_gradient(
+    gate_up: torch.Tensor, probs: torch.Tensor, slope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`swiglu` once more, and the gradients of `gate_up` and `probs`; `slope` [T, F] is its result's, written over."""
+    if _has_kernels(gate_up):
+        from vespo_megatron.megatron.native import triton_experts
+
+        return triton_experts.swiglu_gradient(gate_up, probs, slope)
+    gate, up = gate_up.chunk(2, dim=1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    active = silu * up
+    probs_gradient = (slope * active).sum(1, dtype=torch.promote_types(slope.dtype, torch.float32)).to(probs.dtype)
+    scale = probs[:, None].to(slope.dtype)
+    slope.mul_(scale)
+    gate_up_gradient = torch.empty_like(gate_up)
+    gate_gradient, up_gradient = gate_up_gradient.chunk(2, dim=1)
+    torch.mul(slope, silu, out=up_gradient)
+    # silu' = sigmoid + silu · (1 − sigmoid)
+    torch.mul(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up), slope, out=gate_gradient)
+    return active.mul_(scale), gate_up_gradient, probs_gradient
+
+
+def _has_kernels(rows: torch.Tensor) -> bool:
+    return has_triton(rows.device.type) and rows.dtype is not torch.float64
 
 
 def _weight_gradient(

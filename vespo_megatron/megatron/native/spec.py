@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-)
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,6 +14,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.native.attention import PackedAttention
 from vespo_megatron.megatron.native.moe import NativeMoELayer
 from vespo_megatron.megatron.native.norm import RMSNorm
+from vespo_megatron.recipe.rules import NEED_TRANSFORMER_ENGINE
+from vespo_megatron.recipe.schema import MegatronConfig
 
 
 def have_transformer_engine() -> bool:
@@ -42,6 +42,33 @@ def choose_layer_spec(wanted: str, device_type: str) -> str:
     return "te" if usable and wanted != "native" else "native"
 
 
+def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) -> str:
+    """'te' or 'native' for a recipe. Raises `UserError` where its keys need what is not there.
+
+    Transformer Engine attends to packed sequences in 16 bits alone: its kernels refuse float32, and its unfused
+    attention packed sequences (dot_product_attention/utils.py:428, 659 of 2.9) or context parallelism (756 of 2.11).
+    """
+    layers = choose_layer_spec(megatron.layer_spec, device_type)
+    if layers == "te" and dtype is not torch.bfloat16:
+        if megatron.layer_spec == "te":
+            raise UserError(
+                f"is te with {dtype}",
+                where="policy.megatron_cfg.layer_spec",
+                expected="policy.precision=bfloat16: its attention runs in 16 bits",
+                fix="set precision to bfloat16, or layer_spec to native",
+            )
+        layers = "native"
+    for name in NEED_TRANSFORMER_ENGINE if layers == "native" else ():
+        if getattr(megatron, name):
+            raise UserError(
+                f"is true, but layer_spec {megatron.layer_spec} is native here",
+                where=f"policy.megatron_cfg.{name}",
+                expected="Transformer Engine's layers: a CUDA device, bfloat16, transformer-engine[pytorch,core_cu12]",
+                fix="set it to false",
+            )
+    return layers
+
+
 def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     """One decoder layer of plain PyTorch parts."""
     spec = get_gpt_layer_local_spec(
@@ -49,6 +76,10 @@ def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
         normalization="RMSNorm",
     )
     layer = spec.submodules
+    if is_moe:
+        # One set of names in checkpoints for both kinds of layers: Transformer Engine's spec fuses this norm into
+        # `mlp.linear_fc1` in dense layers alone.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
@@ -62,7 +93,9 @@ def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
 def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers this pipeline rank and model chunk builds, dense and MoE ones as `config.moe_layer_freq` says."""
     if layer_spec == "te":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        from vespo_megatron.megatron.te.spec import te_block_spec  # megatron-core's wrappers are mocks without it
+
+        return te_block_spec(config, vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = {is_moe: native_layer_spec(config, is_moe=bool(is_moe)) for is_moe in set(config.moe_layer_freq)}

@@ -39,6 +39,9 @@ class SGLangConfig(Section):
     max_total_tokens: int | None = key(None, "Size of the KV cache in tokens (CPU).", ge=1, ours=True)
     enable_return_routed_experts: bool = key(False, "Return the experts chosen per token (R3 and route agreement).")
     startup_timeout: float = key(300.0, "Deadline for a server to be ready, in seconds.", gt=0, ours=True)
+    weight_update_timeout: float = key(
+        300.0, "Deadline of each wait of a weight update: joining, one bucket, the checksum.", gt=0, ours=True
+    )
     request_timeout: float = key(600.0, "Deadline of one generation request, in seconds.", gt=0, ours=True)
     health_timeout: float = key(60.0, "A working server silent for so long is given up; 0: never.", ge=0, ours=True)
     max_restarts: int = key(3, "Times that a server started here is started again after it died.", ge=0, ours=True)
@@ -60,6 +63,9 @@ class SGLangConfig(Section):
         False, "Send only tensors whose hash changed since the last update.", ours=True
     )
     colocated: bool = key(False, "Servers on the trainer's devices give their memory back while it trains.", ours=True)
+    first_server: int = key(
+        0, "Number of this node's first server among a run's: each has a seed of its own.", ge=0, ours=True
+    )
     server_args: dict[str, Any] = key({}, "Further server flags, without the dashes.", ours=True)
 
     @property
@@ -101,3 +107,8 @@ class GenerationConfig(Section):
     val_top_p: float | None = key(None, "Evaluation; None: as in training.", gt=0, le=1, ours=True)
     mismatch: MismatchConfig = section(MismatchConfig)
     sglang_cfg: SGLangConfig = section(SGLangConfig)
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether servers and trainer take turns on the same devices."""
+        return self.backend == "sglang" and self.sglang_cfg.colocated

@@ -60,6 +60,9 @@ class ClusterConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = key(
         "auto", "What the trainer runs on; auto: CUDA where there is one.", ours=True
     )
+    network_interface: str | None = key(
+        None, "Interface that gloo and NCCL use, as in ib0; None: what they find.", ours=True
+    )
     watchdog_timeout: float | None = key(
         None,
         "Seconds without progress after which a hanging rank ends the run; 0 never; None: nine tenths of "
@@ -85,9 +88,13 @@ class SlurmConfig(Section):
     qos: str | None = key(None, "sbatch --qos.")
     time: str | None = key(None, "sbatch --time, as in 04:00:00.")
     checkpoint_lead: int = key(600, "Seconds before the time limit at which a checkpoint is asked for.", ge=0)
+    cpus_per_node: int | None = key(
+        None, "Cores of each node, for its servers or trainer processes; None: --exclusive, all of them.", ge=1
+    )
     requeue: bool = key(True, "Back into the queue after the time limit or a lost node, to resume.")
     setup: list[str] = key([], "Shell lines before anything else: modules, environment.")
     container_image: str | None = key(None, "Pyxis: image of every step.")
+    rollout_container_image: str | None = key(None, "Pyxis: image of the servers' steps; None: the same.")
     container_mounts: list[str] = key([], "Pyxis: host:container.")
     sbatch_options: list[str] = key([], "Further options, as in --exclusive.")
     logs: str = key("slurm_logs", "Folder of <job>/attempt_<n>/*.log, reached from every node.")

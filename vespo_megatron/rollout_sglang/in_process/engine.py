@@ -152,8 +152,15 @@ class InProcessEngine:
             checksum.add(name, view)
         return checksum.hexdigest()
 
-    def release_memory(self) -> None:
+    def release_memory(self) -> int:
         """Nothing: the weights are all that is kept between calls, and they are this process's own."""
+        return 1
+
+    def resume_memory(self) -> None:
+        """Nothing was given back."""
+
+    def await_server(self) -> None:
+        """It is up."""
 
     async def pause(self) -> None:
         """End running requests as 'abort' and hold new ones back; returns when none is running."""

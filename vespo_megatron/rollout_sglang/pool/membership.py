@@ -82,6 +82,10 @@ class Membership:
 
         A server that was restarted unnoticed is known by its start; the calls it lost have been answered elsewhere.
         """
+        return [server for server in self.up() if server.faults_in_a_row < MAX_FAULTS]
+
+    def up(self) -> list[PooledServer]:
+        """Servers that answer now, those that are given up among them."""
         starts = self._threads.map(_start_if_up, [server.client for server in self.servers])
         found = []
         for server, startup_time in zip(self.servers, starts, strict=True):
@@ -93,8 +97,7 @@ class Membership:
             if startup_time != server.startup_time:
                 server.startup_time, server.faults_in_a_row = startup_time, 0
                 self.take_out_of_service(server, ServerGone("was restarted, with old weights", url=server.url))
-            if server.faults_in_a_row < MAX_FAULTS:
-                found.append(server)
+            found.append(server)
         return found
 
     def wait_for_candidates(self) -> list[PooledServer]:

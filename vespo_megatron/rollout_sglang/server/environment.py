@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.run.devices import VISIBLE, without_expandable_segments
 
 STUBS = Path(__file__).parents[1] / "plugin" / "stubs"
 _PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json, sys
 found = util.find_spec("sglang")
-device, torchvision = sys.argv[1], util.find_spec("torchvision") is not None
-if device == "auto":
+device, torchvision, gpus = sys.argv[1], util.find_spec("torchvision") is not None, 0
+if device != "cpu":
     import torch
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    device = "cuda" if device == "cuda" or gpus else "cpu"
 if torchvision and device == "cpu":
     try:
         import torchvision.transforms
     except Exception:
         torchvision = False
 plugins = {point.name for point in metadata.entry_points(group="sglang.srt.platforms")}
-print(json.dumps(dict(device=device, torchvision=torchvision, plugin="vespo_cpu" in plugins,
+print(json.dumps(dict(device=device, torchvision=torchvision, plugin="vespo_cpu" in plugins, num_gpus=gpus,
     folder=list(found.submodule_search_locations)[0] if found else None)))
 """
 
@@ -38,6 +41,8 @@ class Environment:
     """cuda or cpu"""
     sglang_folder: Path
     has_torchvision: bool
+    num_gpus: int = 0
+    """That PyTorch offers there."""
 
 
 def probe_environment(python: str, device: str) -> Environment:
@@ -64,7 +69,7 @@ def probe_environment(python: str, device: str) -> Environment:
             where=where,
             fix=f"{python} -m pip install --no-deps <this repository>",
         )
-    return Environment(found["device"], Path(found["folder"]), found["torchvision"])
+    return Environment(found["device"], Path(found["folder"]), found["torchvision"], found["num_gpus"])
 
 
 def build_environment(
@@ -74,8 +79,16 @@ def build_environment(
     base: dict[str, str],
     threads: dict[str, str],
     tensor_parallel_size: int,
+    gpus: Sequence[str] | None = None,
+    gives_memory_back: bool = False,
 ) -> dict[str, str]:
-    """Environment variables of the server; `threads` (`run.host_threads`) where it computes on the CPU.
+    """Environment variables of the server.
+
+    Args:
+        base: the launching process's own.
+        threads: `run.host_threads`' variables, for a server that computes on the CPU.
+        gpus: the names of its GPUs (`run.devices`); None: all that this process may use.
+        gives_memory_back: whether it is to, of GPUs, when it is asked to.
 
     What belongs to the launching process's own distributed job (`RANK`, `MASTER_PORT`, …) is left out, so that a
     server started from inside one does not believe itself a member.
@@ -97,10 +110,14 @@ def build_environment(
     result["PYTHONUNBUFFERED"] = "1"
     result["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the margin of the context
     if environment.device != "cpu":
-        return result
+        if gives_memory_back:
+            # Without it graphs stay where they are; and SGLang's memory saver refuses expandable segments.
+            result["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
+            result = without_expandable_segments(result)
+        return result if gpus is None else result | {VISIBLE: ",".join(gpus)}
     result |= threads
     result |= {
-        "CUDA_VISIBLE_DEVICES": "",
+        VISIBLE: "",
         "SGLANG_USE_CPU_ENGINE": "0",
         "SGLANG_PLATFORM": "vespo_cpu",
         "SGLANG_DISABLED_MODEL_ARCHS": ",".join(unused_model_files(environment.sglang_folder, shape.architecture)),

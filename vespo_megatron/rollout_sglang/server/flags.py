@@ -6,7 +6,7 @@ from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import ModelShape
-from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.schema import Recipe, SGLangConfig
 from vespo_megatron.rollout_sglang.server.environment import Environment
 
 _CPU_KV_BYTES = 512 * 2**20
@@ -14,6 +14,8 @@ _CPU_KV_BYTES = 512 * 2**20
 
 _CONTEXT_MARGIN = 8
 """SGLang 0.5.23 refuses a prompt within 6 tokens of its context; the client holds to the real length."""
+
+_FIRST_GPU = "base-gpu-id"
 
 _OWNED = {
     "model-path": "policy.model_name",
@@ -58,7 +60,7 @@ _REFUSED = {
 def check_server_args(server_args: dict[str, Any]) -> None:
     """Refuse, with the reason, flags that the recipe owns or that break RL."""
     for name in server_args:
-        flag = name.lstrip("-").replace("_", "-")
+        flag = _flag(name)
         where = f"policy.generation.sglang_cfg.server_args.{name}"
         if flag in _OWNED:
             raise UserError("is decided by another key", where=where, fix=f"set {_OWNED[flag]}")
@@ -86,7 +88,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
         "tensor-parallel-size": config.tensor_parallel_size,
         "context-length": context + _CONTEXT_MARGIN,
         "skip-tokenizer-init": True,  # token ids in, token ids out: nothing is ever tokenised twice
-        "random-seed": recipe.grpo.seed + index,
+        "random-seed": recipe.grpo.seed + config.first_server + index,
         "mem-fraction-static": config.mem_fraction_static,
         "max-total-tokens": config.max_total_tokens,
         "enable-return-routed-experts": config.enable_return_routed_experts,
@@ -103,10 +105,28 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
             "max-total-tokens": config.max_total_tokens or _cpu_kv_tokens(shape, dtype, context),
         }
     else:
-        flags["base-gpu-id"] = index * config.tensor_parallel_size
         flags["enable-memory-saver"] = config.colocated  # needs CUDA: without, the endpoints answer and free nothing
-    flags |= {name.lstrip("-").replace("_", "-"): value for name, value in config.server_args.items()}
+    flags |= {_flag(name): value for name, value in config.server_args.items()}
+    if (first := first_gpu(config, index)) is not None:
+        flags[_FIRST_GPU] = first
     return _command_line(flags)
+
+
+def first_gpu(config: SGLangConfig, index: int) -> int | None:
+    """`server_args.base-gpu-id` of one server: a number is the first server's, a list has one for each.
+
+    None where the recipe leaves it to `run.devices`. Raises UserError for a list that is too short.
+    """
+    given = next((value for name, value in config.server_args.items() if _flag(name) == _FIRST_GPU), None)
+    if not isinstance(given, (list, tuple)):
+        return None if given is None else given + index * config.tensor_parallel_size
+    if len(given) < config.num_servers:
+        raise UserError(
+            f"has {len(given)} entries",
+            where=f"policy.generation.sglang_cfg.server_args.{_FIRST_GPU}",
+            expected=f"a number, or one for each of {config.num_servers} servers",
+        )
+    return given[index]
 
 
 def context_length(recipe: Recipe, shape: ModelShape) -> int:
@@ -132,6 +152,10 @@ def check_served(shape: ModelShape, where: str) -> None:
             expected="no mlp_only_layers, and decoder_sparse_step 1",
             fix="set policy.generation.backend=in_process, or use another model",
         )
+
+
+def _flag(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
 
 
 def _cpu_kv_tokens(shape: ModelShape, dtype: str, context: int) -> int:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,15 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
-from vespo_megatron.rollout_sglang.server.environment import build_environment, probe_environment
-from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args
+from vespo_megatron.rollout_sglang.server.cuda_stack import check_exchange
+from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
+from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args, first_gpu
 from vespo_megatron.rollout_sglang.server.ports import choose_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
+from vespo_megatron.rollout_sglang.start_lock import StartLock
+from vespo_megatron.run.devices import split, visible_gpus
 from vespo_megatron.run.host_threads import server_environment
+from vespo_megatron.run.network import interface_variables
 
 _LOOK_EVERY_S = 0.5
 
@@ -30,10 +34,24 @@ class ServerGroup:
     Args:
         urls: of servers started here, or elsewhere.
         max_restarts: of each server.
+        start_lock: is held while servers start again; they wait while another has it, a trainer on their devices.
+        start_timeout_s: a server that starts again and is not ready within so many seconds is ended.
     """
 
-    def __init__(self, servers: list[ServerProcess], urls: list[str], *, max_restarts: int = 0) -> None:
+    def __init__(
+        self,
+        servers: list[ServerProcess],
+        urls: list[str],
+        *,
+        max_restarts: int = 0,
+        start_lock: StartLock | None = None,
+        start_timeout_s: float = 300.0,
+    ) -> None:
         self.servers, self.urls, self.max_restarts = servers, urls, max_restarts
+        self._start_lock, self._start_timeout_s = start_lock, start_timeout_s
+        self._starting: dict[ServerProcess, float] = {}
+        """Servers for which the lock is held, and until when."""
+        self._waiting: set[str] = set()
         self._given_up: set[str] = set()
 
     def restart_dead(self) -> None:
@@ -41,11 +59,15 @@ class ServerGroup:
 
         A server that died more than `max_restarts` times stays down. Raises `UserError` when none is left.
         """
+        if self._look_after_starts():
+            return
         for server in self.servers:
             if server.alive or server.url in self._given_up:
                 continue
             told = f"server {server.url} died"
             if server.restarts < self.max_restarts:
+                if not self._may_start(server):
+                    continue
                 dead = server.log
                 server.restart()
                 print(f"{told} (see {dead}); restart {server.restarts} of {self.max_restarts}", flush=True)
@@ -53,6 +75,37 @@ class ServerGroup:
                 self._given_up.add(server.url)
                 self.check()
                 print(f"{told} and stays down: it was restarted {server.restarts} times; see {server.log}", flush=True)
+
+    def _may_start(self, server: ServerProcess) -> bool:
+        if self._start_lock is None:
+            return True
+        if not self._start_lock.try_acquire():
+            if server.url not in self._waiting:
+                print(f"server {server.url} died; it starts again when the trainer leaves its devices", flush=True)
+            self._waiting.add(server.url)
+            return False
+        self._waiting.discard(server.url)
+        self._starting[server] = time.monotonic() + self._start_timeout_s
+        return True
+
+    def _look_after_starts(self) -> bool:
+        """Give the lock back when every server that was started again is ready, or has ended; whether that was now.
+
+        A trainer that waits for it has it then before the next attempt.
+        """
+        if not self._starting:
+            return False
+        for server, deadline in list(self._starting.items()):
+            if server.alive and time.monotonic() > deadline:
+                print(f"server {server.url} was not ready within {self._start_timeout_s:g} s and is ended", flush=True)
+                server.stop()
+            if not server.alive or server.answers():
+                del self._starting[server]
+        if self._starting:
+            return False
+        if self._start_lock is not None:
+            self._start_lock.release()
+        return True
 
     def check(self) -> None:
         """Raise `UserError` naming the last server that died, with the end of its log, when none is left."""
@@ -90,6 +143,8 @@ class ServerGroup:
             server.ask_to_stop()
         for server in self.servers:
             server.stop()
+        if self._start_lock is not None:
+            self._start_lock.release()
 
     def __enter__(self) -> ServerGroup:
         return self
@@ -100,15 +155,18 @@ class ServerGroup:
         self.stop()
 
 
-def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = None) -> ServerGroup:
+def launch_servers(
+    recipe: Recipe, run_dir: str | Path, *, device: str | None = None, beside_trainer: bool = False
+) -> ServerGroup:
     """Start the servers a recipe asks for and wait until all answer; a group without processes when it gives URLs.
 
     Args:
         run_dir: logs go to `<run_dir>/servers/server_<n>.log`.
         device: "cuda" or "cpu"; None is `cluster.device`, where "auto" is what the servers' interpreter finds.
+        beside_trainer: whether the trainer's processes are on this node too, and have its first GPUs.
 
-    Raises `UserError` for a flag that is refused, a port in use, an interpreter without SGLang, a server that dies
-    (at once, with the end of its log) or is not ready within `startup_timeout`. Nothing is left running then.
+    Raises `UserError` for a flag that is refused, too few GPUs, a port in use, an interpreter without SGLang, a server
+    that dies (at once, with the end of its log) or is not ready within `startup_timeout`. Nothing is left running then.
     """
     config = recipe.policy.generation.sglang_cfg
     if config.urls:
@@ -120,20 +178,32 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
     ports = choose_ports(config.host, config.port, config.num_servers)
     python = config.python or sys.executable
     found = probe_environment(python, device or recipe.cluster.device)
-    environment = build_environment(
-        found,
-        shape,
-        base=dict(os.environ),
-        threads=server_environment(recipe),
-        tensor_parallel_size=config.tensor_parallel_size,
-    )
+    if found.device == "cuda":
+        check_exchange(python, sys.executable, config.weight_transport)
+    gpus = _gpus(recipe, found, beside_trainer)
     deadline = time.monotonic() + config.startup_timeout
-    group = ServerGroup([], [], max_restarts=config.max_restarts)
+    group = ServerGroup(
+        [],
+        [],
+        # Who starts servers elsewhere does not know when the trainer is away from their devices.
+        max_restarts=config.max_restarts if beside_trainer or not config.colocated else 0,
+        start_lock=StartLock(run_dir) if config.colocated else None,
+        start_timeout_s=config.startup_timeout,
+    )
     try:
         for index, port in enumerate(ports):
             flags = build_flags(recipe, shape, found, port=port, index=index)
             url = f"http://{config.host}:{port}"
             log = Path(run_dir) / "servers" / f"server_{index}.log"
+            environment = build_environment(
+                found,
+                shape,
+                base=dict(os.environ) | interface_variables(recipe),
+                threads=server_environment(recipe),
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpus=gpus[index],
+                gives_memory_back=config.colocated,
+            )
             command = [python, "-m", "vespo_megatron.rollout_sglang.plugin.launch_sglang", *flags]
             group.servers.append(ServerProcess(url, command, environment, log))
             group.urls.append(url)
@@ -143,3 +213,13 @@ def launch_servers(recipe: Recipe, run_dir: str | Path, *, device: str | None = 
         group.stop()
         raise
     return group
+
+
+def _gpus(recipe: Recipe, found: Environment, beside_trainer: bool) -> Sequence[Sequence[str] | None]:
+    """The names of each server's GPUs; None for servers on the CPU, and where the recipe places them itself."""
+    config = recipe.policy.generation.sglang_cfg
+    if found.device == "cpu" or first_gpu(config, 0) is not None:
+        return [None] * config.num_servers
+    handed_out = split(recipe, visible_gpus(os.environ, found.num_gpus), with_trainer=beside_trainer)
+    print(f"GPUs of this node: {handed_out}", flush=True)
+    return handed_out.servers

@@ -77,11 +77,8 @@ class ServerProcess:
                     where=f"server {self.url}",
                     fix=f"see {self.log}",
                 )
-            try:
-                call(self.url, "/model_info", timeout_s=2.0, api_key=self._environment.get(API_KEY_VARIABLE))
+            if self.answers():
                 return
-            except UserError:
-                pass
             if time.monotonic() > deadline:
                 raise UserError(
                     f"SGLang was not ready in time; its last lines:\n{log_tail(self.log)}",
@@ -89,6 +86,14 @@ class ServerProcess:
                     fix=f"raise policy.generation.sglang_cfg.startup_timeout, or see {self.log}",
                 )
             time.sleep(0.1)
+
+    def answers(self) -> bool:
+        """Whether it does now, within 2 s."""
+        try:
+            call(self.url, "/model_info", timeout_s=2.0, api_key=self._environment.get(API_KEY_VARIABLE))
+        except UserError:
+            return False
+        return True
 
     def ask_to_stop(self) -> None:
         """Let the supervisor end the group; returns at once."""

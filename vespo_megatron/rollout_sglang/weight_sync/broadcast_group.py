@@ -8,6 +8,7 @@ key prefixes here are those that torch's `_new_process_group_helper` gives that 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -33,6 +34,7 @@ class BroadcastGroup:
         self._backend: Backend | None = backend
         self._store: dist.Store | None = store  # the servers' ranks meet in it for as long as it is held
         self.name, self.world_size, self.timeout_s = name, world_size, timeout_s
+        self._started = False
 
     @classmethod
     def join(
@@ -57,41 +59,50 @@ class BroadcastGroup:
         """
         store = _open_store(master_address, world_size, timeout_s)
         prefixed = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
-        made: queue.Queue[Any] = queue.Queue()
-
-        def make() -> None:  # blocks until all are there, and cannot be interrupted
-            try:
-                made.put(_make_backend(backend, prefixed, world_size, timeout_s, master_address))
-            except Exception as error:
-                made.put(error)
-
         invite(store.port)
-        threading.Thread(target=make, name=f"join {name}", daemon=True).start()
-        deadline = time.monotonic() + timeout_s + 5
-        while True:
-            failed()
-            try:
-                result = made.get(timeout=0.02)
-                break
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    result = TimeoutError(f"no answer within {timeout_s:g} s")
-                    break
-        if isinstance(result, Exception):
+        try:
+            made = _within(
+                timeout_s + 5, lambda: _make_backend(backend, prefixed, world_size, timeout_s, master_address), failed
+            )
+        except (RuntimeError, TimeoutError) as error:
             raise UserError(
-                f"the servers did not join: {result}",
+                f"the servers did not join: {error}",
                 where=f"weight group {name}",
                 fix=f"see the servers' logs; they must be able to connect to {master_address}",
-            ) from result
-        return cls(result, store, name, world_size, timeout_s)
+            ) from error
+        return cls(made, store, name, world_size, timeout_s)
 
-    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start sending `tensor` to all; it must not change until the returned work is waited for."""
+    def broadcast(self, tensor: torch.Tensor, failed: Callable[[], None]) -> dist.Work:
+        """Start sending `tensor` to all; it must not change until the returned work is waited for.
+
+        NCCL makes its communicator in the first call, which returns once every rank is in it.
+
+        Args:
+            failed: called while waiting for that; raises when a server has refused.
+
+        Raises `UserError` when the communicator does not stand in time, and whatever `failed` raises.
+        """
         assert self._backend is not None, "not after `close`"
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=self.timeout_s)
-        return self._backend.broadcast([tensor], options)
+        backend = self._backend
+
+        def start() -> dist.Work:
+            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():  # a thread's own
+                return backend.broadcast([tensor], options)
+
+        try:
+            work = _within(self.timeout_s, start, failed, at_once=self._started)
+        except (RuntimeError, TimeoutError) as error:
+            failed()  # it is why, where a server is gone
+            raise UserError(
+                f"the broadcast could not start: {str(error).splitlines()[0]}",
+                where=f"weight group {self.name}",
+                fix="see the servers' logs; both sides need the same NCCL and its variables (vespo-megatron doctor)",
+            ) from error
+        self._started = True
+        return work
 
     def close(self) -> None:
         """Leave; what is under way fails."""
@@ -103,6 +114,40 @@ class BroadcastGroup:
                 except (AttributeError, RuntimeError):
                     continue
         self._store = None
+
+
+def _within(seconds: float, make: Callable[[], Any], failed: Callable[[], None], *, at_once: bool = False) -> Any:
+    """What `make` returns; it may block for ever, and cannot be interrupted.
+
+    Args:
+        failed: called every so often meanwhile; what it raises ends the wait.
+        at_once: `make` will not block.
+
+    Raises what `make` raises, and `TimeoutError` at the deadline.
+    """
+    if at_once:
+        return make()
+    made: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            made.put((make(), None))
+        except Exception as error:
+            made.put((None, error))
+
+    threading.Thread(target=run, name="weight group", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while True:
+        failed()
+        try:
+            result, error = made.get(timeout=0.02)
+        except queue.Empty:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {seconds:g} s") from None
+            continue
+        if error is not None:
+            raise error
+        return result
 
 
 def local_address_towards(url: str) -> str:

@@ -95,7 +95,7 @@ class DistributedTransport:
             "flush_cache": False,
         }
         posts = servers.start("/update_weights_from_distributed", body)
-        work = self.group.broadcast(bucket.flat)
+        work = self.group.broadcast(bucket.flat, lambda: raise_failures(posts))
 
         def wait() -> None:
             deadline = time.monotonic() + servers.timeout_s

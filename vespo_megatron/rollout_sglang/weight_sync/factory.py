@@ -58,4 +58,5 @@ def make_sync(config: SGLangConfig, clients: Sequence[SGLangClient], device: str
         TRANSPORTS[config.weight_transport](config, device),
         bucket_bytes=max(1, config.weight_bucket_bytes - config.weight_piece_bytes),
         only_changed=config.weight_sync_only_changed,
+        timeout_s=config.weight_update_timeout,
     )

@@ -1,57 +1,52 @@
-"""Colocated mode: servers give device memory back while the trainer trains, and take it again for the next weights.
+"""Colocated mode: what of its device memory each server has given back.
 
-SGLang frees what `--enable-memory-saver` allocated: weights and KV cache, by tag. Their contents are lost, so weights
-come back with a whole update. Weights are taken back before it and the KV cache after it, when the trainer's buckets
-are gone: the two are never on the device together with them. On a CPU SGLang 0.5.23 has no memory saver (the flag
-needs the package torch_memory_saver and CUDA): both endpoints answer, and free nothing. Not run on a GPU.
+SGLang frees what `--enable-memory-saver` allocated, by tag: weights, KV cache and, where the server was started with
+`SGLANG_MEMORY_SAVER_CUDA_GRAPH`, CUDA graphs. What was in weights and cache is lost. On a CPU SGLang 0.5.23 has no
+memory saver (the flag needs the package torch_memory_saver and CUDA): both endpoints answer, and free nothing.
 """
 
 from __future__ import annotations
 
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
-from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 
-_REST = ["kv_cache", "cuda_graph"]
+WEIGHTS, CACHE, GRAPHS = "weights", "kv_cache", "cuda_graph"
+_ALL = (WEIGHTS, CACHE, GRAPHS)
 
 
 class SharedMemory:
-    """Which servers have released their memory. One that was started anew since holds its own and is not told."""
+    """What each server has given back. One that was started anew since has all of its own, and is known by its start.
 
-    def __init__(self) -> None:
-        self._starts: dict[str, object] = {}
-        self._lacking_rest: set[str] = set()
+    Args:
+        timeout_s: deadline of each call.
+    """
 
-    def release(self, servers: Servers) -> None:
-        """The servers must be paused. Those that have released already are not asked again."""
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._given: dict[str, tuple[object, frozenset[str]]] = {}
 
-        def release(client: SGLangClient) -> None:
-            if client.url not in self._starts and client.url not in self._lacking_rest:
-                start = _start(client)
-                client.call("/release_memory_occupation", {}, timeout_s=servers.timeout_s)
-                self._starts[client.url] = start
+    def release(self, client: SGLangClient) -> None:
+        """Take everything that it still holds. It must be paused."""
+        start = _start(client)
+        given = self._given_back(client, start)
+        if held := [tag for tag in _ALL if tag not in given]:
+            client.call("/release_memory_occupation", {"tags": held}, timeout_s=self._timeout_s)
+            self._given[client.url] = (start, frozenset(_ALL))
 
-        servers.on_all(release)
+    def resume(self, client: SGLangClient, *tags: str) -> None:
+        """Give it room for these, whatever is in it then."""
+        start = _start(client)
+        given = self._given_back(client, start)
+        if lacking := [tag for tag in tags if tag in given]:
+            client.call("/resume_memory_occupation", {"tags": lacking}, timeout_s=self._timeout_s)
+            self._given[client.url] = (start, given - set(lacking))
 
-    def resume_weights(self, servers: Servers) -> None:
-        """Room for weights, whatever is in it."""
+    def lacks_any(self, client: SGLangClient) -> bool:
+        """Whether it cannot serve, as far as is known here."""
+        return bool(self._given.get(client.url, (None, frozenset()))[1])
 
-        def resume(client: SGLangClient) -> None:
-            start = self._starts.pop(client.url, None)
-            if start is not None and start == _start(client):
-                client.call("/resume_memory_occupation", {"tags": ["weights"]}, timeout_s=servers.timeout_s)
-                self._lacking_rest.add(client.url)
-
-        servers.on_all(resume)
-
-    def resume_rest(self, servers: Servers) -> None:
-        """The KV cache, and graphs."""
-
-        def resume(client: SGLangClient) -> None:
-            if client.url in self._lacking_rest:
-                client.call("/resume_memory_occupation", {"tags": _REST}, timeout_s=servers.timeout_s)
-                self._lacking_rest.discard(client.url)
-
-        servers.on_all(resume)
+    def _given_back(self, client: SGLangClient, start: object) -> frozenset[str]:
+        known, given = self._given.get(client.url, (start, frozenset()))
+        return given if known == start else frozenset()
 
 
 def _start(client: SGLangClient) -> object:

@@ -7,6 +7,9 @@
 5. the checksum: what the servers now hold against what was streamed (`plugin/weights.py` says how and why);
 6. flush the prefix cache, stamp the version, resume.
 
+Servers that had given their memory back (`memory`) get room for weights before 2, and stay paused after 5: what the
+trainer streams from is still on their device. `resume_memory` gives them cache and graphs back, and lets them serve.
+
 A failure anywhere leaves the servers paused: a server answers again only with weights that were checked. The next
 `update` connects anew, and sends everything. When the checksums differ, the first time is `WeightsNeeded`: the caller
 streams once more, over a new group. The second time in a row is an error that names server, rank and tensors.
@@ -29,7 +32,7 @@ from vespo_megatron.rollout_sglang.faults import ChecksumMismatch, ServerFault, 
 from vespo_megatron.rollout_sglang.plugin.actions import CHECKSUM, MANIFEST
 from vespo_megatron.rollout_sglang.weight_sync.buckets import BucketSender
 from vespo_megatron.rollout_sglang.weight_sync.manifest import ServedTensor, merge_manifests
-from vespo_megatron.rollout_sglang.weight_sync.memory import SharedMemory
+from vespo_megatron.rollout_sglang.weight_sync.memory import CACHE, GRAPHS, WEIGHTS, SharedMemory
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 from vespo_megatron.rollout_sglang.weight_sync.transport import Transport
 from vespo_megatron.rollout_sglang.weight_sync.weights_checker import ask_weights
@@ -73,7 +76,7 @@ class WeightSync:
         self.sent: dict[str, int] = {}
         """`tensors` and `bytes` that the last update sent."""
         self._servers = Servers(clients, timeout_s)
-        self._memory = SharedMemory()
+        self._memory = SharedMemory(timeout_s)
         self._connected = False
         self._manifests: list[list[dict[str, str]]] = []
         self._served: dict[str, ServedTensor] = {}
@@ -84,6 +87,11 @@ class WeightSync:
     def clients(self) -> list[SGLangClient]:
         """The servers that the next update is for."""
         return self._servers.clients
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether a server waits for `resume_memory`, or for an update before it."""
+        return any(self._memory.lacks_any(client) for client in self.clients)
 
     def update(
         self,
@@ -96,6 +104,7 @@ class WeightSync:
         """Make the servers hold exactly these tensors under `version`; returns the checksum both sides agree on.
 
         With `in_place`, requests that run stop where they are and go on afterwards, on the cache of the old weights.
+        Servers that had given memory back stay paused until `resume_memory`.
 
         The servers are left paused by whatever is raised:
 
@@ -108,7 +117,7 @@ class WeightSync:
         start, servers = time.monotonic(), self._servers
         try:
             servers.on_all(SGLangClient.pause_in_place if in_place else SGLangClient.pause)
-            self._memory.resume_weights(servers)
+            servers.on_all(lambda client: self._memory.resume(client, WEIGHTS))
             self._connect()
             if self.transport.opens_session:
                 servers.post_all("/begin_weight_update", {"selector": "target"})
@@ -119,12 +128,12 @@ class WeightSync:
                 servers.post_all("/end_weight_update", {})
             streamed = time.monotonic()
             self._check(expected, version)
-            self._memory.resume_rest(servers)
-            if not in_place:  # refused while requests run
-                servers.on_all(SGLangClient.flush_cache)
             servers.post_all("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
-            if resume:
-                servers.on_all(SGLangClient.resume)
+            if not self.lacks_memory:
+                if not in_place:  # refused while requests run
+                    servers.on_all(SGLangClient.flush_cache)
+                if resume:
+                    servers.on_all(SGLangClient.resume)
         except BaseException:
             self._disconnect()
             raise
@@ -142,11 +151,18 @@ class WeightSync:
         self._servers.close()
         self._servers = Servers(clients, self._servers.timeout_s)
 
-    def release_memory(self) -> None:
-        """Pause the servers and take weights and cache off their devices; the next `update` brings both back."""
-        self._servers.on_all(SGLangClient.pause)
+    def release_memory(self, client: SGLangClient) -> None:
+        """Pause any server and take all its memory; `update` brings back its weights, `resume_memory` the rest."""
+        client.pause()
         self._known_checksums = {}  # what is released is lost
-        self._memory.release(self._servers)
+        self._memory.release(client)
+
+    def resume_memory(self, client: SGLangClient, *, resume: bool = True) -> None:
+        """Give a server of the last update its cache and graphs back; with `resume` it serves then."""
+        self._memory.resume(client, CACHE, GRAPHS)
+        client.flush_cache()
+        if resume:
+            client.resume()
 
     def close(self) -> None:
         """Leave the group; idempotent."""

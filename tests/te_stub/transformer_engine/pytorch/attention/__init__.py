@@ -1,0 +1,3 @@
+"""Stand-in for pytorch/attention."""
+
+from .dot_product_attention import DotProductAttention
