@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vespo_megatron.data.layout import SequenceLayout
-from vespo_megatron.megatron.native.attention import PackedAttention, packed_seq_params
+from vespo_megatron.megatron.native.attention import PackedAttention, packed_seq_params, padded_attention
 
 # isort: split
 from megatron.core.transformer.enums import AttnMaskType
@@ -28,13 +28,14 @@ def layer() -> PackedAttention:
     )
 
 
-def inputs(layout, heads, kv_heads, width, dtype, device, generator):
+def inputs(layout, heads, kv_heads, width, dtype, device, host_generator):
     tokens = layout.num_local_tokens
     sizes = (heads, kv_heads, kv_heads)
     made = [
-        torch.randn(tokens, count, width, generator=generator).to(device, dtype).requires_grad_() for count in sizes
+        torch.randn(tokens, count, width, generator=host_generator).to(device, dtype).requires_grad_()
+        for count in sizes
     ]
-    return made, torch.randn(tokens, heads * width, generator=generator).to(device, dtype)
+    return made, torch.randn(tokens, heads * width, generator=host_generator).to(device, dtype)
 
 
 def layout_of(*lengths: int, pad_to: int = 0) -> SequenceLayout:
@@ -57,9 +58,11 @@ def reference(query, key, value, layout):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 16), (8, 1, 128), (3, 3, 64)])
-def test_value_and_gradients_are_those_of_the_formula(heads, kv_heads, width, dtype, bound, device, generator, close):
+def test_value_and_gradients_are_those_of_the_formula(
+    heads, kv_heads, width, dtype, bound, device, host_generator, close
+):
     layout = layout_of(5, 1, 33, 130, 16, 17, 64, pad_to=272)
-    (query, key, value), upstream = inputs(layout, heads, kv_heads, width, dtype, device, generator)
+    (query, key, value), upstream = inputs(layout, heads, kv_heads, width, dtype, device, host_generator)
     output = layer()(query, key, value, None, packed_seq_params=packed_seq_params(layout, device))
     found = torch.autograd.grad(output, (query, key, value), upstream)
     exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
@@ -73,15 +76,17 @@ def test_value_and_gradients_are_those_of_the_formula(heads, kv_heads, width, dt
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_queries_of_one_context_parallel_rank_see_what_comes_before_them(rank, dtype, bound, device, generator, close):
+def test_queries_of_one_context_parallel_rank_see_what_comes_before_them(
+    rank, dtype, bound, device, host_generator, close
+):
     """The masks of two ranks' layouts, with the keys of both already gathered."""
     whole = layout_of(8, 4, 36, 132, pad_to=192)
     mine = SequenceLayout(whole.lengths, whole.prompt_lengths, 2, rank, pad_to=192)
-    (query, key, value), upstream = inputs(whole, 8, 2, 32, dtype, device, generator)
+    (query, key, value), upstream = inputs(whole, 8, 2, 32, dtype, device, host_generator)
     rows = torch.from_numpy(mine.positions).to(device)
     params = packed_seq_params(mine, device)
     with sdpa_kernel(FUSED) if device.type == "cuda" else nullcontext():
-        output = layer()(query[rows], key, value, None, packed_seq_params=params)
+        output = padded_attention(query[rows], key, value, params.pack, None).flatten(1)
         found = torch.autograd.grad(output, (query, key, value), upstream[rows])
     exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
     expected = reference(*exact, whole)[rows]
@@ -93,23 +98,23 @@ def test_queries_of_one_context_parallel_rank_see_what_comes_before_them(rank, d
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_length_class_needs_the_backend_that_holds_all_scores(dtype, device, generator):
+def test_no_length_class_needs_the_backend_that_holds_all_scores(dtype, device, host_generator):
     """32 heads of 128 over 4 of keys, as the 30B model has them."""
     layout = layout_of(3, 20, 100, 700, 701, 3000, pad_to=4608)
-    (query, key, value), upstream = inputs(layout, 32, 4, 128, dtype, device, generator)
+    (query, key, value), upstream = inputs(layout, 32, 4, 128, dtype, device, host_generator)
     params = packed_seq_params(layout, device)
     with sdpa_kernel(FUSED):
-        output = layer()(query, key, value, None, packed_seq_params=params)
+        output = padded_attention(query, key, value, params.pack, None).flatten(1)
         output.backward(upstream)
     assert all(bool(each.isfinite().all()) for each in (output, query.grad, key.grad, value.grad))
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-4)])
-def test_sixteen_thousand_tokens_take_no_square_of_memory(dtype, bound, device, generator, close, record):
+def test_sixteen_thousand_tokens_take_no_square_of_memory(dtype, bound, device, host_generator, close, note):
     """One sequence of 16,384 tokens, 32 heads of 128 over 4 of keys; all scores would take 17 GB in bfloat16."""
     layout = layout_of(16384)
-    (query, key, value), upstream = inputs(layout, 32, 4, 128, dtype, device, generator)
+    (query, key, value), upstream = inputs(layout, 32, 4, 128, dtype, device, host_generator)
     params = packed_seq_params(layout, device)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -117,7 +122,7 @@ def test_sixteen_thousand_tokens_take_no_square_of_memory(dtype, bound, device, 
     output = layer()(query, key, value, None, packed_seq_params=params)
     output.backward(upstream)
     peak = torch.cuda.max_memory_allocated() - before
-    record(f"peak bytes, {dtype}", peak)
+    note(**{f"peak bytes, {dtype}": peak})
     assert peak < 20 * query.nbytes, f"{peak / 2**30:.2f} GiB for queries of {query.nbytes / 2**30:.2f} GiB"
     # The last queries of the first heads, which see every key, in float64.
     for head in (0, 31):

@@ -20,8 +20,8 @@ from vespo_megatron.routing_replay.table import slice_routes
 
 
 @pytest.fixture
-def engine(device, folder, request):
-    made = InProcessEngine(folder, device=device, **getattr(request, "param", {}))
+def engine(device, tiny_folder, request):
+    made = InProcessEngine(tiny_folder, device=device, **getattr(request, "param", {}))
     yield made
     made.close()
 
@@ -70,9 +70,9 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("how", SAMPLING)
-def test_its_log_probs_are_the_trainers(how, device, engine, rank_info, folder, close):
+def test_its_log_probs_are_the_trainers(how, device, engine, rank_info, tiny_folder, close):
     assert engine._model.device == device and engine._model.cos.device == device
-    policy = make_policy(folder, rank_info)
+    policy = make_policy(tiny_folder, rank_info)
     asked = requests(**SAMPLING[how])
     batch = samples(asked, asyncio.run(engine.generate(asked)))
     found = scored(policy, batch, SAMPLING[how]["temperature"] or 1.0)
@@ -82,17 +82,17 @@ def test_its_log_probs_are_the_trainers(how, device, engine, rank_info, folder, 
 
 
 @pytest.mark.parametrize("engine", [{"dtype": torch.bfloat16}], indirect=True)
-def test_in_bfloat16_they_are_near(engine, rank_info, folder, record):
+def test_in_bfloat16_they_are_near(engine, rank_info, tiny_folder, note):
     """With the engine's routes (R3): without them a token whose experts flip is far off."""
-    policy = make_policy(folder, rank_info, "bfloat16")
+    policy = make_policy(tiny_folder, rank_info, "bfloat16")
     asked = requests(tokens=40, temperature=1.0)
     batch = samples(asked, asyncio.run(engine.generate(asked)))
     found = scored(policy, batch, 1.0, replay=True)
     apart = torch.cat(
         [(found[s.sample_id][0].cpu() - torch.from_numpy(s.behavior_log_probs)).abs() for s in batch.samples]
     )
-    record("median |log π − log μ|", float(apart.median()))
-    record("largest |log π − log μ|", float(apart.max()))
+    note(**{"median |log π − log μ|": float(apart.median())})
+    note(**{"largest |log π − log μ|": float(apart.max())})
     assert apart.isfinite().all() and apart.median() < 0.02, float(apart.median())
 
 
@@ -104,8 +104,8 @@ def test_the_same_seed_draws_the_same_response(engine):
     assert len({tuple(result.output_ids.tolist()) for result in first}) > len(first) // 2
 
 
-def test_it_takes_new_weights(engine, rank_info, folder, close):
-    policy = make_policy(folder, rank_info, **{"optimizer.lr": 0.02})
+def test_it_takes_new_weights(engine, rank_info, tiny_folder, close):
+    policy = make_policy(tiny_folder, rank_info, **{"optimizer.lr": 0.02})
     batches = micro_batches(policy, make_batch())
     policy.update(batches, linear_loss)
     engine.update_weights(policy.exporter.stream(), 1)

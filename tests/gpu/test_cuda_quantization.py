@@ -10,9 +10,9 @@ from vespo_megatron.quantization import FORMATS, fake_quantize, fake_quantize_ca
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def numbers(generator, dtype, *shape: int) -> torch.Tensor:
+def numbers(host_generator, dtype, *shape: int) -> torch.Tensor:
     """Of many sizes, with a block of zeros and numbers on the edges of the formats among them."""
-    values = torch.randn(shape, generator=generator) * 10 ** torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=host_generator) * 10 ** torch.randn(shape, generator=host_generator)
     values = values.clamp(-6e4, 6e4)
     values[..., :3, :] = 0.0
     values[..., -1, :4] = torch.tensor([448.0, -448.0, 2.0**-9, 2.0**-10])
@@ -27,9 +27,9 @@ def same(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", FORMATS)
-def test_weights_are_rounded_as_on_the_host(scheme, dtype, device, generator):
+def test_weights_are_rounded_as_on_the_host(scheme, dtype, device, host_generator):
     for shape in ((300, 257), (3, 130, 128), (5, 7)):
-        weight = numbers(generator, dtype, *shape)
+        weight = numbers(host_generator, dtype, *shape)
         groups = (None, 32, 100) if scheme.startswith("int") else (None,)
         for group in groups:
             same(fake_quantize(weight.to(device), scheme, group), fake_quantize(weight, scheme, group), f"{shape}")
@@ -37,8 +37,8 @@ def test_weights_are_rounded_as_on_the_host(scheme, dtype, device, generator):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_and_cache_are_rounded_as_on_the_host(dtype, device, generator):
-    hidden = numbers(generator, dtype, 77, 300)
+def test_activations_and_cache_are_rounded_as_on_the_host(dtype, device, host_generator):
+    hidden = numbers(host_generator, dtype, 77, 300)
     for scheme in ("bfloat16", "float16", "fp8_e4m3"):
         same(fake_quantize_tokens(hidden.to(device), scheme), fake_quantize_tokens(hidden, scheme), scheme)
     for scheme in ("bfloat16", "fp8_e4m3"):
@@ -55,10 +55,13 @@ def test_a_block_that_is_not_finite_is_not_hidden(device):
 
 
 @pytest.mark.cuda
-def test_numbers_of_one_scale_multiply_as_float8_does(device, generator, close):
+def test_numbers_of_one_scale_multiply_as_float8_does(device, host_generator, close):
     """`torch._scaled_mm` of real float8 numbers, a scale per tensor, against the product of fake ones in float64."""
     rows, inner, columns = 256, 128, 128
-    x, weight = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
+    x, weight = (
+        torch.randn(rows, inner, generator=host_generator),
+        torch.randn(columns, inner, generator=host_generator),
+    )
     x_scale, weight_scale = x.abs().max() / 448, weight.abs().max() / 448
     x8, weight8 = (x / x_scale).to(torch.float8_e4m3fn), (weight / weight_scale).to(torch.float8_e4m3fn)
     wanted = (x8.double() * x_scale.double()) @ (weight8.double() * weight_scale.double()).t()
@@ -77,10 +80,13 @@ def test_numbers_of_one_scale_multiply_as_float8_does(device, generator, close):
 
 
 @pytest.mark.cuda
-def test_blocks_multiply_as_block_scaled_float8_does(device, generator, close):
+def test_blocks_multiply_as_block_scaled_float8_does(device, host_generator, close):
     """DeepSeek's scales: 1 × 128 of activations, 128 × 128 of weights; each block by `torch._scaled_mm`, then added."""
     rows, inner, columns = 64, 384, 256
-    x, weight = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
+    x, weight = (
+        torch.randn(rows, inner, generator=host_generator),
+        torch.randn(columns, inner, generator=host_generator),
+    )
     emulated = fake_quantize_tokens(x, "fp8_e4m3").double() @ fake_quantize(weight, "fp8_e4m3").double().t()
     total = torch.zeros(rows, columns, device=device)
     one = torch.ones((), device=device)
@@ -100,12 +106,12 @@ def test_blocks_multiply_as_block_scaled_float8_does(device, generator, close):
     close("product", total, emulated, 2e-3)
 
 
-def test_a_policy_computes_with_the_rounded_weights_and_keeps_its_own(rank_info, folder, close):
+def test_a_policy_computes_with_the_rounded_weights_and_keeps_its_own(rank_info, tiny_folder, close):
     from gpu_policy import make_batch, make_policy, micro_batches, weights
 
     from vespo_megatron.megatron.policy import MegatronPolicy
 
-    plain = make_policy(folder, rank_info)
+    plain = make_policy(tiny_folder, rank_info)
     config = plain.config.with_values({"quantization.scheme": "fp8_e4m3", "quantization.where": "both"})
     rounded = MegatronPolicy(config, rank_info)
     batches = micro_batches(plain, make_batch())

@@ -16,16 +16,16 @@ REPLAY = RouteUse("replay", lambda each: (each.trainer_routes, None))
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-6), ("bfloat16", 1e-3)])
-def test_own_routes_replayed_change_nothing(precision, bound, recompute, rank_info, folder, close, record):
+def test_own_routes_replayed_change_nothing(precision, bound, recompute, rank_info, tiny_folder, close, note):
     """R2: the same kernels run on the same numbers; only sums by atomic additions may come out in another order."""
-    policy = make_policy(folder, rank_info, precision, activation_checkpointing=recompute)
+    policy = make_policy(tiny_folder, rank_info, precision, activation_checkpointing=recompute)
     batches = micro_batches(policy, make_batch())
     for each in batches:
         each.trainer_routes = policy.empty_routes(each)
     live = policy.log_probs(batches)
     recorded = policy.log_probs(batches, routes=RECORD)
     replayed = policy.log_probs(batches, routes=REPLAY)
-    record("to the last bit", all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True)))
+    note(**{"to the last bit": all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True))})
     for index, (once, again, third) in enumerate(zip(live, recorded, replayed, strict=True)):
         close(f"recorded, micro-batch {index}", again, once, bound)
         close(f"replayed, micro-batch {index}", third, once, bound)
@@ -34,8 +34,8 @@ def test_own_routes_replayed_change_nothing(precision, bound, recompute, rank_in
         close(f"gradient of {name}", after[name], gradient, 20 * bound)
 
 
-def test_what_is_recorded_is_what_the_routers_choose(rank_info, folder):
-    policy = make_policy(folder, rank_info)
+def test_what_is_recorded_is_what_the_routers_choose(rank_info, tiny_folder):
+    policy = make_policy(tiny_folder, rank_info)
     batches = micro_batches(policy, make_batch())
     for each in batches:
         each.trainer_routes = policy.empty_routes(each)
@@ -49,9 +49,9 @@ def test_what_is_recorded_is_what_the_routers_choose(rank_info, folder):
         each.trainer_routes.check(8, "recorded routes")
 
 
-def test_routes_of_an_engine_are_taken(device, rank_info, folder, close):
+def test_routes_of_an_engine_are_taken(device, rank_info, tiny_folder, close):
     """R3: routes that no router would choose give on the device what they give on the host."""
-    policy = make_policy(folder, rank_info)
+    policy = make_policy(tiny_folder, rank_info)
     batch = make_batch(routed=True)
     batches = micro_batches(policy, batch)
     for each in batches:
@@ -61,16 +61,16 @@ def test_routes_of_an_engine_are_taken(device, rank_info, folder, close):
     live, found = policy.log_probs(batches), policy.log_probs(batches, routes=use)
     apart = torch.cat([(a - b)[0].abs() for a, b in zip(live, found, strict=True)])
     assert apart.median() > 1e-2, "the routes made no difference"
-    wanted = scored_with(folder, batch)
+    wanted = scored_with(tiny_folder, batch)
     for name, scores in by_sample(batches, found).items():
         close(f"log-probs of {name}", scores[0], wanted[name], 5e-6)
 
 
-def scored_with(folder, batch) -> dict[str, torch.Tensor]:
+def scored_with(tiny_folder, batch) -> dict[str, torch.Tensor]:
     """Log-probs of transformers in float64 whose routers are told what to choose; the last token chooses itself."""
     from gpu_policy import Transformers
 
-    theirs = Transformers(folder, torch.float64, torch.device("cpu"), rounded=False)
+    theirs = Transformers(tiny_folder, torch.float64, torch.device("cpu"), rounded=False)
     routers = [layer.mlp.gate for layer in theirs.model.model.layers if hasattr(layer.mlp, "experts")]
     at_hand: list[np.ndarray] = []
 
@@ -92,9 +92,9 @@ def scored_with(folder, batch) -> dict[str, torch.Tensor]:
     return answers
 
 
-def test_router_scores_and_shift(rank_info, folder):
+def test_router_scores_and_shift(rank_info, tiny_folder):
     """γ of a policy that has not moved is one."""
-    policy = make_policy(folder, rank_info)
+    policy = make_policy(tiny_folder, rank_info)
     batches = micro_batches(policy, make_batch())
     for each in batches:
         each.router_scores = policy.empty_router_scores(each)

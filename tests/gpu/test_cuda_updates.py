@@ -45,10 +45,10 @@ OFFLOAD = {"optimizer.optimizer_cpu_offload": True, "optimizer.optimizer_offload
     ],
     ids=["sharded", "whole", "overlapped", "half of it on the host"],
 )
-def test_two_updates_are_those_of_adamw(how, precision, rank_info, folder, close):
+def test_two_updates_are_those_of_adamw(how, precision, rank_info, tiny_folder, close):
     """Each from the gradients that the policy itself computes: the optimizer alone is judged."""
     settings = {"optimizer.weight_decay": DECAY, "optimizer.clip_grad": CLIP, "optimizer.adam_eps": EPS}
-    policy = make_policy(folder, rank_info, precision, **settings | how)
+    policy = make_policy(tiny_folder, rank_info, precision, **settings | how)
     batches = micro_batches(policy, make_batch())
     start, taken = weights(policy), []
     for _ in range(2):
@@ -68,28 +68,31 @@ def test_two_updates_are_those_of_adamw(how, precision, rank_info, folder, close
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 5e-3)])
-def test_recompute_gives_the_same_gradients(precision, bound, rank_info, folder, close, record):
+def test_recompute_gives_the_same_gradients(precision, bound, rank_info, tiny_folder, close, note):
     batch = make_batch()
     found = {}
     for recompute in (False, True):
-        policy = make_policy(folder, rank_info, precision, activation_checkpointing=recompute)
+        policy = make_policy(tiny_folder, rank_info, precision, activation_checkpointing=recompute)
         found[recompute] = gradients(policy, micro_batches(policy, batch))
-    record("to the last bit", all(torch.equal(found[True][name], each) for name, each in found[False].items()))
+    note(**{"to the last bit": all(torch.equal(found[True][name], each) for name, each in found[False].items())})
     for name, gradient in found[False].items():
         close(f"gradient of {name}", found[True][name], gradient, bound)
 
 
-def test_gradients_kept_in_bfloat16(rank_info, folder, close):
+def test_gradients_kept_in_bfloat16(rank_info, tiny_folder, close):
     """`grad_reduce_in_fp32: false`: what every kernel adds to is then narrower."""
     narrow = {"distributed_data_parallel_config.grad_reduce_in_fp32": False}
-    wide, policy = make_policy(folder, rank_info, "bfloat16"), make_policy(folder, rank_info, "bfloat16", **narrow)
+    wide, policy = (
+        make_policy(tiny_folder, rank_info, "bfloat16"),
+        make_policy(tiny_folder, rank_info, "bfloat16", **narrow),
+    )
     found, wanted = (gradients(each, micro_batches(each, make_batch())) for each in (policy, wide))
     for name, gradient in wanted.items():
         close(f"gradient of {name}", found[name], gradient, 2e-2)
 
 
-def test_a_gradient_that_is_not_finite_is_seen(rank_info, folder):
-    policy = make_policy(folder, rank_info)
+def test_a_gradient_that_is_not_finite_is_seen(rank_info, tiny_folder):
+    policy = make_policy(tiny_folder, rank_info)
     batches = micro_batches(policy, make_batch())
 
     def broken(log_probs, entropies, micro_batch):
@@ -101,9 +104,9 @@ def test_a_gradient_that_is_not_finite_is_seen(rank_info, folder):
     assert not policy.own_gradients_finite
 
 
-def test_a_copy_of_the_weights_comes_back_exactly(rank_info, folder):
+def test_a_copy_of_the_weights_comes_back_exactly(rank_info, tiny_folder):
     """The old policy's weights wait in host memory while others are in use."""
-    policy = make_policy(folder, rank_info, "bfloat16")
+    policy = make_policy(tiny_folder, rank_info, "bfloat16")
     batches = micro_batches(policy, make_batch())
     policy.keep_reference()
     before = policy.log_probs(batches)
@@ -116,7 +119,7 @@ def test_a_copy_of_the_weights_comes_back_exactly(rank_info, folder):
         assert (one - other).norm() <= 1e-3 * one.norm()
 
 
-def test_router_losses(device, rank_info, folder, close):
+def test_router_losses(device, rank_info, tiny_folder, close):
     """Load balancing and z-loss: values and gradients on the device are those on the host."""
     settings = {
         "moe_router_load_balancing_type": "global_aux_loss",
@@ -124,7 +127,7 @@ def test_router_losses(device, rank_info, folder, close):
         "moe_z_loss_coeff": 0.01,
         "track_moe_metrics": True,
     }
-    policy = make_policy(folder, rank_info, **settings)
+    policy = make_policy(tiny_folder, rank_info, **settings)
     batches = micro_batches(policy, make_batch())
     policy.count_choices(batches)
     result = policy.update(batches, linear_loss)

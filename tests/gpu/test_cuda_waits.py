@@ -15,7 +15,6 @@ from gpu_policy import linear_loss, make_batch, make_policy, micro_batches
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer, objective_names
-from vespo_megatron.megatron.native.dispatch import LocalDispatcher
 from vespo_megatron.megatron.policy import RouteUse
 from vespo_megatron.recipe.schema import LossConfig
 from vespo_megatron.routing_replay.table import slice_routes
@@ -54,9 +53,8 @@ def test_the_mode_sees_a_wait(device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("replay", [False, True])
-def test_forward_and_backward(replay, recompute, rank_info, folder):
-    policy = make_policy(folder, rank_info, "bfloat16", activation_checkpointing=recompute)
-    assert any(isinstance(each, LocalDispatcher) for each in dispatchers(policy))
+def test_forward_and_backward(replay, recompute, rank_info, tiny_folder):
+    policy = make_policy(tiny_folder, rank_info, "bfloat16", activation_checkpointing=recompute)
     batches = micro_batches(policy, make_batch(routed=True))
     use = RouteUse()
     if replay:
@@ -68,11 +66,6 @@ def test_forward_and_backward(replay, recompute, rank_info, folder):
     unwaiting(policy)
     result = policy.update(batches, linear_loss, routes=use)
     assert result.succeeded and torch.cuda.get_sync_debug_mode() == 0
-
-
-def dispatchers(policy):
-    layers = [module for chunk in policy.chunks for module in chunk.modules()]
-    return [module.token_dispatcher for module in layers if hasattr(module, "token_dispatcher")]
 
 
 def configurations() -> dict[str, tuple[LossConfig, str]]:
@@ -89,9 +82,9 @@ def configurations() -> dict[str, tuple[LossConfig, str]]:
     return found
 
 
-def test_objectives(rank_info, folder):
+def test_objectives(rank_info, tiny_folder):
     """With what an asynchronous run reports by lag, and with KL and entropy terms."""
-    policy = make_policy(folder, rank_info, "bfloat16")
+    policy = make_policy(tiny_folder, rank_info, "bfloat16")
     batch = make_batch()
     batch.lags = np.arange(len(batch)) % 3
     batches = micro_batches(policy, batch)

@@ -19,8 +19,6 @@ from vespo_megatron.megatron.native.experts import GroupedExperts
 class NativeMoELayer(PolicyMoELayer):
     """`PolicyMoELayer` with experts of plain PyTorch: grouped, or megatron-core's own one by one."""
 
-    token_dispatcher: MoETokenDispatcher
-
     def __init__(
         self,
         config: TransformerConfig,
