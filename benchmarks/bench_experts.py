@@ -215,7 +215,7 @@ def parts(module, x, gradient, probs, routing_map, topk: int) -> list[str]:
 
     fc1, fc2 = (weight.detach() for weight in module.parameters())
     main1, main2 = (weight.main_grad for weight in module.parameters())
-    groups = experts._Groups(routing_map.sum(0), x)
+    groups = experts._Groups(routing_map.sum(0), x, fc2)
     gate_up, narrow = groups.product(x, fc1.transpose(1, 2)), groups.product(gradient, fc2)
     places = Places.of(routing_map, topk)
     tokens = torch.randn(len(routing_map), x.shape[1], device="cuda", dtype=x.dtype)

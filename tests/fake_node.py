@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -105,6 +106,9 @@ def serve(arguments: list[str]) -> None:
         "cuda_graph": GRAPHS,
     }
     lacking: set[str] = set()
+    died, back = (Path(os.environ[NODE]) / mark for mark in ("died", "back"))
+    if died.exists():
+        back.touch()
 
     def move(tags: list[str], sign: int) -> None:
         for tag in tags:
@@ -150,6 +154,9 @@ def serve(arguments: list[str]) -> None:
                 return self._send(handler, 500, {"error": {"message": f"{sorted(lacking)} are released"}})
             elif path == "/generate" and not body["rid"][0].startswith("probe"):
                 node.note(name, gpus[0], "generate")
+                until = time.monotonic() + 60
+                while died.exists() and not back.exists() and time.monotonic() < until:
+                    time.sleep(0.05)  # a rollout that lasts until the launcher has seen whose turn it is
             elif path == "/release_memory_occupation":
                 die_once(name)
                 move(body["tags"], -1)
@@ -167,14 +174,12 @@ def serve(arguments: list[str]) -> None:
         """As `VESPO_FAKE_DEATH` says, `server 1 2`: this server, when it is asked for its memory the second time."""
         nonlocal calls
         calls += 1
-        marker = Path(os.environ[NODE]) / "died"
-        if os.environ.get("VESPO_FAKE_DEATH") == f"{name} {calls}" and not marker.exists():
-            marker.touch()
+        if os.environ.get("VESPO_FAKE_DEATH") == f"{name} {calls}" and not died.exists():
+            died.touch()
             node.note(name, gpus[0], "dies")
             os._exit(1)
 
-    # A rollout takes longer than the launcher's pause between two looks.
-    FakeServer(port=int(flags["--port"]), delay_s=0.5, version="0.5.23", device="cuda", startup_time=os.getpid())
+    FakeServer(port=int(flags["--port"]), version="0.5.23", device="cuda", startup_time=os.getpid())
     threading.Event().wait()
 
 

@@ -32,7 +32,7 @@ def test_loss_and_gradient_are_the_host_s(config, device):
     advantages = torch.randn(len(LENGTHS), generator=generator)
     found = {}
     for where in ("cpu", device):
-        leaf = log_probs.to(where).requires_grad_()
+        leaf = log_probs.to(where, copy=True).requires_grad_()
         given = LossInputs(
             leaf,
             behavior_log_probs.to(where),

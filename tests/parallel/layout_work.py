@@ -93,8 +93,8 @@ def micro_batches(policy: MegatronPolicy, batch: Batch, count: int = 4) -> list[
 
 def weighted_loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch: MicroBatch):
     """−Σ A · log π / D: linear in the log-probs, with each sequence's own advantage."""
-    counts = micro_batch.cu_seqlens.diff()
-    advantages = micro_batch.advantages.repeat_interleave(counts)
+    counts = micro_batch.cu_seqlens.diff().to(log_probs.device, non_blocking=True)
+    advantages = micro_batch.advantages.repeat_interleave(counts, output_size=len(log_probs))
     value = -(log_probs * advantages * micro_batch.mask).sum() / 200
     return value, value.detach().clone()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import started
 
+from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.run.records import read_metrics
 
 TESTS = Path(__file__).parents[1]
@@ -73,8 +74,13 @@ def test_trainer_and_server_are_asked_in_turn(folder, sglang_servers, monkeypatc
         "exp_manager.version=one",
     )
     program = ("-c", DRIVER.format(tests=str(TESTS)))
-    with started(folder, *overrides, program=program) as process:
-        assert process.wait(150) == 0, (folder / "err").read_text()
+    try:
+        with started(folder, *overrides, program=program) as process:
+            assert process.wait(150) == 0, (folder / "err").read_text()
+    finally:  # the run leaves the session's server to its trainer, released and paused
+        for url in sglang_servers.urls:
+            call(url, "/resume_memory_occupation", {"tags": ["weights", "kv_cache", "cuda_graph"]}, timeout_s=30)
+            call(url, "/continue_generation", {}, timeout_s=30)
     lines = (tmp_path / "record").read_text().splitlines()
     # The run begins with the servers' memory released, and ends with the trainer's own: its weights are saved.
     assert grouped(lines) == [RELEASE, *FIRST, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]

@@ -2,7 +2,7 @@
 
 Per float32 token 8 bytes are read and 4 written.
 
-Checked in Triton's interpreter on a CPU (`make test-triton`); it has not run on a GPU yet. Imported only where a GPU
+Checked in Triton's interpreter on a CPU (`make test-triton`), and on an H100 (docs/gpu.md). Imported only where a GPU
 and Triton are (PyTorch's CUDA builds bring it).
 """
 

@@ -197,7 +197,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """`total += left @ right`, summed in `total`'s dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.device.type != "cpu":  # has not run on a GPU yet; wants PyTorch 2.10 there
+    elif total.device.type != "cpu":  # wants PyTorch 2.10
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)

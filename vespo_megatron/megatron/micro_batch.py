@@ -62,7 +62,7 @@ def layouts(batches: Sequence[Batch], rank_info: RankInfo, padding_id: int = 0) 
     With pipeline parallelism all are padded to the longest one: stages then exchange tensors of one known size.
     (megatron-core's exchange of shapes mixes up its messages when previous and next stage are the same rank, as they
     are with two stages and virtual pipelining: p2p_communication.py:183.) On a GPU, whose allocator keeps blocks by
-    size, they are padded to a `shape_bucket` (not run on one yet).
+    size, they are padded to a `shape_bucket`.
     """
     result = [
         SequenceLayout.of_samples(

@@ -1,7 +1,7 @@
 """`logit_tiles` on a GPU: one Triton kernel each, where PyTorch's operations go over a tile about a dozen times.
 
 A tile is read once for its statistics, and read and written once for its gradient.
-Checked in Triton's interpreter and compiled for an H100 on a CPU (`make test-triton`); it has not run on a GPU yet.
+Checked in Triton's interpreter on a CPU (`make test-triton`), and on an H100 (docs/gpu.md).
 Imported only where a GPU and Triton are (PyTorch's CUDA builds bring it).
 """
 

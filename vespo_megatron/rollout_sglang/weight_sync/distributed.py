@@ -1,6 +1,6 @@
 """Transport `distributed`: one broadcast per bucket to a group of the trainer's rank 0 and every rank of the servers.
 
-gloo where buckets are on the host, NCCL on GPUs (written, not run on one). The post that announces a bucket runs in a
+gloo where buckets are on the host, NCCL on GPUs (run there with one rank only). The post that announces a bucket runs in a
 thread: a server that refuses never joins the broadcast, and its refusal ends the wait at once.
 """
 

@@ -2,7 +2,7 @@
 
 On the host a bucket is a file of `/dev/shm` that torch's `file_system` sharing strategy makes (the default strategy
 passes a file descriptor over a socket that belongs to a process tree; an independent server dies of it). On a GPU it
-is CUDA memory shared by its IPC handle (written, not run on one).
+is CUDA memory shared by its IPC handle (run between two processes on an H100, without a server).
 
 SGLang's `/update_weights_from_tensor` takes a pickle of where the memory is, base64 in JSON, one per tensor parallel
 rank: every rank unpickles only its own, because each CUDA handle is counted. A server that unpickles what HTTP brings
