@@ -37,7 +37,11 @@ class MetricSums(OneLine):
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Record `total` of `count` items; numbers that are not finite are left to the caller to keep out."""
         total = total.to(torch.float64)
-        count = torch.as_tensor(count, dtype=torch.float64).to(total.device)
+        # A number is written by the device, and a tensor travels by itself: copying either would wait for the device.
+        if isinstance(count, Tensor):
+            count = count.to(total.device, torch.float64, non_blocking=True)
+        else:
+            count = total.new_full((), count)
         self.sums[name] = torch.stack([total, count])
 
     def __add__(self, other: MetricSums) -> MetricSums:

@@ -93,8 +93,8 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     count_in_whole_numbers(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     for part in _with_torch_adam(policy):
-        for moments in part.optimizer.state.values():  # distrib_optimizer.py:829 gives all one tensor to count in
-            moments["step"] = moments["step"].clone()
+        for parameter, moments in part.optimizer.state.items():  # distrib_optimizer.py:829 gives all one, on the host
+            moments["step"] = moments["step"].to(parameter.device, copy=True)
     if same_layout:
         _set_rng_state(loaded["rng"])
 
@@ -198,6 +198,8 @@ def _rng_state(policy: MegatronPolicy) -> ShardedObject:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["host"])
+    if state["device"].shape != torch.cuda.get_rng_state().shape:
+        return  # saved on another kind of device, whose generators are not this one's
     torch.cuda.set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["regions"])
 

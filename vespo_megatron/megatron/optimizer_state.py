@@ -36,7 +36,9 @@ def make_moments(part: MegatronOptimizer) -> None:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = moments if in_groups else {"step": torch.zeros(()), **moments}
+                if not in_groups:  # a fused Adam counts beside its parameter
+                    moments["step"] = torch.zeros((), device=parameter.device)
+                optimizer.state[parameter] = moments
 
 
 def move_steps(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:

@@ -37,7 +37,7 @@ def add_by_lag(output: LossOutput, lags: np.ndarray, max_lag: int, *, first: boo
     weight = output.sequence_log_ratio.double().exp()
     finite = torch.isfinite(weight)
     for lag in range(max_lag + 1):
-        where = torch.from_numpy(lags == lag).to(weight.device) & finite & first
+        where = torch.from_numpy(lags == lag).to(weight.device, non_blocking=True) & finite & first
         counted = torch.where(where, weight, 0.0)
         output.metrics.add(f"staleness/w_mean_lag_{lag}", counted.sum(), where.sum())
         output.metrics.add(f"_w_square_lag_{lag}", counted.square().sum(), where.sum())

@@ -87,5 +87,5 @@ def sequence_weights(config: CorrectionConfig, log_weight_sum: Tensor, lengths: 
 
 def log_mean_weight(total: Tensor, count: Tensor | float) -> Tensor:
     """[]: log of total/count, what normalised weights are divided by; 0 where there is next to nothing to divide by."""
-    mean = total / torch.as_tensor(count, dtype=total.dtype, device=total.device).clamp(min=1)
+    mean = total / (count.to(total).clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0))
     return torch.where(mean > SMALLEST_MEAN_WEIGHT, mean, 1.0).log()

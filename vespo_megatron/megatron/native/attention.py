@@ -221,15 +221,35 @@ def padded_attention(
     """The same by length classes; queries may be a context parallel rank's."""
     output = query.new_zeros(query.shape)
     for batch in pack.classes:
-        attended = F.scaled_dot_product_attention(
+        attended = _attend(
             query[batch.query_index].transpose(1, 2),
             key[batch.key_index].transpose(1, 2),
             value[batch.key_index].transpose(1, 2),
-            attn_mask=batch.mask,
-            is_causal=batch.mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            batch.mask,
+            scale,
         )
         rows = attended.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, batch.output_rows)
         output = output.index_copy(0, batch.output_index, rows)
     return output
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """SDPA of [B, heads, Lq, head_dim] and [B, kv_heads, Lk, head_dim]; causal without a mask.
+
+    On a GPU only FlashAttention takes fewer heads of keys than of queries, in 16 bits and without a mask. For anything
+    else PyTorch would hold queries × keys, so the heads are repeated, which the memory-efficient kernel takes.
+    """
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1 and query.is_cuda and (mask is not None or query.element_size() > 2):
+        key, value = (each.repeat_interleave(shared, dim=1) for each in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

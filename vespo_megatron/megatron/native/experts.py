@@ -55,11 +55,11 @@ class _Groups:
     """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side, `weights` [E, H, F]."""
 
     def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, weights: torch.Tensor) -> None:
-        # Grouped products take bfloat16 alone, in rows of whole 16 bytes.
+        # Grouped products take bfloat16 alone, in rows of whole 16 bytes; nobody promises anything of no rows.
         aligned = all(size * like.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:])
-        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned
+        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned and len(like) > 0
         if self.on_device:
-            self.ends = tokens_per_expert.to(like.device).cumsum(0, dtype=torch.int32)
+            self.ends = tokens_per_expert.to(like.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         # The forward does not wait for it, and the backward comes when it has long been there.
         self._counts = _HostCopy(tokens_per_expert)
 
