@@ -46,19 +46,22 @@ def _cards(*names: str) -> tuple[str, ...]:
 
 PARTS = (
     Part("versions", "imports, versions, and the card", ("benchmarks/gpu_versions.py",), 60),
-    _tests(
-        "kernels",
-        "experts, log-probs, losses, weights on their way",
-        *_cards("experts", "log_probs", "losses", "weights"),
-    ),
-    _tests("policy", "the whole policy, and the engine in process", *_cards("policy", "engine")),
-    _tests("memory", "what a trainer process takes, against `plan`", *_cards("memory", "parked_memory")),
+    _tests("waits", "no micro-batch waits for the card; checkpoints", *_cards("waits", "checkpoints")),
+    _tests("updates", "updates and gradients", *_cards("updates", "policy")),
     _tests("layouts", "several ranks on one card", *_cards("layouts")),
-    _tests("train", "whole runs by the command line", *_cards("train")),
+    _tests("parity", "against transformers, routes replayed, the engine", *_cards("parity", "replay", "engine")),
+    _tests(
+        "products",
+        "attention, experts, quantised products",
+        *_cards("attention", "experts", "dispatch", "quantization"),
+    ),
+    _tests("kernels", "log-probs, losses, weights on their way", *_cards("log_probs", "losses", "weights")),
+    _tests("memory", "what a trainer process takes, against `plan`", *_cards("memory", "parked_memory")),
+    _tests("train", "whole runs by the command line", *_cards("train"), seconds=170),
     _figure("slice", "a slice of Qwen3-30B-A3B: MFU", "bench_slice.py", "--layers 1 2 --steps 1", seconds=90),
     _figure("attention", "attention of packed sequences", "bench_attention.py"),
     _figure("experts", "one layer's experts", "bench_experts.py", "--size 'tiny example'"),
-    _figure("replay", "what routing replay costs", "bench_routing_replay.py", "--rounds 2 --sequences 8"),
+    _figure("replay", "what routing replay costs", "bench_routing_replay.py", "--rounds 2 --sequences 8", 90),
     _figure("rl_step", "an RL step of a small MoE", "bench_rl_step.py", "--layers 2 --steps 1", seconds=90),
     _figure("loss", "the loss against the copy", "bench_loss.py", "--sequences 4 --length 64 --repeats 1"),
     _figure(

@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(120))
 
 
-# ---- tests in this process, alone in a process group (test_cuda_*.py) ------------------------------------------------
+# ---- tests in this process, alone in a process group -----------------------------------------------------------------
 
 
 @pytest.fixture

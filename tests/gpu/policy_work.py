@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,6 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "parallel"), str(Path(__file__).
 import layout_work  # noqa: E402
 
 from vespo_megatron.megatron import parallel  # noqa: E402
-from vespo_megatron.megatron.policy import MegatronPolicy  # noqa: E402
-
-
-@contextlib.contextmanager
-def policy(
-    folder: str, device: torch.device, layout: dict[str, Any] | None = None, **values: Any
-) -> Iterator[MegatronPolicy]:
-    """The policy of a checkpoint in one process, on a device."""
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    config = layout_work.policy_config(folder, layout or {}).with_values(values)
-    with tempfile.TemporaryDirectory() as place:
-        rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=device, init_method=f"file://{place}/store")
-        try:
-            yield MegatronPolicy(config, rank_info)
-        finally:
-            parallel.finalize()
 
 
 def everything(folder: str, device: torch.device) -> dict[str, Any]:
