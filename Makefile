@@ -7,7 +7,7 @@
 #   make properties     two thousand examples for every property
 #   make fuzz           ten minutes of each fuzzer (FUZZ_SECONDS)
 #   make study-smoke    a small staleness study, held to what has always held
-#   make test-slurm     jobs on a real SLURM of two virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
+#   make test-slurm     jobs on a real SLURM of four virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-wheel     the wheel in an empty environment, by pip from an index: torch and NumPy, none of the stack

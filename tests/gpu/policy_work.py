@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,8 +20,8 @@ from vespo_megatron.megatron import parallel  # noqa: E402
 
 def everything(folder: str, device: torch.device) -> dict[str, Any]:
     """`layout_work.everything` of one process on this device; every tensor on the host."""
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    with tempfile.TemporaryDirectory() as place:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    with mock.patch.dict(os.environ, alone), tempfile.TemporaryDirectory() as place:
         try:
             found = layout_work.everything(folder, {}, f"file://{place}/store", device=device)
         finally:

@@ -1,14 +1,15 @@
 #!/bin/bash
-# A real SLURM on this machine: two virtual nodes, one controller. As root, with Debian's slurm-wlm and munge.
+# A real SLURM on this machine: four virtual nodes, one controller. As root, with Debian's slurm-wlm and munge.
 #
 #   cluster.sh start DIR    configuration, state and logs in DIR; prints the line that points commands at it
 #   cluster.sh stop DIR     ends every job, and every daemon that start started
 set -euo pipefail
 action=$1 folder=$(realpath -m "$2")
+nodes=(n1 n2 n3 n4)
 conf=$folder/slurm.conf
 
 start() {
-    mkdir -p "$folder"/{state,spool/n1,spool/n2,munge}
+    mkdir -p "$folder"/{state,munge} "${nodes[@]/#/$folder/spool/}"
     chmod 755 "$folder"
     if [[ ! -s $folder/munge/key ]]; then
         dd if=/dev/urandom of="$folder/munge/key" bs=1024 count=1 status=none
@@ -47,13 +48,15 @@ MinJobAge=600
 OverTimeLimit=0
 SlurmctldParameters=enable_configless
 MessageTimeout=60
-NodeName=n1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 11)) CPUs=$cpus RealMemory=$memory
-NodeName=n2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((${SLURM_TEST_PORT:-26817} + 12)) CPUs=$cpus RealMemory=$memory
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 CONF
+    local port=${SLURM_TEST_PORT:-26817}
+    for node in "${nodes[@]}"; do
+        echo "NodeName=$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((port + 10 + ${node#n})) CPUs=$cpus" \
+            "RealMemory=$memory" >>"$conf"
+    done
     slurmctld -f "$conf"
-    slurmd -f "$conf" -N n1
-    slurmd -f "$conf" -N n2
+    for node in "${nodes[@]}"; do slurmd -f "$conf" -N "$node"; done
     export SLURM_CONF=$conf
     for _ in $(seq 60); do
         [[ $(sinfo --noheader --format=%t 2>/dev/null | sort -u) == idle ]] && break
@@ -72,7 +75,7 @@ stop() {
         done
     fi
     local pids=()
-    for name in slurmd_n1 slurmd_n2 slurmctld munged; do
+    for name in "${nodes[@]/#/slurmd_}" slurmctld munged; do
         [[ -s $folder/$name.pid ]] && pids+=("$(cat "$folder/$name.pid")")
     done
     for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done

@@ -1,4 +1,4 @@
-"""Real SLURM on this machine (two virtual nodes): jobs that end well, and jobs that lose a server."""
+"""Real SLURM on this machine (four virtual nodes): jobs that end well, and jobs that lose a server."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from vespo_megatron.launch.launcher import agent_environment
 from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.slurm.render import job_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_moe" / "build"
@@ -89,6 +90,30 @@ def processes_of(tmp_path):
     return [words for words in found if "pytest" not in " ".join(words) and "slurm.conf" not in " ".join(words)]
 
 
+NODES = {
+    "one node": ["slurm.layout=colocated", "cluster.num_nodes=1"],
+    "four nodes": ["slurm.rollout_nodes=2", "cluster.num_nodes=2"],
+    "colocated": [
+        "slurm.layout=colocated",
+        "cluster.num_nodes=4",
+        "policy.generation.sglang_cfg.weight_transport=disk",
+    ],
+    "heterogeneous": ["slurm.layout=heterogeneous", "slurm.rollout_nodes=2", "cluster.num_nodes=2"],
+    "shared": ["slurm.rollout_nodes=1", "cluster.num_nodes=1", "slurm.cpus_per_node=1"],
+}
+
+
+@pytest.mark.parametrize("layout", NODES)
+def test_slurm_reads_every_layout_and_has_room_for_it(layout, cluster, tmp_path):
+    recipe = load_recipe(TINY.parent / "vespo.yaml", [*NODES[layout], f"slurm.logs={tmp_path}"])
+    script = tmp_path / "job.sbatch"
+    script.write_text(job_script(recipe, TINY.parent / "vespo.yaml"))
+    done = subprocess.run(["sbatch", "--test-only", script], env=cluster, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    started = re.findall(r"Job \d+ to start at .* on nodes (\S+)", done.stderr)
+    assert started or layout == "heterogeneous", done.stderr
+
+
 def update(cluster, job, **fields):
     words = ["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in fields.items())]
     subprocess.run(words, env=cluster, check=True, timeout=60)
@@ -124,6 +149,15 @@ def test_trainer_and_server_on_nodes_of_their_own_run_to_the_end(cluster, tmp_pa
     recipe = load_recipe(tmp_path / "whole.yaml")
     for name, value in agent_environment(recipe, {}).items():
         assert environment.get(name) == value, name
+    wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
+
+
+def test_one_node_starts_its_own_servers_and_takes_turns_with_them(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "shared", 2, time="00:20:00", layout="colocated")
+    wait_until(lambda: state(cluster, job)[0] not in ("PENDING", "RUNNING"), 300, lambda: logs(tmp_path))
+    assert state(cluster, job) == ("COMPLETED", 0), logs(tmp_path)
+    assert steps(tmp_path, "shared", job) == [1, 2]
+    assert not list(tmp_path.glob("logs/*/attempt_0/servers_*.log"))
     wait_until(lambda: not processes_of(tmp_path), 30, lambda: str(processes_of(tmp_path)))
 
 
