@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,3 +91,16 @@ def test_utilization_is_work_over_what_the_devices_could_have_done(run_dir, monk
 )
 def test_a_device_is_known_by_what_cuda_calls_it(name, peak):
     assert peak_tflops(name) == peak
+
+
+def test_what_runs_are_forked_from_leaves_cuda_alone():
+    """Where CUDA was asked whether it is there, no child can use it; its driver's library may be asked."""
+    code = (
+        "import torch\n"
+        "def asked(): raise AssertionError('CUDA was asked')\n"
+        "torch.cuda._is_compiled, torch.cuda._device_count_nvml = (lambda: True), (lambda: 0)\n"
+        "torch._C._cuda_getDeviceCount = torch.cuda.init = asked\n"
+        "import vespo_megatron.launch.preload\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

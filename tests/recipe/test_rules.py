@@ -218,6 +218,11 @@ IMPOSSIBLE = {
         "weight_transport",
         "set it to distributed or disk",
     ),
+    "ranks that would not wait for a weight update": (
+        {G + "sglang_cfg__weight_update_timeout": 900.0},
+        "weight_update_timeout",
+        "less than policy.megatron_cfg.distributed_timeout",
+    ),
     "weights by a pickle to a server that others reach": (
         {G + "sglang_cfg__weight_transport": "tensor", G + "sglang_cfg__host": "0.0.0.0"},
         "weight_transport",

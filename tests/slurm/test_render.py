@@ -20,6 +20,8 @@ BASE = ROOT / "examples" / "qwen3_30b_a3b" / "mismatch" / "grpo.yaml"
 
 COLOCATED = ["slurm.layout=colocated", "policy.generation.sglang_cfg.weight_transport=disk"]
 
+ONE_NODE = ["slurm.layout=colocated", "cluster.num_nodes=1", "policy.generation.sglang_cfg.weight_transport=tensor"]
+
 
 def script(*overrides):
     return job_script(load_recipe(BASE, overrides), "recipe.yaml")
@@ -33,7 +35,7 @@ def options(text):
     "overrides",
     [
         COLOCATED,
-        [*COLOCATED[:1], "cluster.num_nodes=1"],
+        ONE_NODE,
         ["slurm.rollout_nodes=2"],
         ["slurm.layout=heterogeneous", "slurm.rollout_nodes=2", "slurm.rollout_partition=h20"],
         ["slurm.rollout_nodes=1", "slurm.setup=[module load cuda, 'source \"my env/bin/activate\"']"],
@@ -79,7 +81,7 @@ def test_the_options_are_the_recipe_s():
 def test_colocated_servers_give_their_memory_to_the_trainer_and_one_node_starts_its_own():
     several = script(*COLOCATED)
     assert "policy.generation.sglang_cfg.colocated=true" in several and "cli serve" in several
-    one = script("slurm.layout=colocated", "cluster.num_nodes=1")
+    one = script(*ONE_NODE)
     assert "policy.generation.sglang_cfg.colocated=true" in one
     assert "cli serve" not in one and "sglang_cfg.urls" not in one and "cli train" in one
 
@@ -189,6 +191,7 @@ def test_a_comparison_is_a_script_per_value_and_a_report_that_waits_for_them(tmp
     [
         (["slurm.rollout_nodes=0"], "slurm.rollout_nodes: is 0"),
         (["slurm.layout=colocated"], "weight_transport: is distributed with slurm.layout=colocated on 4 nodes"),
+        (ONE_NODE[:2], "weight_transport: is distributed with slurm.layout=colocated on 1 nodes"),
         (["slurm.layout=both"], "slurm.layout: is 'both'"),
         (["policy.generation.backend=in_process", "slurm.rollout_nodes=1"], "policy.generation.backend"),
     ],

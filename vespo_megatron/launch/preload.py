@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+
+# Whether there is a GPU is then asked of the driver's library: what asks CUDA itself, as megatron-core does when it is
+# imported, leaves children that cannot use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 for module in (
     "transformers",

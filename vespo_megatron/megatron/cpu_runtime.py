@@ -40,7 +40,8 @@ _installed = False
 def install() -> None:
     """Install every stand-in once; does nothing where CUDA is present. Call it before importing megatron-core."""
     global _installed
-    if _installed or torch.cuda.is_available():
+    # Counting GPUs asks the driver's library alone: a process that has imported this may fork children that use CUDA.
+    if _installed or torch.cuda.device_count() > 0:
         return
     _installed = True
     _import_without_compiling()

@@ -397,6 +397,13 @@ def _weight_sync(recipe: Recipe) -> Iterator[UserError]:
                 expected=f"{_GENERATION}.sglang_cfg.host=127.0.0.1",
                 fix=fix,
             )
+    if config.weight_update_timeout >= recipe.policy.megatron_cfg.distributed_timeout:
+        yield UserError(
+            f"is {config.weight_update_timeout:g}: while rank 0 waits for servers so long, the others wait for it, and "
+            f"their collectives end after {recipe.policy.megatron_cfg.distributed_timeout:g} s",
+            where=f"{_GENERATION}.sglang_cfg.weight_update_timeout",
+            expected="less than policy.megatron_cfg.distributed_timeout",
+        )
     if config.colocated and config.weight_transport == "distributed" and recipe.cluster.device != "cpu":
         yield UserError(
             "is true with weight_transport distributed: NCCL takes no two processes on one GPU",

@@ -111,14 +111,17 @@ def _check(recipe: Recipe) -> None:
             expected=f"at least 1 in layout {config.layout}",
             fix="say how many nodes the SGLang servers get, or set slurm.layout=colocated",
         )
-    transport = recipe.policy.generation.sglang_cfg.weight_transport
-    if config.layout == "colocated" and recipe.cluster.num_nodes > 1 and transport != "disk":
+    transport, nodes = recipe.policy.generation.sglang_cfg.weight_transport, recipe.cluster.num_nodes
+    reaches = {"disk"} | ({"tensor"} if nodes == 1 else set())
+    if nodes == 1 and recipe.cluster.device == "cpu":
+        reaches.add("distributed")
+    if config.layout == "colocated" and transport not in reaches:
         raise UserError(
-            f"is {transport} with slurm.layout=colocated on {recipe.cluster.num_nodes} nodes: memory is shared within "
-            "a node, and NCCL takes no two processes on one GPU",
+            f"is {transport} with slurm.layout=colocated on {nodes} nodes: memory is shared within a node, and NCCL "
+            "takes no two processes on one GPU",
             where="policy.generation.sglang_cfg.weight_transport",
-            expected="disk, with a weight_folder that all nodes share",
-            fix="set it, use one node, or slurm.layout=disaggregated",
+            expected="disk, with a weight_folder that all nodes share" + (", or tensor" if nodes == 1 else ""),
+            fix="set it, or slurm.layout=disaggregated",
         )
     if recipe.policy.generation.backend != "sglang":
         raise UserError(
