@@ -34,6 +34,19 @@ LAYOUTS = {
     "fused permutation, tp2": (2, {TP: 2, "moe_permute_fusion": True}),
     "whole optimizer": (2, {EP: 2, "optimizer.use_distributed_optimizer": False}),
 }
+BY_NIGHT = {
+    "one by one",
+    "dp2",
+    "tp2_sp",
+    "tp2_sp_etp2 one by one",
+    "tp2_ep2",
+    "selective_recompute",
+    "vpp",
+    "tp2_cp2",
+    "pp2_cp2_ep2",
+    "fused permutation, tp2",
+}
+"""What the others have between them."""
 TOLERANCE = 1e-4
 
 
@@ -42,7 +55,11 @@ def native(plain_workers, checkpoint):
     return plain_workers.run(layout_work.everything, 1, folder=checkpoint, layout={})[0]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+def in_their_time():
+    return [pytest.param(name, marks=[pytest.mark.nightly] * (name in BY_NIGHT)) for name in LAYOUTS]
+
+
+@pytest.fixture(scope="module", params=in_their_time())
 def answers(request, te_workers, checkpoint):
     world_size, layout = LAYOUTS[request.param]
     return te_workers.run(
