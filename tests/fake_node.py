@@ -36,6 +36,11 @@ class FakeNode:
         """The one that this process runs on."""
         return cls(os.environ[NODE])
 
+    @property
+    def lacks_a_server(self) -> bool:
+        """Whether one has died and is not back."""
+        return (self._path.parent / "died").exists() and not (self._path.parent / "back").exists()
+
     def note(self, who: str, gpu: str, what: str, gib: float = 0.0) -> None:
         """`gib` more, or less, for `what`; MemoryError, which is noted, where living processes hold the rest."""
         with self._path.open("a+") as file:
@@ -155,7 +160,7 @@ def serve(arguments: list[str]) -> None:
             elif path == "/generate" and not body["rid"][0].startswith("probe"):
                 node.note(name, gpus[0], "generate")
                 until = time.monotonic() + 60
-                while died.exists() and not back.exists() and time.monotonic() < until:
+                while node.lacks_a_server and time.monotonic() < until:
                     time.sleep(0.05)  # a rollout that lasts until the launcher has seen whose turn it is
             elif path == "/release_memory_occupation":
                 die_once(name)

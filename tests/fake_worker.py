@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from vespo_megatron.rollout_sglang.weight_sync.session import WeightSync
 
 SIZES = {"parameters": 12.0, "gradients": 16.0, "optimizer": 30.0}
 ACTIVATIONS, BUCKETS = 8.0, 1.0
+_LOOKS_S = 3.0
+"""An update lasts so long while a server is dead: the launcher, which looks five times a second, sees it meanwhile."""
 
 
 def noted(*changes: tuple[str, float], lasts: bool):
@@ -41,6 +44,8 @@ def noted(*changes: tuple[str, float], lasts: bool):
 def note(what: str, gib: float) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     FakeNode.here().note(f"trainer {rank}", os.environ["CUDA_VISIBLE_DEVICES"].split(",")[rank], what, gib)
+    if what == "activations" and gib > 0 and FakeNode.here().lacks_a_server:
+        time.sleep(_LOOKS_S)
 
 
 def moving(function, sign: int):
