@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Run the command."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it is made on the CPU, which megatron-core only does where it sees no GPU
     from vespo_megatron.launch.convert import convert
 
     done = convert(parsed.source, parsed.target, model=parsed.model, layout=parsed.layout)

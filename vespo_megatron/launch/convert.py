@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE
-from vespo_megatron.megatron import checkpoint, hf_weights, parallel
+from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, parallel
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
 from vespo_megatron.outputs import check_folder, written
@@ -83,6 +85,21 @@ def convert(
             partial.replace(goal)
         dist.barrier()
     return f"{goal}: {'Hugging Face folder' if what.is_megatron else 'distributed checkpoint'}, checksum {read}"
+
+
+def convert_apart(source: Path, target: Path) -> None:
+    """As `convert`, in a process of its own where this one sees a GPU: megatron-core would compute on that.
+
+    Raises:
+        UserError: as `convert` does; or the other process failed.
+    """
+    if cpu_runtime.installed():
+        convert(source, target)
+        return
+    command = [sys.executable, "-m", "vespo_megatron.cli", "convert", str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"could not be converted: {done.stderr.strip()[-2000:]}", where=str(source))
 
 
 @dataclass(frozen=True)

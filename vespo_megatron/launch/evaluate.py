@@ -96,9 +96,9 @@ def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
 def _model_folder(checkpoint: Path, folder: Path) -> Path:
     if (checkpoint / "config.json").exists():
         return checkpoint
-    from vespo_megatron.launch.convert import convert
+    from vespo_megatron.launch.convert import convert_apart
 
-    convert(checkpoint, folder / "model")
+    convert_apart(checkpoint, folder / "model")
     return folder / "model"
 
 

@@ -102,6 +102,8 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
             where="exp_manager.version",
             fix="name it, for instance exp_manager.version=$SLURM_JOB_ID",
         )
+    if recipe.cluster.device == "cpu":
+        os.environ |= trainer_variables(recipe, os.environ, 0)  # before megatron-core looks for a GPU
     from vespo_megatron.launch import worker
 
     validate(recipe)

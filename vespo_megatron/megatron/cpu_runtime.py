@@ -56,6 +56,11 @@ def install() -> None:
     _accept_cpu_tensor_types()
 
 
+def installed() -> bool:
+    """Whether they are: megatron-core then computes on the CPU, and on a GPU otherwise."""
+    return _installed
+
+
 class _NoStream:
     """A CUDA stream or event where everything is already in order."""
 

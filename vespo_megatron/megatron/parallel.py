@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import cpu_runtime
 from vespo_megatron.recipe.schema import MegatronConfig
 
@@ -60,7 +61,16 @@ def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_
     """Join the process group (unless there is one), lay out megatron-core's parallel state and seed it.
 
     Reads RANK and WORLD_SIZE (and MASTER_ADDR, MASTER_PORT without `init_method`), as torchrun sets them.
+
+    Raises:
+        UserError: the device is the CPU, and a GPU is there that megatron-core would use.
     """
+    if device.type == "cpu" and not cpu_runtime.installed():
+        raise UserError(
+            "is cpu, but this process sees a GPU, where megatron-core would compute",
+            where="cluster.device",
+            fix="hide it: CUDA_VISIBLE_DEVICES= in the environment of every trainer process",
+        )
     timeout = datetime.timedelta(seconds=config.distributed_timeout)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)

@@ -34,6 +34,8 @@ class Timers:
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
+            if self._device is not None:
+                torch.cuda.synchronize(self._device)  # or what a phase has asked for would count as the next one's
         finally:
             if self._heartbeat:
                 self._heartbeat.enter(around)
