@@ -1,88 +1,290 @@
-"""`vespo-megatron train` on the card, whole: steps, a checkpoint, and going on after it."""
+"""Whole `vespo-megatron train` runs of one process on a GPU, all started at a time: they share the card.
+
+VESPO_GPU_TEST_DEVICE=cpu rehearses them on a machine without one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import make_folder, of_this_run, write_rows
+from gpu_report import report
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.run.processes import wait_until
+from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.run_directory import RECIPE_FILE
 
-from command_line import make_folder
-from tiny_model import write_tiny_qwen3_moe
-
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(170)]
 ROOT = Path(__file__).parents[2]
-ONE_PROCESS = {
-    "policy.megatron_cfg.tensor_model_parallel_size": 1,
-    "policy.megatron_cfg.sequence_parallel": "false",
-    "policy.megatron_cfg.expert_model_parallel_size": 1,
-    "cluster.gpus_per_node": 1,
-    "cluster.device": "cuda",
-    "exp_manager.version": "run",
-    "exp_manager.resume_if_exists": "true",
-    "env.reward": "rewards_of_mine:spread",
-    "checkpointing.save_period": 2,
+DEVICE = os.environ.get("VESPO_GPU_TEST_DEVICE", "cuda")
+PREPARED = ROOT / "examples" / "tiny_moe" / "build"
+MEGATRON = "policy.megatron_cfg"
+COMMON = (
+    f"{MEGATRON}.tensor_model_parallel_size=1",
+    f"{MEGATRON}.sequence_parallel=false",
+    f"{MEGATRON}.expert_model_parallel_size=1",
+    f"{MEGATRON}.optimizer.lr=3e-3",
+    "cluster.gpus_per_node=1",
+    "logger.tensorboard_enabled=false",
+    "exp_manager.resume_if_exists=true",
+    "env.reward=rewards_of_mine:spread",
+    "grpo.num_generations_per_prompt=8",
+    "policy.train_global_batch_size=16",  # two updates a step
+    "grpo.max_num_steps=4",
+)
+RUNS = {
+    "float32": (f"cluster.device={DEVICE}", "checkpointing.save_period=2", "checkpointing.keep_last=2"),
+    "bfloat16": (
+        f"cluster.device={DEVICE}",
+        "policy.precision=bfloat16",
+        "policy.router_replay.mode=R3",
+        "checkpointing.save_period=4",
+    ),
+    "dials": (
+        f"cluster.device={DEVICE}",
+        "policy.precision=bfloat16",
+        "policy.router_replay.mode=R2",
+        f"{MEGATRON}.recompute_granularity=full",
+        f"{MEGATRON}.moe_aux_loss_coeff=0.01",
+        f"{MEGATRON}.moe_router_load_balancing_type=global_aux_loss",
+        "loss_fn.behavior=recompute",
+        "loss_fn.reference_policy_kl_penalty=0.01",
+    ),
+    "asynchronous": (
+        f"cluster.device={DEVICE}",
+        "loss_fn.behavior=version",
+        "grpo.async_grpo.enabled=true",
+        "grpo.async_grpo.max_staleness=2",
+        "grpo.async_grpo.sync_every=2",
+        "grpo.max_num_steps=6",
+        "checkpointing.save_period=6",
+    ),
+    "on_the_cpu": ("cluster.device=cpu", "grpo.max_num_steps=2"),
 }
+TIMES = ("wall_time", "time/", "memory/", "throughput/", "checkpoint/")
 
 
-def start(folder, name, steps, **values):
-    settings = ONE_PROCESS | {"grpo.max_num_steps": steps, "exp_manager.name": name} | values
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "vespo_megatron.cli", "train", str(folder / "recipe.yaml"), *overrides],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+@dataclass
+class Started:
+    """A run that was started."""
+
+    folder: Path
+    process: subprocess.Popen
+    since: float
+    known: list[dict] | None = None
+
+    def rows(self, name: str, deadline: float = 120.0) -> list[dict]:
+        """Its metrics, once it has ended well."""
+        if self.known is not None:
+            return self.known
+        try:
+            status = self.process.wait(max(1.0, self.since + deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{name} did not end within {deadline:.0f} s:\n{self.tail()}")
+        assert status == 0, f"{name} ended with status {status}:\n{self.tail()}"
+        rows = [row for row in read_metrics(self.run_dir) if row["step"]]
+        report(f"train/{name}/seconds from start to end", round(time.monotonic() - self.since, 1))
+        for phase in ("step", "generate", "train", "sync_weights"):
+            report(f"train/{name}/time/{phase} of the last step", rows[-1][f"time/{phase}"])
+        for row in rows:
+            wrong = {key: value for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+            assert not wrong, (row["step"], wrong)
+        self.known = rows
+        return rows
+
+    @property
+    def run_dir(self) -> Path:
+        return next(self.folder.rglob("metrics.jsonl")).parent
+
+    def tail(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")[-6000:]
 
 
-def ended(process):
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output[-3000:]
-    return output
+def start(folder: Path, arguments: list[str]) -> Started:
+    """`python ARGUMENTS` in a session of its own, its output in `folder/log`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), os.environ["PYTHONPATH"]])}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+    return Started(folder, process, time.monotonic())
 
 
-def metrics(folder, name):
-    lines = (folder / "runs" / name / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def train(folder: Path, recipe: Path, *overrides: str) -> Started:
+    return start(folder, ["-m", "vespo_megatron.cli", "train", str(recipe), *overrides])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tmp_path_factory.mktemp("model")
-    write_tiny_qwen3_moe(model)
-    return make_folder(tmp_path_factory.mktemp("run"), model)
+def folders(tmp_path_factory, tiny_qwen3_moe_folder):
+    """Name → a folder with everything; whatever is left of its runs is killed in the end."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        made[name] = make_folder(tmp_path_factory.mktemp(name), tiny_qwen3_moe_folder)
+        words = [f"{left} + {right} =" for left in range(1, 9) for right in range(4)]
+        write_rows(
+            made[name],
+            [{"prompt": each, "data_source": "sums", "reward_model": {"ground_truth": "2"}} for each in words],
+        )
+        return made[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", str(ROOT)))
+        yield make
+    for folder in made.values():
+        for left in of_this_run(folder):
+            with contextlib.suppress(ProcessLookupError):
+                left.kill()
 
 
-def test_a_run_is_the_same_when_it_is_stopped_and_goes_on(folder, note):
-    whole, first = start(folder, "whole", 4), start(folder, "parts", 2)
-    rounded = start(folder, "rounded", 2, **{"policy.precision": "bfloat16"})
-    output = ended(whole)
-    assert "1 processes on cuda" in output and "(cuda:0, float32)" in output
-    ended(first)
-    assert "resuming after step 2" in ended(start(folder, "parts", 4))
-    ended(rounded)
-    ours, theirs = metrics(folder, "whole"), metrics(folder, "parts")
-    assert [row["step"] for row in theirs] == [1, 2, 3, 4]
-    names = [name for name in ours[-1] if not name.startswith(("time/", "throughput/", "memory/", "timestamp"))]
+@pytest.fixture(scope="module")
+def runs(folders):
+    """All of them under way, and the forked and the prepared one besides."""
+    started = {}
+    for name, overrides in RUNS.items():
+        folder = folders(name)
+        started[name] = train(folder, folder / "recipe.yaml", *COMMON, *overrides)
+    folder = folders("forked")
+    recipe = load_recipe(folder / "recipe.yaml", [*COMMON, f"cluster.device={DEVICE}", "grpo.max_num_steps=2"])
+    save_recipe(recipe, folder / RECIPE_FILE)
+    started["forked"] = start(folder, [str(Path(__file__).parent / "forked_run.py"), str(folder / RECIPE_FILE)])
+    if (PREPARED / "model").is_dir() and find_spec("math_verify"):
+        folder = folders("learns")
+        started["learns"] = train(
+            folder,
+            ROOT / "examples" / "tiny_moe" / "in_process.yaml",
+            f"cluster.device={DEVICE}",
+            f"exp_manager.exp_dir={folder}",
+            "grpo.max_num_steps=6",
+            "grpo.val_period=6",
+            "grpo.max_val_samples=128",
+            "checkpointing.save_hf=false",
+            "logger.tensorboard_enabled=false",
+        )
+    yield started
+    for each in started.values():
+        each.process.kill()
+        each.process.wait(10)
+
+
+def trained(rows: list[dict], steps: int) -> None:
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert any(row["loss/grad_norm"] > 0 for row in rows), "nothing was trained"
+
+
+def outcome(run_dir: Path) -> tuple[list[dict], bytes]:
+    """(metrics of every step but times, bytes of the final weights)."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+    return kept, (run_dir / "checkpoints" / "final_hf" / "model-00001.safetensors").read_bytes()
+
+
+def test_float32(runs):
+    rows = runs["float32"].rows("float32")
+    trained(rows, 4)
+    expected = "cuda" if DEVICE == "cuda" else "cpu"
+    assert f"native layers, 1 processes on {expected}" in (runs["float32"].folder / "log").read_text()
+    report("train/float32/largest difference of log-probs between the engines", max_difference(rows))
+    assert max_difference(rows) < 1e-3
+    assert sorted(path.name for path in (runs["float32"].run_dir / "checkpoints").glob("step_*")) == [
+        "step_000002",
+        "step_000004",
+    ]
+
+
+def max_difference(rows: list[dict]) -> float:
+    return max(row["mismatch/prob_diff_max"] for row in rows)
+
+
+def test_resumed_it_is_as_if_nothing_had_been(runs, folders):
+    """From the checkpoint of step 2: metrics and weights to the last bit."""
+    runs["float32"].rows("float32")
+    whole = runs["float32"].run_dir
+    folder = folders("resumed")
+    copied = folder / "runs" / whole.parent.name / whole.name
+    copied.parent.mkdir(parents=True)
+    shutil.copytree(whole, copied)
+    shutil.rmtree(copied / "checkpoints" / "step_000004")
+    shutil.rmtree(copied / "checkpoints" / "final_hf")
+    text = (runs["float32"].folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace(f"{runs['float32'].folder}/runs", f"{folder}/runs"))
+    resumed = train(folder, folder / "recipe.yaml", *COMMON, *RUNS["float32"])
+    resumed.rows("resumed")
+    assert "resuming after step 2" in (folder / "log").read_text()
+    (rows, weights), (found, found_weights) = outcome(whole), outcome(copied)
+    assert [row["step"] for row in found] == [row["step"] for row in rows]
     differing = {
-        name: (ours[-1][name], theirs[-1].get(name)) for name in names if ours[-1][name] != theirs[-1].get(name)
+        key: (value, again.get(key))
+        for row, again in zip(rows, found, strict=True)
+        for key, value in row.items()
+        if again.get(key) != value
     }
-    note(compared=len(names), differing=len(differing))
-    assert ours[-1]["loss/grad_norm"] == pytest.approx(theirs[-1]["loss/grad_norm"], rel=1e-3)
-    for row in (*ours, *metrics(folder, "rounded")):
-        numbers = [value for value in row.values() if isinstance(value, float)]
-        assert all(math.isfinite(value) for value in numbers) and row["memory/train"] > 0
+    report("train/resumed/metrics that differ", len(differing))
+    report("train/resumed/weights to the last bit", found_weights == weights)
+    assert not differing and found_weights == weights, differing
 
 
-def test_a_run_on_the_host_of_a_machine_with_a_card_stays_there(folder):
-    output = ended(start(folder, "host", 1, **{"cluster.device": "cpu"}))
-    assert "1 processes on cpu" in output and "(cpu, float32)" in output
+def test_bfloat16_with_the_engines_routes(runs):
+    rows = runs["bfloat16"].rows("bfloat16")
+    trained(rows, 4)
+    report("train/bfloat16/mismatch/k3", max(row["mismatch/k3"] for row in rows))
+    report("train/bfloat16/routes/agreement", min(row["routes/agreement"] for row in rows))
+    assert all(row["mismatch/k3"] < 0.05 for row in rows)
+
+
+def test_recompute_reference_and_balance(runs):
+    rows = runs["dials"].rows("dials")
+    trained(rows, 4)
+
+
+def test_asynchronous_with_weights_of_earlier_versions(runs):
+    """In float32 the engines agree to rounding: π_old by version is μ."""
+    rows = runs["asynchronous"].rows("asynchronous")
+    trained(rows, 6)
+    report("train/asynchronous/largest difference of log-probs between the engines", max_difference(rows))
+    assert max_difference(rows) < 1e-3
+    assert max(row["staleness/lag_max"] for row in rows) >= 1
+
+
+def test_on_the_cpu_of_a_machine_with_a_gpu(runs):
+    rows = runs["on_the_cpu"].rows("on_the_cpu")
+    trained(rows, 2)
+    assert "native layers, 1 processes on cpu" in (runs["on_the_cpu"].folder / "log").read_text()
+
+
+def test_forked_from_a_process_that_has_imported_everything(runs):
+    trained(runs["forked"].rows("forked"), 2)
+
+
+def test_reward_alone_teaches_the_prepared_model(runs):
+    if "learns" not in runs:
+        pytest.skip("examples/tiny_moe/build is not there (make example), or math-verify is not")
+    rows = runs["learns"].rows("learns")
+    trained(rows, 6)
+    before, after = next(row for row in read_metrics(runs["learns"].run_dir) if row["step"] == 0), rows[-1]
+    for when, row in (("before", before), ("after", after)):
+        report(f"train/learns/greedy accuracy {when}", row["eval/running_sums/greedy"])
+    assert before["eval/running_sums/greedy"] < 0.2 < 0.7 < after["eval/running_sums/greedy"]
+
+
+def test_nothing_is_left(runs):
+    for name, each in runs.items():
+        each.process.wait(60)
+        assert wait_until(lambda folder=each.folder: not of_this_run(folder), 10), (name, of_this_run(each.folder))
