@@ -74,6 +74,14 @@ def test_servers_on_the_trainer_s_node_are_counted_with_it():
     assert found.detail == "trainer on 0, 1, 2, 3; server 0 on 4; server 1 on 5"
 
 
+def test_a_colocated_job_s_servers_take_the_trainer_s_own():
+    recipe = Recipe().with_values(
+        {"cluster.gpus_per_node": 8, SERVERS + "num_servers": 2, "cluster.device": "cuda", "slurm.layout": "colocated"}
+    )
+    (found,) = gpus(recipe, H100)
+    assert found.level == OK and found.detail.endswith("server 0 on 0; server 1 on 1")
+
+
 NEW, OLD, CPU = (
     CudaStack("2.14.1", "13.0", "2.29.3"),
     CudaStack("2.11.0+cu130", "13.0", "2.28.9"),

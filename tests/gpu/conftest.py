@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_report import report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # its models, batches and pool of processes
 
@@ -49,10 +49,7 @@ def note(request):
     """`note(name=value)`: a figure for the page about GPUs, a line of $VESPO_GPU_REPORT where that is set."""
 
     def write(**figures: float) -> None:
-        print(figures)
-        if path := os.environ.get("VESPO_GPU_REPORT"):
-            with open(path, "a") as report:
-                report.write(json.dumps({"test": request.node.name} | figures) + "\n")
+        report(test=request.node.name, **figures)
 
     return write
 

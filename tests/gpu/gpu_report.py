@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 
-def report(name: str, value: object) -> None:
-    """A number, or a text that stands for one."""
-    print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}", flush=True)
+def report(**told: Any) -> None:
+    """One line: names and numbers, or texts that stand for one."""
+    print(told, flush=True)
     if path := os.environ.get("VESPO_GPU_REPORT"):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "value": value}) + "\n")
+            file.write(json.dumps(told) + "\n")

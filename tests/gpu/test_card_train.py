@@ -95,9 +95,9 @@ class Started:
             pytest.fail(f"{name} did not end within {deadline:.0f} s:\n{self.tail()}")
         assert status == 0, f"{name} ended with status {status}:\n{self.tail()}"
         rows = [row for row in read_metrics(self.run_dir) if row["step"]]
-        report(f"train/{name}/seconds from start to end", round(time.monotonic() - self.since, 1))
+        report(name=f"train/{name}/seconds from start to end", value=round(time.monotonic() - self.since, 1))
         for phase in ("step", "generate", "train", "sync_weights"):
-            report(f"train/{name}/time/{phase} of the last step", rows[-1][f"time/{phase}"])
+            report(name=f"train/{name}/time/{phase} of the last step", value=rows[-1][f"time/{phase}"])
         for row in rows:
             wrong = {key: value for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
             assert not wrong, (row["step"], wrong)
@@ -201,7 +201,7 @@ def test_float32(runs):
     trained(rows, 4)
     expected = "cuda" if DEVICE == "cuda" else "cpu"
     assert f"native layers, 1 processes on {expected}" in (runs["float32"].folder / "log").read_text()
-    report("train/float32/largest difference of log-probs between the engines", max_difference(rows))
+    report(name="train/float32/largest difference of log-probs between the engines", value=max_difference(rows))
     assert max_difference(rows) < 1e-3
     assert sorted(path.name for path in (runs["float32"].run_dir / "checkpoints").glob("step_*")) == [
         "step_000002",
@@ -236,16 +236,16 @@ def test_resumed_it_is_as_if_nothing_had_been(runs, folders):
         for key, value in row.items()
         if again.get(key) != value
     }
-    report("train/resumed/metrics that differ", len(differing))
-    report("train/resumed/weights to the last bit", found_weights == weights)
+    report(name="train/resumed/metrics that differ", value=len(differing))
+    report(name="train/resumed/weights to the last bit", value=found_weights == weights)
     assert not differing and found_weights == weights, differing
 
 
 def test_bfloat16_with_the_engines_routes(runs):
     rows = runs["bfloat16"].rows("bfloat16")
     trained(rows, 4)
-    report("train/bfloat16/mismatch/k3", max(row["mismatch/k3"] for row in rows))
-    report("train/bfloat16/routes/agreement", min(row["routes/agreement"] for row in rows))
+    report(name="train/bfloat16/mismatch/k3", value=max(row["mismatch/k3"] for row in rows))
+    report(name="train/bfloat16/routes/agreement", value=min(row["routes/agreement"] for row in rows))
     assert all(row["mismatch/k3"] < 0.05 for row in rows)
 
 
@@ -258,7 +258,7 @@ def test_asynchronous_with_weights_of_earlier_versions(runs):
     """In float32 the engines agree to rounding: π_old by version is μ."""
     rows = runs["asynchronous"].rows("asynchronous")
     trained(rows, 6)
-    report("train/asynchronous/largest difference of log-probs between the engines", max_difference(rows))
+    report(name="train/asynchronous/largest difference of log-probs between the engines", value=max_difference(rows))
     assert max_difference(rows) < 1e-3
     assert max(row["staleness/lag_max"] for row in rows) >= 1
 
@@ -280,7 +280,7 @@ def test_reward_alone_teaches_the_prepared_model(runs):
     trained(rows, 6)
     before, after = next(row for row in read_metrics(runs["learns"].run_dir) if row["step"] == 0), rows[-1]
     for when, row in (("before", before), ("after", after)):
-        report(f"train/learns/greedy accuracy {when}", row["eval/running_sums/greedy"])
+        report(name=f"train/learns/greedy accuracy {when}", value=row["eval/running_sums/greedy"])
     assert before["eval/running_sums/greedy"] < 0.2 < 0.7 < after["eval/running_sums/greedy"]
 
 

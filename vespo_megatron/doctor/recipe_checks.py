@@ -75,11 +75,11 @@ def gpus(recipe: Recipe, node: Node) -> Iterator[Finding]:
         yield Finding("GPUs", FAIL, "there are none here", "run this on a node, or try --fake-gpu h100-80x8")
         return
     with_servers = recipe.slurm.layout == "colocated" or not recipe.slurm.rollout_nodes
-    trainer, server = recipe, recipe
+    trainer = recipe
     if not with_servers:  # on nodes of their own
         trainer = recipe.with_values({"policy.generation.sglang_cfg.urls": ["http://elsewhere:1"]})
-        yield from _split(server, node, "GPUs of a rollout node", with_trainer=False)
-    elif recipe.slurm.layout == "colocated" and recipe.slurm.rollout_nodes:
+        yield from _split(recipe, node, "GPUs of a rollout node", with_trainer=False)
+    elif recipe.slurm.layout == "colocated":  # of which the job's script says so
         trainer = recipe.with_values({"policy.generation.sglang_cfg.colocated": True})
     yield from _split(trainer, node, "GPUs of a trainer node", with_trainer=True)
 

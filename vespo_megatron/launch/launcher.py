@@ -102,8 +102,7 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
             where="exp_manager.version",
             fix="name it, for instance exp_manager.version=$SLURM_JOB_ID",
         )
-    if recipe.cluster.device == "cpu":
-        os.environ |= trainer_variables(recipe, os.environ, 0)  # before megatron-core looks for a GPU
+    os.environ |= trainer_variables(recipe, os.environ, 0)  # hides GPUs from a trainer on the CPU, before it looks
     from vespo_megatron.launch import worker
 
     validate(recipe)

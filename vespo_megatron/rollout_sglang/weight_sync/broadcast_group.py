@@ -99,7 +99,7 @@ class BroadcastGroup:
             raise UserError(
                 f"the broadcast could not start: {str(error).splitlines()[0]}",
                 where=f"weight group {self.name}",
-                fix="see the servers' logs; both sides need the same NCCL and its variables (vespo-megatron doctor)",
+                fix="see the servers' logs; both sides need the same NCCL and its variables (vespo-megatron preflight)",
             ) from error
         self._started = True
         return work
