@@ -221,7 +221,7 @@ def parts(module, x, gradient, probs, routing_map, topk: int) -> list[str]:
     tokens = torch.randn(len(routing_map), x.shape[1], device="cuda", dtype=x.dtype)
     order = places.tokens
     dense = torch.rand(routing_map.shape, device="cuda")
-    by_pytorch = mock.patch.object(experts, "_has_kernels", lambda rows: False)
+    by_pytorch = mock.patch.object(experts, "has_kernels", lambda rows: False)
 
     def activation(backward: bool) -> None:
         # `slope` is written over by PyTorch's way: what is in it does not matter for the time

@@ -131,12 +131,14 @@ def make_policy(policy_config, rank_info):
 
 def free(policy) -> None:
     """Give the memory of weights, gradients and optimizer back, whoever still refers to them."""
+    from vespo_megatron.megatron.optimizer_state import parts_of
+
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
             parameter.untyped_storage().resize_(0)
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             buffer.grad_data.untyped_storage().resize_(0)
-    for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
+    for part in parts_of(policy.optimizer):
         for parameter, state in part.optimizer.state.items():
             for tensor in (parameter, *(each for each in state.values() if isinstance(each, torch.Tensor))):
                 tensor.untyped_storage().resize_(0)

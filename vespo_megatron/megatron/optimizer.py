@@ -8,6 +8,7 @@ import torch
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.native.spec import have_transformer_engine
+from vespo_megatron.megatron.optimizer_state import parts_of
 from vespo_megatron.recipe.schema import MegatronConfig
 
 # isort: split
@@ -49,7 +50,7 @@ def build_optimizer(
         overlap_param_gather=megatron.distributed_data_parallel_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):  # where Apex and Transformer Engine are missing
             for group in part.optimizer.param_groups:
                 group["fused"] = True  # one pass over memory instead of about ten; the default is a loop

@@ -17,6 +17,7 @@ import torch
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.host_weights import HostWeights
+from vespo_megatron.megatron.optimizer_state import parts_of
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 
 # isort: split
@@ -152,7 +153,7 @@ class ParkedMemory:
                 yield from group["params"]
 
     def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+        for part in parts_of(self._optimizer):
             if getattr(part, "is_stub_optimizer", False):  # a rank without parameters of its kind
                 continue
             yield part.optimizer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from vespo_megatron.losses.sequence import has_triton
+from vespo_megatron.megatron.native.experts import has_kernels
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Collect(torch.autograd.Function):
 
 def sum_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """rows [N, H], int64 [T, k] → [T, H], summed in float32 at least."""
-    if has_triton(rows.device.type) and rows.dtype is not torch.float64:
+    if has_kernels(rows):
         from vespo_megatron.megatron.native import triton_experts
 
         return triton_experts.sum_rows(rows, positions)

@@ -127,7 +127,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """[T, 2F] (gate beside up), [T] → [T, F]: probs · silu(gate) · up."""
-    if _has_kernels(gate_up):
+    if has_kernels(gate_up):
         from vespo_megatron.megatron.native import triton_experts
 
         return triton_experts.swiglu(gate_up, probs)
@@ -139,7 +139,7 @@ def swiglu_gradient(
     gate_up: torch.Tensor, probs: torch.Tensor, slope: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`swiglu` once more, and the gradients of `gate_up` and `probs`; `slope` [T, F] is its result's, written over."""
-    if _has_kernels(gate_up):
+    if has_kernels(gate_up):
         from vespo_megatron.megatron.native import triton_experts
 
         return triton_experts.swiglu_gradient(gate_up, probs, slope)
@@ -158,7 +158,8 @@ def swiglu_gradient(
     return active.mul_(scale), gate_up_gradient, probs_gradient
 
 
-def _has_kernels(rows: torch.Tensor) -> bool:
+def has_kernels(rows: torch.Tensor) -> bool:
+    """Whether `native.triton_experts` has them for such rows."""
     return has_triton(rows.device.type) and rows.dtype is not torch.float64
 
 
