@@ -45,6 +45,9 @@ def test_mismatch_metrics_equal_their_formulas():
         "log_ppl_diff_max": max(-s / t for _, t, s in rows),
         "log_ppl_diff_min": min(-s / t for _, t, s in rows),
         "chi2_seq": sum(math.exp(2 * max(min(s, 20), -20)) - 1 for _, _, s in rows) / len(rows),
+        "log_ratio_mean": sum(s for _, _, s in rows) / len(rows),
+        "log_ratio_std": torch.tensor([s for _, _, s in rows], dtype=torch.float64).std(correction=0),
+        "log_ratio_std_expected": (2 * (d.exp() - 1 - d).mean() * sum(t for _, t, _ in rows) / len(rows)).sqrt(),
     }
     assert {n for n in found if n.startswith("mismatch/")} == {f"mismatch/{n}" for n in expected}
     for name, value in expected.items():

@@ -27,25 +27,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     from vespo_megatron.outputs import check_folder
+    from vespo_megatron.slurm.study_jobs import prepare_jobs
     from vespo_megatron.study.compare import compare
+    from vespo_megatron.study.outcomes import read_outcomes
     from vespo_megatron.study.spec import load_study
     from vespo_megatron.study.study_report import write_study_report
+    from vespo_megatron.study.tuning import choices, tuned, tuning_study
 
     study = load_study(parsed.study)
     if parsed.output:
         check_folder(parsed.output, "--output")
     if parsed.seeds:
         study = study.with_seeds(parsed.seeds)
+    chosen, failed = None, {}
+    if study.tuning:
+        tuning = tuning_study(study, study.tuning)
+        if not (parsed.slurm or parsed.report_only):
+            failed = compare(tuning, extra=parsed.overrides, parallel=parsed.parallel)
+        chosen = choices(read_outcomes(tuning))
+        if parsed.slurm and chosen is None:
+            return _submit(prepare_jobs(tuning, extra=parsed.overrides), "run this again once they have ended")
+        if chosen is not None:
+            print("\n".join(f"{study.tuning.key} of {choice.sentence}" for choice in chosen))
+            study = tuned(study, study.tuning, chosen)
     if parsed.slurm:
-        from vespo_megatron.slurm.study_jobs import prepare_jobs
-        from vespo_megatron.slurm.submit import submit
-
-        scripts = prepare_jobs(study, parsed.study, extra=parsed.overrides)
-        for script, job in zip(scripts, submit(scripts), strict=True):
-            print(f"{script}: job {job}")
-        return 0
-    failed = {} if parsed.report_only else compare(study, extra=parsed.overrides, parallel=parsed.parallel)
-    print(f"report: {write_study_report(study, Path(parsed.output) if parsed.output else None)}")
+        return _submit(prepare_jobs(study, study_file=parsed.study, extra=parsed.overrides))
+    if not (failed or parsed.report_only):
+        failed = compare(study, extra=parsed.overrides, parallel=parsed.parallel)
+    output = Path(parsed.output) if parsed.output else None
+    print(f"report: {write_study_report(study, output, chosen or ())}")
     for cell, reason in failed.items():
         print(f"vespo-megatron: {cell.name} failed: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _submit(scripts: list[Path], afterwards: str = "") -> int:
+    from vespo_megatron.slurm.submit import submit
+
+    for script, job in zip(scripts, submit(scripts), strict=True):
+        print(f"{script}: job {job}")
+    if afterwards:
+        print(afterwards)
+    return 0

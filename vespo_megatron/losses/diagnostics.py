@@ -105,6 +105,9 @@ def sequence_metrics(view: SequenceView) -> MetricSums:
     mean("mismatch/log_ppl_abs_diff", difference.abs())
     extremes("mismatch/log_ppl_diff", difference)
     mean("mismatch/chi2_seq", torch.exp(2 * gap.clamp(-20, 20)) - 1)
+    mean("mismatch/log_ratio_mean", gap)
+    mean("_log_ratio_square", gap**2)
+    mean("_length", length)
     return metrics
 
 
@@ -268,6 +271,11 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
             out["vespo/ess"] = math.exp(2 * others["_log_sum_w"] - others["_log_sum_w_square"]) / count
         if mean("_w_square") > 0:
             out["vespo/ess_clamped"] = out["vespo/w_mean"] ** 2 / mean("_w_square")
+    if "mismatch/log_ratio_mean" in out:
+        variance = mean("_log_ratio_square") - out["mismatch/log_ratio_mean"] ** 2
+        out["mismatch/log_ratio_std"] = math.sqrt(max(variance, 0.0))
+    if "mismatch/k3" in out and mean("_length") > 0:
+        out["mismatch/log_ratio_std_expected"] = math.sqrt(2 * max(out["mismatch/k3"], 0.0) * mean("_length"))
     for name in [name for name in out if name.startswith("staleness/w_mean_lag_")]:
         lag = name.rpartition("_")[2]
         if (square := mean(f"_w_square_lag_{lag}")) > 0:

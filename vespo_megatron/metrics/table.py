@@ -262,6 +262,21 @@ MISMATCH = (
     Metric("mismatch/log_ppl_abs_diff", "Its size.", "nats", over="responses"),
     Metric("mismatch/log_ppl_diff_max", "The largest.", "nats", MAX),
     Metric("mismatch/log_ppl_diff_min", "The smallest.", "nats", MIN),
+    Metric("mismatch/log_ratio_mean", "Σd over a response: log π/μ of all of it.", "nats", over="responses"),
+    Metric(
+        "mismatch/log_ratio_std",
+        "Its standard deviation.",
+        "nats",
+        WHOLE,
+        "responses",
+        title="Width of a response's log-ratio",
+    ),
+    Metric(
+        "mismatch/log_ratio_std_expected",
+        "√(2·k3·T), what k3 and the mean length T make of it where tokens are independent.",
+        "nats",
+        WHOLE,
+    ),
 )
 
 ROUTES = (

@@ -11,8 +11,11 @@ from vespo_megatron.study.compare import unfinished
 from vespo_megatron.study.spec import Study
 
 
-def prepare_jobs(study: Study, study_file: str | Path, *, extra: Sequence[str] = ()) -> list[Path]:
-    """SLURM scripts for every cell that has not finished, and the report after them; for `slurm.submit.submit`.
+def prepare_jobs(study: Study, *, study_file: str | Path | None = None, extra: Sequence[str] = ()) -> list[Path]:
+    """SLURM scripts for every cell that has not finished, for `slurm.submit.submit`.
+
+    Args:
+        study_file: for a report after them; None: there is none.
 
     Raises:
         UserError: see `compare`.
@@ -20,6 +23,8 @@ def prepare_jobs(study: Study, study_file: str | Path, *, extra: Sequence[str] =
     folder = study.output / "slurm"
     jobs = {cell.name.replace("/", "_"): study.recipe(cell, tuple(extra)) for cell in unfinished(study, extra)}
     scripts = write_jobs(jobs, folder)
+    if study_file is None:
+        return scripts
     base = study.recipe(study.cells()[0], tuple(extra))
     seeds = ",".join(map(str, study.seeds))
     arguments = f"compare {shlex.quote(str(Path(study_file).resolve()))} --report-only --seeds {seeds}"

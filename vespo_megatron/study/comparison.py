@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,10 +96,10 @@ def compare_rows(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
                 variant=variant,
                 setting=setting,
                 runs=runs,
-                accuracy=_mean(run.accuracy for run in runs),
-                best=_mean(run.best for run in runs if run.state == "finished"),
+                accuracy=mean_of(run.accuracy for run in runs),
+                best=mean_of(run.best for run in runs if run.state == "finished"),
                 collapsed=sum(run.collapsed for run in runs),
-                late={name: _mean(run.late[name] for run in runs if run.state == "finished") for name in LATE},
+                late={name: mean_of(run.late[name] for run in runs if run.state == "finished") for name in LATE},
                 baseline=study.baseline_of(variant),
                 differences=differences[setting, variant],
             )
@@ -107,9 +108,9 @@ def compare_rows(study: Study, outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def _by_levels(outcomes: Sequence[Outcome]) -> dict[tuple[str, ...], list[Outcome]]:
-    by_levels: dict[tuple[str, ...], list[Outcome]] = {}
+    by_levels: dict[tuple[str, ...], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        by_levels.setdefault(outcome.cell.levels, []).append(outcome)
+        by_levels[outcome.cell.levels].append(outcome)
     return by_levels
 
 
@@ -122,10 +123,12 @@ def _difference(variant: Sequence[Outcome], baseline: Sequence[Outcome], measure
         late = run.late[measure]
         return (math.log(late) if late > 0 else math.nan) if measure in RATIOS else late
 
-    pairs = [(value(left), value(right)) for left, right in zip(variant, baseline, strict=True)]
+    by_seed = {run.cell.seed: value(run) for run in baseline}
+    pairs = [(value(run), by_seed[run.cell.seed]) for run in variant if run.cell.seed in by_seed]
     known = [pair for pair in pairs if not any(map(math.isnan, pair))]
     return paired([left for left, _ in known], [right for _, right in known])
 
 
-def _mean(values: Iterable[float]) -> Mean:
+def mean_of(values: Iterable[float]) -> Mean:
+    """Of those that are there: NaN says that a run has none."""
     return mean([value for value in values if not math.isnan(value)])

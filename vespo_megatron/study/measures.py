@@ -12,6 +12,8 @@ LATE = {
     "ess": "vespo/ess",
     "k3": "mismatch/k3",
     "k3_engines": "mismatch/k3_first_update",
+    "width": "mismatch/log_ratio_std",
+    "width_expected": "mismatch/log_ratio_std_expected",
     "route_agreement": "routes/agreement",
     "entropy": "policy/entropy",
     "response_length": "response/length_mean",
@@ -20,8 +22,12 @@ LATE = {
 }
 """Columns that are a metric's mean over the last quarter of a run's steps."""
 
-RATIOS = ("k3", "k3_engines", "grad_norm")
+RATIOS = ("k3", "k3_engines", "width", "width_expected", "grad_norm")
 """Those that are compared as ratios: positive, and of any order of magnitude."""
+
+
+EXPECTED = {"width": "width_expected"}
+"""Measure → the one that says what a formula makes of it."""
 
 
 def late_mean(history: Sequence[Mapping[str, Any]], metric: str) -> float:

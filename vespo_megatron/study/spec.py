@@ -16,13 +16,15 @@
     accuracy: eval/running_sums/avg@4      # the metric of the tables
     primary:                               # what it is run to find out, written down before: any other comparison is
       - vespo > grpo at N=4                # exploratory. `>` says what is expected, `vs` expects nothing
+    exploratory_seeds: [1]                 # of runs that are in no primary comparison; default: all seeds
     also: [k3, route_agreement]            # late means that are compared as well: study/measures.py lists them
     parallel: 2                            # runs at a time
     published:                             # numbers of a paper, shown beside the study's
       source: "arXiv 2602.10693 v3, Table 1"
       values: {vespo: {N=4: 70.0}, grpo: {N=4: 54.0}}
 
-A study of one axis may say `variants:` instead of `axes:`.
+A study of one axis may say `variants:` instead of `axes:`. `study/tuning.py` describes `tune:`, which chooses a value
+for each variant beforehand, on other seeds.
 """
 
 from __future__ import annotations
@@ -86,6 +88,17 @@ class Primary:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """A key whose value is chosen for each variant before the study; see `study.tuning`."""
+
+    key: str
+    values: tuple[float | int | str, ...]
+    seeds: tuple[int, ...]
+    at: tuple[str, ...]
+    """A level of each axis but the first."""
+
+
+@dataclass(frozen=True)
 class Study:
     """See the module."""
 
@@ -103,6 +116,9 @@ class Study:
     primary: tuple[Primary, ...] = ()
     baselines: Mapping[str, str] = field(default_factory=dict)
     """Levels of the first axis that are compared with another one than `baseline`."""
+    exploratory_seeds: tuple[int, ...] | None = None
+    """Of cells that are in no primary comparison; None: all seeds."""
+    tuning: Tuning | None = None
 
     def baseline_of(self, variant: str) -> str | None:
         """What a level of the first axis is compared with; None for `baseline` itself."""
@@ -120,7 +136,7 @@ class Study:
         return list(next(iter(self.axes.values())))
 
     def with_seeds(self, seeds: Sequence[int]) -> Study:
-        """The part of it that has these seeds.
+        """The part of it that has these seeds; what it chooses beforehand stays whole.
 
         Raises:
             UserError: the study has no such seed.
@@ -132,8 +148,12 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every run, seeds outermost: a study stopped half-way has whole seeds."""
         cells = []
+        stated = {(name, *each.setting) for each in self.primary for name in (each.variant, each.against)}
+        explored = self.seeds if self.exploratory_seeds is None else self.exploratory_seeds
         for seed in self.seeds:
             for levels in itertools.product(*self.axes.values()):
+                if levels not in stated and seed not in explored:
+                    continue
                 chosen = [text for axis, level in zip(self.axes.values(), levels, strict=True) for text in axis[level]]
                 cells.append(Cell(levels, seed, (*self.overrides, *chosen, f"grpo.seed={seed}")))
         return cells
@@ -184,9 +204,10 @@ class _Reader:
         baselines = {str(level): str(other) for level, other in self.take("baselines", Mapping, {}).items()}
         if unknown := {*baselines, *baselines.values()} - set(next(iter(axes.values()))):
             self.fail("baselines", f"pairs of {', '.join(next(iter(axes.values())))}, not {min(unknown)}")
-        seeds = tuple(self.take("seeds", list, [1, 2, 3]))
-        if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
-            self.fail("seeds", "different whole numbers")
+        seeds = self.seeds("seeds", self.take("seeds", list, [1, 2, 3]))
+        explored = self.take("exploratory_seeds", list, list(seeds))
+        if set(explored) - set(seeds):
+            self.fail("exploratory_seeds", f"some of the seeds {list(seeds)}")
         published = self.take("published", Mapping, {})
         if set(published) - {"source", "values"} or not isinstance(published.get("values", {}), Mapping):
             self.fail("published", "`source` and `values`")
@@ -204,6 +225,8 @@ class _Reader:
             published=Published(**published),
             baselines=baselines,
             primary=tuple(self.primary(str(text), axes) for text in self.take("primary", list, [])),
+            exploratory_seeds=None if explored == list(seeds) else tuple(explored),
+            tuning=self.tuning(axes, seeds) if "tune" in self.content else None,
         )
         if len(set(study.primary)) < len(study.primary):
             self.fail("primary", "different comparisons")
@@ -240,6 +263,31 @@ class _Reader:
         if len(setting) != len(others) or any(level not in axis for level, axis in zip(setting, others, strict=False)):
             self.fail("primary", f"after `at` a level of each of {len(others)} other axes, in their order, in {text!r}")
         return Primary(variant, against, setting, sign == ">")
+
+    def tuning(self, axes: Mapping[str, dict[str, Any]], seeds: Sequence[int]) -> Tuning:
+        raw = self.take("tune", Mapping)
+        if set(raw) - {"at"} != {"key", "values", "seeds"}:
+            self.fail("tune", "`key`, `values`, `seeds`, and `at` where there are further axes")
+        values, at = raw["values"], raw.get("at", [])
+        if not isinstance(values, list) or len(set(map(str, values))) < max(2, len(values)):
+            self.fail("tune.values", "two different values or more")
+        chosen_on = self.seeds("tune.seeds", raw["seeds"])
+        if set(chosen_on) & set(seeds):
+            self.fail("tune.seeds", "seeds that the study itself does not use")
+        others = list(axes.values())[1:]
+        if (
+            not isinstance(at, list)
+            or len(at) != len(others)
+            or any(a not in o for a, o in zip(at, others, strict=True))
+        ):
+            self.fail("tune.at", f"a level of each of {len(others)} axes after the first, in their order")
+        return Tuning(str(raw["key"]), tuple(values), chosen_on, tuple(at))
+
+    def seeds(self, key: str, seeds: Any) -> tuple[int, ...]:
+        whole = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+        if not whole or not seeds or len(set(seeds)) < len(seeds):
+            self.fail(key, "different whole numbers")
+        return tuple(seeds)
 
     def take(self, key: str, kind: type, *default: Any) -> Any:
         value = self.content.pop(key, *default) if default else self.content.pop(key, None)

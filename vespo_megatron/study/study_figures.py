@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from vespo_megatron.study.comparison import Row
-from vespo_megatron.study.measures import by_layer
+from vespo_megatron.metrics.table import metric
+from vespo_megatron.study.comparison import ACCURACY, Row
+from vespo_megatron.study.measures import EXPECTED, LATE, RATIOS, by_layer
 from vespo_megatron.study.pages import Picture
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale
 from vespo_megatron.study.spec import Study
@@ -19,9 +20,9 @@ def figures(study: Study, rows: Sequence[Row]) -> dict[str, dict[str, Picture]]:
     """Heading → file name → picture: the accuracy over the settings, then each setting's curves."""
     galleries = {}
     if len(study.settings) > 1:
-        caption = "Mean of the seeds' last evaluations with its confidence interval; hollow: the paper's."
-        over_settings = Picture("Held-out accuracy at the end", caption, _over_settings(study, rows))
-        galleries["Over the settings"] = {"accuracy": over_settings}
+        galleries["Over the settings"] = {
+            measure: picture for measure in (ACCURACY, *study.also) if (picture := _over_settings(measure, study, rows))
+        }
     for setting in study.settings:
         chosen = [row for row in rows if row.setting == setting]
         pictures = {}
@@ -61,25 +62,28 @@ def _curves(panel: Panel, rows: Sequence[Row]) -> bytes | None:
     return png(figure, axes, legend=True, x=panel.over)
 
 
-def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
+def _over_settings(measure: str, study: Study, rows: Sequence[Row]) -> Picture | None:
+    """A line per variant; None where no run has the measure."""
     figure, axes = canvas()
     places = range(len(study.settings))
+    everything: list[float] = []
     for number, variant in enumerate(study.variants):
         chosen = [row for row in rows if row.variant == variant]
         shift = 0.04 * (number - (len(study.variants) - 1) / 2)
-        halves = [0.0 if math.isnan(row.accuracy.half) else row.accuracy.half for row in chosen]
+        means = [row.accuracy if measure == ACCURACY else row.late[measure] for row in chosen]
         drawn = axes.errorbar(
             [place + shift for place in places],
-            [row.accuracy.value for row in chosen],
-            yerr=halves,
+            [mean.value for mean in means],
+            yerr=[0.0 if math.isnan(mean.half) else mean.half for mean in means],
             marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             linewidth=1.2,
             capsize=2,
             label=variant,
         )
-        published = [study.published.value((variant, *setting)) for setting in study.settings]
-        known = [(place + shift, value / 100) for place, value in zip(places, published, strict=True) if value]
+        everything += [mean.value for mean in means if not math.isnan(mean.value)]
+        hollow = _hollow(measure, study, variant, chosen)
+        known = [(place + shift, value) for place, value in zip(places, hollow, strict=True) if value is not None]
         if known:
             axes.plot(
                 *zip(*known, strict=True),
@@ -90,6 +94,27 @@ def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
                 color=drawn[0].get_color(),
                 alpha=0.6,
             )
+    if not everything:
+        return None
     axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings])
-    axes.set_ylim(-0.02, 1.02)
-    return png(figure, axes, legend=True, x=", ".join(list(study.axes)[1:]))
+    if measure in RATIOS and min(everything) > 0:
+        axes.set_yscale("log")
+    elif measure == ACCURACY:
+        axes.set_ylim(-0.02, 1.02)
+    content = png(figure, axes, legend=True, x=", ".join(list(study.axes)[1:]))
+    if measure == ACCURACY:
+        caption = "Mean of the seeds' last evaluations with its confidence interval; hollow: the paper's."
+        return Picture("Held-out accuracy at the end", caption, content)
+    caption = f"{metric(LATE[measure]).meaning} Late in the runs, mean over seeds with its confidence interval"
+    return Picture(measure, caption + ("; hollow: the formula's." if measure in EXPECTED else "."), content)
+
+
+def _hollow(measure: str, study: Study, variant: str, rows: Sequence[Row]) -> list[float | None]:
+    """What is drawn beside a variant's own marks, by setting: the paper's accuracy, or what a formula expects."""
+    if measure == ACCURACY:
+        published = [study.published.value((variant, *setting)) for setting in study.settings]
+        return [None if value is None else value / 100 for value in published]
+    if measure in EXPECTED:
+        means = [row.late[EXPECTED[measure]] for row in rows]
+        return [mean.value if mean.count else None for mean in means]
+    return [None] * len(rows)

@@ -15,10 +15,14 @@ from vespo_megatron.study.provenance import facts
 from vespo_megatron.study.spec import Study
 from vespo_megatron.study.statistics import LEVEL, Difference
 from vespo_megatron.study.study_figures import figures
+from vespo_megatron.study.tuning import Choice
 
 
-def write_study_report(study: Study, folder: Path | None = None) -> Path:
+def write_study_report(study: Study, folder: Path | None = None, chosen: Sequence[Choice] = ()) -> Path:
     """Write everything to `folder` (default the study's output). Returns the page; runs may still be in progress.
+
+    Args:
+        chosen: what was chosen for each variant beforehand.
 
     Raises:
         UserError: the folder cannot be written.
@@ -31,7 +35,7 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
     texts = {
         "cells.csv": cells_csv(study, outcomes),
         "curves.csv": curves_csv(study, outcomes),
-        "tables.md": tables(study, rows, stated),
+        "tables.md": tables(study, rows, stated, chosen),
         "report.html": page(
             "study.html.j2",
             title=f"Study: {study.name}",
@@ -39,6 +43,7 @@ def write_study_report(study: Study, folder: Path | None = None) -> Path:
             rows=rows,
             primary=primary_sentences(stated),
             sentences=sentences(rows),
+            chosen=chosen,
             galleries={heading: list(pictures.values()) for heading, pictures in galleries.items()},
             late=[name for name in LATE if _present(rows, name)],
             collapse=COLLAPSE,
@@ -96,13 +101,16 @@ def _sentence(
     return f"{variant} against {against}{where}: {verdict} ({numbers}, {by.count} seeds)."
 
 
-def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated]) -> str:
+def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated], chosen: Sequence[Choice]) -> str:
     """Markdown: what was stated before; accuracies by variant and setting, the paper's; every other comparison."""
     headings = [" ".join(setting) or "accuracy" for setting in study.settings]
     place = {(row.variant, row.setting): row for row in rows}
     lines = (
         ["Stated before it was run:", "", *(f"- {text}" for text in primary_sentences(stated)), ""] if stated else []
     )
+    if study.tuning and chosen:
+        lines += [f"`{study.tuning.key}`, chosen on seeds {_listed(study.tuning.seeds)}:", ""]
+        lines += [*(f"- {choice.sentence}" for choice in chosen), ""]
     lines += [f"| {next(iter(study.axes))} | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for variant in study.variants:
         cells = [_accuracy_text(place[variant, setting]) for setting in study.settings]
@@ -122,6 +130,10 @@ def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated]) -> str:
         lines.append(f"| {' | '.join((row.variant, *row.setting))} | {' | '.join(late)} |")
     heading = ["", "Exploratory:"] if stated else []
     return "\n".join([*lines, *heading, "", *(f"- {text}" for text in sentences(rows)), ""])
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _present(rows: Sequence[Row], name: str) -> bool:
