@@ -21,7 +21,7 @@ from vespo_megatron.recipe.schema import MismatchConfig, PolicyConfig
 
 # Ragged in rows and columns, single elements, one row, a stack of experts, more than one block each way.
 SHAPES = ((1, 1), (1, 7), (5, 33), (128, 128), (131, 259), (3, 17, 40), (2, 130, 5))
-INTEGERS = {"int8": 127, "int6": 31, "int4": 7, "int3": 3}
+INTEGERS = {"int8": 127, "int6": 31, "int4": 7, "int3": 3, "int2": 1}
 
 
 def e4m3(value: float) -> float:

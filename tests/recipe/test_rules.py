@@ -123,7 +123,7 @@ IMPOSSIBLE = {
     "groups of a format without any": (
         {DIAL + "weights": "fp8_e4m3", DIAL + "group_size": 32},
         "mismatch.group_size",
-        "int8, int6, int4 and int3",
+        "int8, int6, int4, int3 and int2",
     ),
     "layers of flips that do not happen": (
         {DIAL + "route_flip_layers": [0]},
@@ -149,7 +149,7 @@ IMPOSSIBLE = {
     "groups of a flow without any": (
         {"policy__quantization__scheme": "bfloat16", "policy__quantization__group_size": 32},
         "policy.quantization.group_size",
-        "int8, int6, int4 and int3",
+        "int8, int6, int4, int3 and int2",
     ),
     "a flow of an unknown format": ({"policy__quantization__scheme": "fp4"}, "quantization.scheme", "one of none"),
     "a flow of training alone": (

@@ -59,6 +59,17 @@ def sizes(lines):
     return {part: max(max(map(abs, line["parts"][part])) for line in lines) for part in PARTS}
 
 
+def distances(lines):
+    """Layer → relative distances of the two programs' outputs, token by token."""
+    found = {}
+    for line in lines:
+        for layer, values in line["hidden_distances"].items():
+            assert len(values) == len(line["response_ids"])
+            found.setdefault(layer, []).extend(values)
+    assert list(found) == ["1", "2", "3"]
+    return found
+
+
 def log_probs(model, line):
     """transformers' log-probs of a response."""
     ids = torch.tensor(line["prompt_ids"] + line["response_ids"])
@@ -93,6 +104,8 @@ def test_the_parts_add_up_to_what_transformers_finds(name, run, model, capfd):
 def test_without_a_cause_there_is_nothing_but_the_rest(name, run, capfd):
     _, lines, _ = run(name, capfd)
     assert max(sizes(lines).values()) < ENGINES and not any(any(line["differing_layers"]) for line in lines)
+    for layer, values in distances(lines).items():
+        assert 0 < max(values) < (ENGINES if name == "control" else 1), layer
 
 
 @pytest.mark.slow
@@ -101,6 +114,11 @@ def test_what_flipped_routes_do_is_routing(run, capfd):
     _, lines, _ = run("flips", capfd)
     found = sizes(lines)
     assert found["precision"] == found["staleness"] == 0 and found["rest"] < ENGINES < 0.05 < found["routing"]
+    by_layer = distances(lines)
+    flipped = [1 in layers for line in lines for layers in line["differing_layers"]]
+    for far, differs in zip(by_layer["1"], flipped, strict=True):
+        assert differs or far < 0.5, "the first layer's own token and what it attends to"
+    assert np.mean(by_layer["3"]) > np.mean(by_layer["1"]) > 0.01, "it adds up from layer to layer"
     differ = [bool(layers) for line in lines for layers in line["differing_layers"]]
     assert 0.3 < np.mean(differ) < 0.8, "three layers, each flipped one time in five, and what follows from it"
 
@@ -118,6 +136,8 @@ def test_rounded_weights_and_updates_are_told_apart_whatever_the_layout_and_the_
         for one, other in zip(alone, lines, strict=True):
             assert one["response_ids"] == other["response_ids"]
             assert one["differing_layers"] == other["differing_layers"]
+            for layer, values in one["hidden_distances"].items():
+                np.testing.assert_allclose(values, other["hidden_distances"][layer], atol=1e-4)
             for part in PARTS:
                 np.testing.assert_allclose(one["parts"][part], other["parts"][part], atol=1e-4)
 

@@ -11,10 +11,11 @@ from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.parts import BatchSource, Parts, Rollout
 from vespo_megatron.controller.synchronous import SynchronousSource
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, RolloutEngine
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, RolloutEngine, ScoredResponse
 from vespo_megatron.run.records import RunLogger
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Controller:
     def await_server(self) -> None:
         """See `RolloutEngine.await_server`."""
         self.engine.await_server()
+
+    def score(self, samples: Sequence[Sample]) -> list[ScoredResponse]:
+        """See `RolloutEngine.score`, at the temperature of training."""
+        responses = [(sample.prompt_ids, sample.response_ids) for sample in samples]
+        return self.parts.thread.run(self.engine.score(responses, self.source.sampler.training.temperature))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One step to every record of the run."""

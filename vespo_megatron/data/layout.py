@@ -207,9 +207,9 @@ class SequenceLayout:
         return np.concatenate([[0], np.cumsum(counts[: len(self.lengths)])])
 
     def merge_response_values(self, shards: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The inverse of `response_values`: [R_local] of every context parallel rank → one array per sequence."""
+        """The inverse of `response_values`: [R_local, …] of every context parallel rank → one array per sequence."""
         response_lengths = np.array(self.lengths) - np.array(self.prompt_lengths)
-        merged = np.empty(int(response_lengths.sum()), dtype=shards[0].dtype)
+        merged = np.empty((int(response_lengths.sum()), *shards[0].shape[1:]), dtype=shards[0].dtype)
         for rank, shard in enumerate(shards):
             merged[self.at(context_parallel_rank=rank)._response_index] = shard
         return np.split(merged, np.cumsum(response_lengths)[:-1])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vespo_megatron.errors import UserError
 
 _CASTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_LEVELS = {f"int{bits}": 2 ** (bits - 1) - 1 for bits in (8, 6, 4, 3)}
+_LEVELS = {f"int{bits}": 2 ** (bits - 1) - 1 for bits in (8, 6, 4, 3, 2)}
 _FP8_MAX = 448.0
 """The largest number of float8 e4m3fn (arXiv 2209.05433)."""
 FP8_BLOCK = 128

@@ -345,7 +345,7 @@ def _mismatch(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(
             f"is {mismatch.group_size} with weights {mismatch.weights}",
             where=f"{where}.group_size",
-            expected="null: int8, int6, int4 and int3 alone have groups of a size that one chooses",
+            expected="null: int8, int6, int4, int3 and int2 alone have groups of a size that one chooses",
         )
     if mismatch.route_flip_layers is not None and not (mismatch.route_flip_layers and mismatch.route_flip):
         yield UserError(
@@ -376,7 +376,7 @@ def _quantization(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(
             f"is {flow.group_size} with scheme {flow.scheme}",
             where=f"{where}.group_size",
-            expected="null: int8, int6, int4 and int3 alone have groups of a size that one chooses",
+            expected="null: int8, int6, int4, int3 and int2 alone have groups of a size that one chooses",
         )
 
 

@@ -80,6 +80,17 @@ class GenerationResult:
     extra: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoredResponse:
+    """A response that was drawn before, as the engine finds it in one pass over prompt and response (prefill)."""
+
+    log_probs: np.ndarray
+    """float32 [R], of the full vocabulary at the temperature asked for."""
+    hidden: np.ndarray | None = None
+    """float32 [layers, R, hidden size], each layer's output where the response's tokens are predicted; None where the
+    engine does not tell."""
+
+
 class RolloutEngine(Protocol):
     """Lives on global rank 0. Generation is asynchronous; weight updates block the caller."""
 
@@ -101,6 +112,11 @@ class RolloutEngine(Protocol):
         Raises `UserError` for a token id outside the vocabulary or a prompt beyond the context, before sending;
         `faults.WeightsNeeded` when it cannot go on without a weight update (what arrived was given to `on_result`).
         """
+
+    async def score(
+        self, responses: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float
+    ) -> list[ScoredResponse]:
+        """What the weights it has now make of (prompt ids, response ids): one pass each, not token by token."""
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False

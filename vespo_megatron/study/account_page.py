@@ -32,6 +32,8 @@ class Token:
     layers: list[int]
     """Layers, from 1, in which engine and trainer chose other experts."""
     where: str
+    distances: dict[int, float]
+    """Layer → relative distance of the two programs' outputs; empty where the engine does not tell."""
 
     @property
     def hover(self) -> str:
@@ -74,6 +76,18 @@ class PartRow:
     """Of the sum of all parts' sizes."""
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer over all tokens."""
+
+    number: int
+    differing: float
+    """Share of the tokens whose experts differ."""
+    distance: float | None
+    """Mean relative distance of the outputs."""
+    largest: float | None
+
+
 def read_account(run_dir: Path) -> list[Response]:
     """What the workers left, in their order."""
     lines = (run_dir / ACCOUNT).read_text(encoding="utf-8").splitlines()
@@ -93,14 +107,47 @@ def part_rows(responses: Sequence[Response]) -> list[PartRow]:
     ]
 
 
+def layer_rows(responses: Sequence[Response]) -> list[LayerRow]:
+    """Each layer in which anything differs or is known, over all tokens of all responses."""
+    tokens = [token for response in responses for token in response.tokens]
+    numbers = {number for token in tokens for number in (*token.layers, *token.distances)}
+    rows = []
+    for number in sorted(numbers):
+        distances = [token.distances[number] for token in tokens if number in token.distances]
+        rows.append(
+            LayerRow(
+                number,
+                sum(number in token.layers for token in tokens) / len(tokens),
+                float(np.mean(distances)) if distances else None,
+                max(distances) if distances else None,
+            )
+        )
+    return rows
+
+
 def account_table(responses: Sequence[Response]) -> str:
-    """Markdown: a row per part."""
+    """Markdown: a row per part, and a row per layer."""
     lines = ["| part of log π/μ | mean | mean size | largest | share |", "|---|---|---|---|---|"]
     lines += [
         f"| {row.name} | {row.mean:+.2e} | {row.mean_size:.2e} | {row.largest:.2e} | {row.share:.1%} |"
         for row in part_rows(responses)
     ]
+    layers = layer_rows(responses)
+    if layers:
+        lines += [
+            "",
+            "| layer | tokens with other experts | distance of hidden states | largest |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row.number} | {row.differing:.2%} | {_number(row.distance)} | {_number(row.largest)} |"
+            for row in layers
+        ]
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
 
 
 def write_account_page(run_dir: Path) -> Path:
@@ -113,6 +160,7 @@ def write_account_page(run_dir: Path) -> Path:
             "account.html.j2",
             title=f"Account of log π/μ: {run_dir.name}",
             parts=part_rows(responses),
+            layers=layer_rows(responses),
             worst=sorted(tokens, key=lambda token: -abs(token.total))[:WORST],
             responses=sorted(responses, key=lambda response: -abs(response.total))[:SHOWN],
             count=len(responses),
@@ -129,5 +177,6 @@ def _response(row: dict[str, Any]) -> Response:
     for index, text in enumerate(row["tokens"]):
         parts = {name: row["parts"][name][index] for name in names}
         where = f"{row['sample_id']}, token {index}"
-        tokens.append(Token(text, sum(parts.values()), parts, row["differing_layers"][index], where))
+        distances = {int(layer): values[index] for layer, values in row["hidden_distances"].items()}
+        tokens.append(Token(text, sum(parts.values()), parts, row["differing_layers"][index], where, distances))
     return Response(f"batch {row['batch']}: {row['sample_id']}", row["reward"], tokens)

@@ -14,7 +14,7 @@ from vespo_megatron.run.records import SUMMARY_FILE, read_metrics
 from vespo_megatron.study.measures import LATE, late_mean
 from vespo_megatron.study.spec import Cell, Study
 
-COLLAPSE = "the last held-out accuracy is below half of the best the run had"
+COLLAPSE = "its held-out accuracy at the end is below half of the best the run had"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Outcome:
     """'finished', 'unfinished' or 'not begun'."""
     history: list[dict[str, Any]]
     accuracy: float
-    """The last held-out accuracy of a finished run; NaN otherwise."""
+    """Held-out, of a finished run: the mean of the study's `last_evaluations`; NaN otherwise."""
     best: float
     seconds: float
     late: dict[str, float]
@@ -80,12 +80,13 @@ def _outcome(study: Study, cell: Cell) -> Outcome:
     history = read_metrics(folder) if folder.is_dir() else []
     finished = (folder / SUMMARY_FILE).exists()
     evaluations = [record[study.accuracy] for record in history if record.get(study.accuracy) is not None]
+    last = evaluations[-study.last_evaluations :]
     seconds = json.loads((folder / SUMMARY_FILE).read_text())["seconds"] if finished else math.nan
     return Outcome(
         cell=cell,
         state="finished" if finished else "unfinished" if history else "not begun",
         history=history,
-        accuracy=evaluations[-1] if finished and evaluations else math.nan,
+        accuracy=math.fsum(last) / len(last) if finished and last else math.nan,
         best=max(evaluations, default=math.nan),
         seconds=seconds,
         late={column: late_mean(history, metric) for column, metric in LATE.items()},

@@ -14,6 +14,7 @@
     baseline: vespo                        # a level of the first axis, which every other one is compared with
     baselines: {vespo-r2: vespo}           # …but these, which have one of their own
     accuracy: eval/running_sums/avg@4      # the metric of the tables
+    last_evaluations: 3                    # of which a run's mean is its accuracy; default: the last one alone
     primary:                               # what it is run to find out, written down before: any other comparison is
       - vespo > grpo at N=4                # exploratory. `>` says what is expected, `vs` expects nothing
     exploratory_seeds: [1]                 # of runs that are in no primary comparison; default: all seeds
@@ -109,6 +110,8 @@ class Study:
     axes: Mapping[str, Mapping[str, tuple[str, ...]]]
     baseline: str
     accuracy: str
+    last_evaluations: int = 1
+    """A run's accuracy is the mean of so many."""
     also: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     parallel: int = 1
@@ -219,6 +222,7 @@ class _Reader:
             axes=axes,
             baseline=baseline,
             accuracy=self.take("accuracy", str),
+            last_evaluations=max(1, self.take("last_evaluations", int, 1)),
             also=tuple(map(str, self.take("also", list, []))),
             overrides=self.texts("overrides", self.take("overrides", list, [])),
             parallel=max(1, self.take("parallel", int, 1)),

@@ -103,7 +103,7 @@ def _over_settings(measure: str, study: Study, rows: Sequence[Row]) -> Picture |
         axes.set_ylim(-0.02, 1.02)
     content = png(figure, axes, legend=True, x=", ".join(list(study.axes)[1:]))
     if measure == ACCURACY:
-        caption = "Mean of the seeds' last evaluations with its confidence interval; hollow: the paper's."
+        caption = "Mean of the seeds' accuracies with its confidence interval; hollow: the paper's."
         return Picture("Held-out accuracy at the end", caption, content)
     caption = f"{metric(LATE[measure]).meaning} Late in the runs, mean over seeds with its confidence interval"
     return Picture(measure, caption + ("; hollow: the formula's." if measure in EXPECTED else "."), content)

@@ -2,18 +2,21 @@
 
 From what the engine said, log μ, to the policy that is trained now, log π_θ, each step changes one thing:
 
-1. the trainer scores the token with the engine's routes and the weights the engine was sent, rounded or not: what is
-   left is `rest`, the arithmetic of two programs (with rounded activations or caches, or noise, in it);
-2. its own weights in place of the rounded ones: `precision`;
-3. its own routes in place of the engine's: `routing`;
-4. the weights after the batch's updates: `staleness`.
+1. the engine scores the token again in one pass over prompt and response, as when it fills its cache, instead of token
+   by token: `decode` (noise on log-probs is in it);
+2. the trainer scores it with the engine's routes and the weights the engine was sent, rounded or not: what is left is
+   `rest`, the arithmetic of two programs (with rounded activations or caches in it);
+3. its own weights in place of the rounded ones: `precision`;
+4. its own routes in place of the engine's: `routing`;
+5. the weights after the batch's updates: `staleness`.
 
-The four add up to log π_θ − log μ, whatever the layout.
+The five add up to log π_θ − log μ, whatever the layout. Layer by layer, the account says which experts differ and,
+where the engine tells its hidden states, how far those of the two programs are apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +24,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vespo_megatron.data.layout import SequenceLayout
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.megatron.hidden_states import HiddenStates
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.parallel import pipeline_group, tensor_group
 from vespo_megatron.megatron.policy import LIVE, MegatronPolicy, RouteUse
 from vespo_megatron.megatron.rounded_weights import RoundedWeights
 from vespo_megatron.quantization import WeightQuantizer
+from vespo_megatron.rollout_sglang.engine import ScoredResponse
 from vespo_megatron.routing_replay.table import RouteTable
+from vespo_megatron.trainer.response_shards import ResponseShard, on_rank_zero
 from vespo_megatron.trainer.scatter import Scatter
 
 # isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-PARTS = ("rest", "precision", "routing", "staleness")
-_SCORES = ("engine", "engine_weights", "engine_routes", "own", "now")
+PARTS = ("decode", "rest", "precision", "routing", "staleness")
+_SCORES = ("engine", "prefill", "engine_weights", "engine_routes", "own", "now")
 """Log-probs of a token, each under one condition more that is the trainer's; `PARTS` are their differences."""
 
 
@@ -48,6 +53,8 @@ class SampleAccount:
     """float64 [T] by `_SCORES`."""
     differing: np.ndarray
     """int64 [T]: bit l − 1 is set where engine and trainer choose other experts in layer l."""
+    distances: Mapping[int, np.ndarray]
+    """Layer, from 1 → float64 [T], ‖trainer's output − engine's‖ / ‖engine's‖; empty where the engine does not tell."""
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
@@ -75,8 +82,10 @@ class Accountant:
         self.rounded = (
             None if quantizer is None else RoundedWeights(policy.chunks, policy.shape, policy.rank_info, quantizer)
         )
+        self.hidden = HiddenStates(policy.chunks, policy.rank_info)
         self._scores: dict[str, list[torch.Tensor]] = {}
         self._differing: list[torch.Tensor] = []
+        self._heard: Mapping[int, list[torch.Tensor]] = {}
 
     def before_updates(
         self,
@@ -85,6 +94,7 @@ class Accountant:
         engine_routes: Sequence[torch.Tensor],
         own: Sequence[torch.Tensor],
         own_routes: Sequence[RouteTable | None],
+        heard: Mapping[int, list[torch.Tensor]],
     ) -> None:
         """Take what was scored under the weights that drew the batch, and score what was not.
 
@@ -93,7 +103,9 @@ class Accountant:
             engine_routes: [R] of each, log-probs with the engine's routes; empty but on the last pipeline stage.
             own: the same with the trainer's routes.
             own_routes: what those were.
+            heard: what `hidden` heard in that pass.
         """
+        self._heard = heard
         self._scores = {"engine": [each.behavior_log_probs for each in micro_batches]}
         self._scores |= {"engine_weights": list(engine_routes), "engine_routes": list(engine_routes), "own": list(own)}
         self._scores["now"] = self._scores["own"]
@@ -109,29 +121,43 @@ class Accountant:
         """Score under the weights there are now, where they are others than drew the batch."""
         self._scores["now"] = self._log_probs(micro_batches, LIVE)
 
-    def accounts(self, micro_batches: Sequence[MicroBatch], samples: Sequence[Sample]) -> list[SampleAccount]:
-        """Of the whole batch, in the order of `samples`, on rank 0; elsewhere there are none."""
+    def accounts(
+        self, micro_batches: Sequence[MicroBatch], samples: Sequence[Sample], prefilled: Sequence[ScoredResponse]
+    ) -> list[SampleAccount]:
+        """Of the whole batch, in the order of `samples`, on rank 0; elsewhere there are none.
+
+        Args:
+            prefilled: the engine's scores of `samples` in one pass each.
+        """
         rank_info, shards = self.policy.rank_info, []
         if rank_info.is_last_stage and rank_info.tensor_rank == 0:
             for index, micro_batch in enumerate(micro_batches):
-                values = [self._scores[name][index].double().cpu().numpy() for name in _SCORES]
+                values = [scores[index].double().cpu().numpy() for scores in self._scores.values()]
                 values.append(self._differing[index].cpu().numpy())
-                names = [sample.sample_id for sample in micro_batch.batch.samples]
-                shards.append(_Shard((rank_info.data_rank, index), micro_batch.layout, names, values))
-        gathered = self.scatter.to_rank_zero(shards)
-        by_place: dict[tuple[int, int], list[_Shard]] = {}
-        for shard in (shard for of_rank in gathered for shard in of_rank):
-            by_place.setdefault(shard.place, []).append(shard)
-        found = {name: values for parts in by_place.values() for name, values in _merged(parts)}
-        return [
-            SampleAccount(
-                sample,
-                dict(zip(_SCORES, found[sample.sample_id], strict=False)),
-                found[sample.sample_id][-1].astype(np.int64),
-            )
-            for sample in samples
-            if sample.sample_id in found
+                shards.append(ResponseShard.of(micro_batch, (rank_info.data_rank, index), values))
+        found = {name: values for _, name, values in on_rank_zero(self.scatter, shards)}
+        hidden = self._hidden(micro_batches)
+        accounts = []
+        for sample, engine in zip(samples, prefilled, strict=True):
+            if sample.sample_id in found:
+                *scores, differing = found[sample.sample_id]
+                named = dict(zip(self._scores, scores, strict=True)) | {"prefill": engine.log_probs.astype(np.float64)}
+                distances = _distances(hidden.get(sample.sample_id, {}), engine.hidden)
+                accounts.append(SampleAccount(sample, named, differing.astype(np.int64), distances))
+        return accounts
+
+    def _hidden(self, micro_batches: Sequence[MicroBatch]) -> dict[str, dict[int, np.ndarray]]:
+        """Sample → layer → float32 [T, hidden size], on rank 0; nothing where nobody listened."""
+        rank_info = self.policy.rank_info
+        shards = [
+            ResponseShard.of(micro_batch, (layer, rank_info.data_rank, index), [outputs[index].numpy()])
+            for layer, outputs in (self._heard.items() if rank_info.tensor_rank == 0 else ())
+            for index, micro_batch in enumerate(micro_batches)
         ]
+        found: dict[str, dict[int, np.ndarray]] = {}
+        for (layer, *_), name, (outputs,) in on_rank_zero(self.scatter, shards):
+            found.setdefault(name, {})[layer] = outputs
+        return found
 
     def _log_probs(self, micro_batches: Sequence[MicroBatch], routes: RouteUse) -> list[torch.Tensor]:
         return [output[0] for output in self.policy.log_probs(micro_batches, routes=routes)]
@@ -151,27 +177,14 @@ class Accountant:
         return rows.index_select(0, micro_batch.request.rows)
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """What one context parallel rank knows of one micro-batch."""
-
-    place: tuple[int, int]
-    """Data parallel rank, number of the micro-batch."""
-    layout: SequenceLayout
-    names: list[str]
-    values: list[np.ndarray]
-    """float64 [R] each."""
-
-
-def _merged(shards: Sequence[_Shard]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Name of each sample and its values, from the context parallel ranks' shards of its micro-batch."""
-    ordered = sorted(shards, key=lambda shard: shard.layout.context_parallel_rank)
-    merged = [
-        ordered[0].layout.merge_response_values([shard.values[index] for shard in ordered])
-        for index in range(len(ordered[0].values))
-    ]
-    for number, name in enumerate(ordered[0].names):
-        yield name, [of_all[number] for of_all in merged]
+def _distances(own: Mapping[int, np.ndarray], engine: np.ndarray | None) -> dict[int, np.ndarray]:
+    """`SampleAccount.distances` of the trainer's outputs, layer → [T, hidden size], and the engine's."""
+    if engine is None:
+        return {}
+    return {
+        layer: np.linalg.norm(outputs - engine[layer - 1], axis=-1) / np.linalg.norm(engine[layer - 1], axis=-1)
+        for layer, outputs in sorted(own.items())
+    }
 
 
 def as_json(account: SampleAccount, texts: Sequence[str], batch: int) -> dict[str, Any]:
@@ -186,4 +199,5 @@ def as_json(account: SampleAccount, texts: Sequence[str], batch: int) -> dict[st
         "tokens": list(texts),
         "parts": {name: values.tolist() for name, values in account.parts.items()},
         "differing_layers": [account.layers_of(token) for token in range(len(texts))],
+        "hidden_distances": {layer: values.round(9).tolist() for layer, values in account.distances.items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ def measure(
     shares_devices = recipe.policy.generation.shares_devices
     link = ControllerLink(policy, controller, step.scatter.group, quantizer=quantizer, shares_devices=shares_devices)
     accountant = Accountant(policy, step.scatter, quantizer)
+    listens = recipe.policy.generation.backend == "in_process"  # a server does not tell its hidden states
     rows, lines = [], []
     link.push_weights(version=0)
     probe_routes(link)
@@ -45,11 +47,19 @@ def measure(
         rollout = link.call_with_servers(partial(Controller.collect, step=number))
         link.turns.to_trainer()
         batch = step.receive(rollout.batch if rollout else None)
-        own, replayed = (_score(step, batch.micro_batches, batch.normalizers[0], mode) for mode in ("none", "R3"))
+        prefilled = link.call(partial(Controller.score, samples=rollout.batch.samples if rollout else ()))
+        nobody: AbstractContextManager[dict[int, list[torch.Tensor]]] = nullcontext({})
+        with accountant.hidden.of(batch.micro_batches) if listens else nobody as heard:
+            own = _score(step, batch.micro_batches, batch.normalizers[0], "none")
+        replayed = _score(step, batch.micro_batches, batch.normalizers[0], "R3")
         if rollout:
             rows += [{"batch": number, "replay": scored.mode, **scored.metrics} for scored in (own, replayed)]
         accountant.before_updates(
-            batch.micro_batches, engine_routes=replayed.log_probs, own=own.log_probs, own_routes=own.routes
+            batch.micro_batches,
+            engine_routes=replayed.log_probs,
+            own=own.log_probs,
+            own_routes=own.routes,
+            heard=heard,
         )
         if updates:
             routes = step.routes(batch)
@@ -57,7 +67,8 @@ def measure(
             step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
             accountant.after_updates(batch.micro_batches)
             link.push_weights(version=number)
-        accounts = accountant.accounts(batch.micro_batches, rollout.batch.samples if rollout else ())
+        samples = rollout.batch.samples if rollout else ()
+        accounts = accountant.accounts(batch.micro_batches, samples, prefilled or ())
         lines += [json.dumps(as_json(each, _texts(controller, each), number), ensure_ascii=False) for each in accounts]
     if controller is not None:
         (run_dir / FILE).write_text(json.dumps(rows, indent=1))

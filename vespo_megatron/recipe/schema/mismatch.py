@@ -23,7 +23,7 @@ def _regular_expression(pattern: str) -> str:
 
 
 Pattern = Annotated[str, Field(json_schema_extra={"format": "regex"}), AfterValidator(_regular_expression)]
-WeightFormat = Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6", "int4", "int3"]
+WeightFormat = Literal["none", "bfloat16", "float16", "fp8_e4m3", "int8", "int6", "int4", "int3", "int2"]
 Layer = Annotated[int, Field(ge=0)]
 
 

@@ -13,17 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
+from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, ScoredResponse
 from vespo_megatron.rollout_sglang.in_process.batch import Batch
 from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch
 from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe, load_model, weight_views
+from vespo_megatron.rollout_sglang.in_process.scoring import score
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
 _POLL_S = 0.002
+_SCORED_AT_A_TIME = 64
+"""Responses whose logits and hidden states are held at one time."""
 
 
 class InProcessEngine:
@@ -96,6 +100,13 @@ class InProcessEngine:
         results = await loop.run_in_executor(self._worker, self._generate, list(requests), emit)
         await asyncio.sleep(0)  # lets the last scheduled on_result calls run before the caller goes on
         return results
+
+    async def score(
+        self, responses: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float
+    ) -> list[ScoredResponse]:
+        """See `RolloutEngine.score`: dials but noise as in generation, and every layer's output."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, self._score, list(responses), temperature)
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False
@@ -223,6 +234,17 @@ class InProcessEngine:
                 )
                 results += batch.run(self._paused.is_set)
         return results
+
+    def _score(self, responses: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[ScoredResponse]:
+        with self._generation_lock.read(), torch.inference_mode():
+            model = self._usable_model()
+            return [
+                scored
+                for start in range(0, len(responses), _SCORED_AT_A_TIME)
+                for scored in score(
+                    model, responses[start : start + _SCORED_AT_A_TIME], temperature, self.weight_version
+                )
+            ]
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from vespo_megatron.quantization import fake_quantize_cache, fake_quantize_tokens
 from vespo_megatron.recipe.schema import MismatchConfig
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
-from vespo_megatron.rollout_sglang.in_process.prefix_random import uniforms
+from vespo_megatron.rollout_sglang.in_process.prefix_random import PrefixRandom, uniforms
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class EngineMismatch:
         if self.route_flip_layers is not None:
             flipped &= np.isin(layers, self.route_flip_layers)
         return torch.from_numpy(flipped)
+
+    def flips_along(self, ids: np.ndarray, version: int, layers: Sequence[int]) -> torch.Tensor | None:
+        """bool [rows, T, MoE layers]: `flips` of every token of sequences, int [rows, T], under weights `version`."""
+        if not self.route_flip:
+            return None
+        return self.flips(PrefixRandom.new(len(ids), self.seed, version).read_all(ids), layers)
 
 
 AS_IT_IS = EngineMismatch()

@@ -101,6 +101,30 @@ class CachedQwen3Moe:
             float32 logits [rows, vocabulary] after each prompt's last token, experts [rows, P, moe_layers, topk].
         """
         rows, width = ids.shape
+        hidden, routes = self._whole(ids, cache, flips)
+        last = hidden.view(rows, width, -1)[torch.arange(rows, device=self.device), lengths - 1]
+        return self._logits(last), routes.view(rows, width, *routes.shape[1:])
+
+    def score(self, ids: torch.Tensor, flips: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run right-padded sequences, int64 [rows, P], and look at every position; `flips` as in `prefill`.
+
+        Returns:
+            float32 logits [rows, P, vocabulary], and every layer's output [rows, P, hidden size].
+        """
+        rows, width = ids.shape
+        outputs: list[torch.Tensor] = []
+        hidden, _ = self._whole(ids, self.new_cache(rows, width), flips, outputs)
+        return self._logits(hidden).view(rows, width, -1), [each.view(rows, width, -1) for each in outputs]
+
+    def _whole(
+        self,
+        ids: torch.Tensor,
+        cache: KeyValueCache,
+        flips: torch.Tensor | None,
+        outputs: list[torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_layers` of right-padded sequences from an empty cache, all of them in one flat run."""
+        rows, width = ids.shape
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             query, key, value = (
@@ -113,9 +137,7 @@ class CachedQwen3Moe:
 
         positions = torch.arange(width, device=self.device).expand(rows, width).reshape(-1)
         flat = None if flips is None else flips.flatten(0, 1)
-        hidden, routes = self._layers(ids.reshape(-1), positions, attend, flat)
-        last = hidden.view(rows, width, -1)[torch.arange(rows, device=self.device), lengths - 1]
-        return self._logits(last), routes.view(rows, width, *routes.shape[1:])
+        return self._layers(ids.reshape(-1), positions, attend, flat, outputs)
 
     def decode(
         self,
@@ -163,8 +185,12 @@ class CachedQwen3Moe:
         positions: torch.Tensor,
         attend: Callable[..., torch.Tensor],
         flips: torch.Tensor | None,
+        outputs: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states [tokens, hidden] and experts [tokens, moe_layers, topk] of a flat run of tokens."""
+        """Final hidden states [tokens, hidden] and experts [tokens, moe_layers, topk] of a flat run of tokens.
+
+        `outputs` is given what each layer hands on, [tokens, hidden].
+        """
         model, rounded, cached = self.model.model, self.mismatch.linear_input, self.mismatch.cached
         num_tokens, head_dim = len(ids), self.config.head_dim
         cos, sin = self.cos[positions], self.sin[positions]
@@ -190,6 +216,8 @@ class CachedQwen3Moe:
             else:
                 normed, mlp = rounded(normed), layer.mlp
                 hidden = hidden + mlp.down_proj(rounded(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)))
+            if outputs is not None:
+                outputs.append(hidden)
         stacked = torch.stack(routes, dim=1) if routes else ids.new_zeros(num_tokens, 0, 0)
         return self._norm(model.norm, hidden), stacked
 
