@@ -40,6 +40,7 @@ ROUTES = base64.b64encode(np.array([[[0, 1], [2, 3]]] * 3, dtype="<i4").tobytes(
 GOOD = {
     "output_ids": [3, 4],
     "meta_info": {
+        "id": "r",
         "finish_reason": {"type": "stop"},
         "prompt_tokens": 2,
         "completion_tokens": 2,
@@ -138,6 +139,7 @@ def one_input(raw: bytes) -> None:
             reply,
             REQUESTS[truncated],
             SHAPE,
+            sent_as="r",
             server="http://127.0.0.1:1",
             return_routes=return_routes,
             context_length=16,

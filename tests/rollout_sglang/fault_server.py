@@ -41,6 +41,9 @@ class _Http(ThreadingHTTPServer):
 class FaultServer:
     """Answers like SGLang 0.5.23 for the tests' tiny model; `fault` names what goes wrong in `/generate`.
 
+    As there, nothing is generated while it is paused, and a weight update is open or not. `fault_proxy` has what goes
+    wrong on the way.
+
     `calls` counts the requests to each path, `answered` the request ids whose answer was sent whole, and `posts` holds
     the last body of each path. `settings` join the answer of `/server_info`; `delay_s` is how long a response takes,
     `api_key` what a caller must bring.
@@ -53,6 +56,8 @@ class FaultServer:
         self.fault, self.settings, self.calls = fault, settings, {}
         self.delay_s, self.api_key = delay_s, api_key
         self.answered, self.posts, self.startup_time = [], {}, next(_starts)
+        self.serves, self.update_is_open = threading.Event(), False
+        self.serves.set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -103,6 +108,19 @@ class FaultServer:
             time.sleep(30)
         elif path == "/begin_weight_update" and self.fault == "refuses begin":
             self._send(handler, 400, {"success": False, "message": "a session is open"})
+        elif path in ("/begin_weight_update", "/end_weight_update"):
+            begins = path == "/begin_weight_update"
+            fits, self.update_is_open = self.update_is_open != begins, begins
+            message = "" if fits else "a session is open" if begins else "no session is open"
+            self._send(handler, 200 if fits else 400, {"success": fits, "message": message})
+        elif path == "/pause_generation":
+            self.serves.clear()
+            self._send(handler, 200, {"status": "ok"})
+        elif path == "/continue_generation":
+            self.serves.set()
+            self._send(handler, 200, {"status": "ok"})
+        elif path == "/ready":
+            self._send(handler, 200 if self.serves.is_set() else 503, {})
         elif path == "/generate":
             self._generate(handler, body)
         elif path == "/server_info":
@@ -122,6 +140,7 @@ class FaultServer:
             raw = raw[: len(raw) // 2]
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(raw)))
+        handler.send_header("Content-Type", "application/json")
         handler.end_headers()
         try:
             handler.wfile.write(raw)
@@ -143,12 +162,16 @@ class FaultServer:
             return handler.connection.shutdown(socket.SHUT_RDWR)
         if fault in ("stalls", "hangs"):
             time.sleep(30)
+        if not self.serves.wait(30):
+            return self._send(handler, 500, {"error": {"message": "was paused for 30 s"}})
         if not self._probe:
             time.sleep(self.delay_s)
         replies = [
             self._reply(ids, sampling["max_new_tokens"], fault)
             for ids, sampling in zip(body["input_ids"], body["sampling_params"], strict=True)
         ]
+        for reply, rid in zip(replies, body["rid"], strict=True):
+            reply["meta_info"]["id"] = rid
         self._send(handler, 200, replies[1:] if fault == "one reply less" else replies)
         if not self._probe and not handler.close_connection:
             self.answered += [rid.partition("#")[0] for rid in body["rid"]]

@@ -11,7 +11,9 @@ from fault_server import FaultServer
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
 from vespo_megatron.rollout_sglang.client.control import call
+from vespo_megatron.rollout_sglang.client.check import Check
 from vespo_megatron.rollout_sglang.client.fan_out import PendingCall, raise_failures, replies
+from vespo_megatron.rollout_sglang.client.server_info import ServerInfo
 from vespo_megatron.rollout_sglang.faults import (
     ChecksumMismatch,
     HttpRefused,
@@ -37,8 +39,8 @@ class Client:
     def __init__(self, url):
         self.url = url
 
-    def call(self, path, body=None, *, timeout_s=0.0):
-        return {"startup_time": 7}
+    def server_info(self, *, timeout_s=0.0):
+        return ServerInfo.read(Check(self.url), {"startup_time": 7})
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ class Sync:
                 client.call(path, {})
         for client in self.clients:
             client.call("/update_weight_version", {"new_version": str(version)})
+            if resume:
+                client.resume()
         self.updates.append([client.url for client in self.clients])
         return "checksum"
 

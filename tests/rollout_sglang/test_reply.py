@@ -46,7 +46,13 @@ def encode(routes):
 
 def parse(value, request=REQUEST, shape=SHAPE, return_routes=True):
     return parse_reply(
-        value, request, shape, server="http://127.0.0.1:31000", return_routes=return_routes, context_length=64
+        value,
+        request,
+        shape,
+        sent_as="x",
+        server="http://127.0.0.1:31000",
+        return_routes=return_routes,
+        context_length=64,
     )
 
 

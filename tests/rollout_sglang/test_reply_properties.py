@@ -51,6 +51,7 @@ def cases(draw):
     reply = {
         "output_ids": output,
         "meta_info": {
+            "id": "x",
             "finish_reason": {"type": draw(st.sampled_from(["stop", "length", "abort"]))},
             "prompt_tokens": len(prompt),
             "completion_tokens": len(output),
@@ -63,7 +64,7 @@ def cases(draw):
 
 
 def parse(request, shape, reply):
-    return parse_reply(reply, request, shape, server="http://s", return_routes=True, context_length=64)
+    return parse_reply(reply, request, shape, sent_as="x", server="http://s", return_routes=True, context_length=64)
 
 
 @given(cases())

@@ -67,6 +67,8 @@ def engine_of(tiny_recipe, tmp_path):
         engine = connect(recipe, [server.url for server in servers], run_dir=tmp_path)
         engine.sync.close()
         engine.sync = WeightSync(engine.clients, NothingToSend(), bucket_bytes=8)
+        for server in servers:
+            server.asked.clear()
         engines.append(engine)
         return engine
 

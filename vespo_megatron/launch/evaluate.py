@@ -116,10 +116,11 @@ def _problems(recipe: Recipe, data: Sequence[str]) -> tuple[list[PromptRecord], 
 
 
 def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
+    theirs = bool(recipe.policy.generation.sglang_cfg.urls)
     if recipe.policy.generation.backend == "sglang":
         urls = stack.enter_context(launch_servers(recipe, folder)).urls
         recipe = recipe.with_values({"policy.generation.sglang_cfg.urls": urls})
-    engine = build_engine(recipe)
+    engine = build_engine(recipe, takes_over=not theirs)
     stack.callback(engine.close)
     return engine
 

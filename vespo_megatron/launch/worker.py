@@ -174,11 +174,12 @@ def build_controller(
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
-def build_engine(recipe: Recipe, run_dir: Path | None = None) -> RolloutEngine:
+def build_engine(recipe: Recipe, run_dir: Path | None = None, *, takes_over: bool = True) -> RolloutEngine:
     """The rollout engine of the recipe: SGLang's servers, which already run, or the in-process one.
 
     Args:
         run_dir: of the run whose devices the servers share, if they do.
+        takes_over: whether the servers are this caller's from now on; see `rollout_sglang.connect`.
     """
     if recipe.policy.generation.backend == "in_process":
         from vespo_megatron.megatron.parallel import pick_device
@@ -195,7 +196,7 @@ def build_engine(recipe: Recipe, run_dir: Path | None = None) -> RolloutEngine:
         )
     from vespo_megatron.rollout_sglang import connect
 
-    return connect(recipe, recipe.policy.generation.sglang_cfg.urls, run_dir=run_dir)
+    return connect(recipe, recipe.policy.generation.sglang_cfg.urls, takes_over=takes_over, run_dir=run_dir)
 
 
 def describe_trainer(recipe: Recipe, rank_info: RankInfo) -> str:

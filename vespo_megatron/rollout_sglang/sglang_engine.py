@@ -12,9 +12,10 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import api_key
-from vespo_megatron.rollout_sglang.client.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.client import UNKNOWN_VERSION, SGLangClient
 from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
 from vespo_megatron.rollout_sglang.client.request import check_request
+from vespo_megatron.rollout_sglang.client.session import open_session
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
@@ -33,11 +34,18 @@ _MARGIN_S = 30.0
 
 
 def connect(
-    recipe: Recipe, urls: Sequence[str], *, device: str | None = None, run_dir: str | Path | None = None
+    recipe: Recipe,
+    urls: Sequence[str],
+    *,
+    takes_over: bool = True,
+    device: str | None = None,
+    run_dir: str | Path | None = None,
 ) -> SGLangEngine:
     """An engine over servers that run; asks each what it is and probes it with one token.
 
     Args:
+        takes_over: the servers are the caller's from now on, and put into a known state first: a trainer that was
+            killed may have left them paused, in the middle of an update. Else they are asked as they are.
         device: where the trainer's weights are, "cuda" or "cpu"; None follows the servers.
         run_dir: of the run whose devices the servers share, if they do; see `start_lock`.
 
@@ -72,6 +80,7 @@ def connect(
     return SGLangEngine(
         pool,
         lambda clients, served: make_sync(config, clients, device or served),
+        takes_over=takes_over,
         starts=starts,
         start_timeout_s=config.startup_timeout + _MARGIN_S,
     )
@@ -83,6 +92,7 @@ class SGLangEngine:
     Args:
         pool: the servers, all of the same model.
         make_sync: their weight sync, from the clients and the device they report.
+        takes_over: see `connect`.
         starts: is held while the servers' memory is the trainer's.
         start_timeout_s: how long a server may take to start, for which `release_memory` waits.
     """
@@ -92,30 +102,33 @@ class SGLangEngine:
         pool: ServerPool,
         make_sync: Callable[[list[SGLangClient], str], WeightSync],
         *,
+        takes_over: bool = True,
         starts: StartLock | None = None,
         start_timeout_s: float = 300.0,
     ) -> None:
         self.pool, self._starts, self._start_timeout_s = pool, starts, start_timeout_s
         self.clients = [server.client for server in pool.servers]
         self.shape, self.context_length = self.clients[0].shape, self.clients[0].context_length
+        pool.on_all(SGLangClient.take_over if takes_over else _refuse_unless_ready)
         infos = pool.on_all(SGLangClient.server_info)
         for server, info in zip(pool.servers, infos, strict=True):
             check_contract(server.client, info)
             check_settings(server.client, info)
-            server.startup_time = info.get("startup_time", 0)
-        served = infos[0].get("device", "cuda")
-        self.description = f"SGLang {infos[0]['version']} at {', '.join(c.url for c in self.clients)} ({served})"
+            server.startup_time = info.startup_time
+        served = infos[0].device
+        self.description = f"SGLang {infos[0].version} at {', '.join(c.url for c in self.clients)} ({served})"
+        self._broken = ""
+        """Why it cannot generate; empty when it can."""
         self.weight_version = self._newest_version = self._first_version()
         self.sync = make_sync(self.clients, served)
         self._generation_lock = ReadersWriterLock()
         self._closed = False
-        self._broken = ""
         self._paused = False
         if self.shape.tie_word_embeddings and self.weight_version == 0:
             # SGLang 0.5.23 gives a Qwen3-MoE a head of its own and finds nothing for it in a tied checkpoint.
             self._broken = "SGLang does not load the tied output head of this checkpoint"
-        else:
-            self._probe([info["version"] for info in infos])
+        elif not self._broken:
+            self._probe([str(info.version) for info in infos])
 
     async def generate(
         self,
@@ -144,7 +157,8 @@ class SGLangEngine:
         and the old cache. Their tokens carry the version they were drawn under.
 
         Every server that is ready takes part, those that had failed as well, and serves again afterwards. After a
-        failure the engine refuses to generate until an update succeeds.
+        failure the engine refuses to generate until an update succeeds. Where no server is up, one that is gone is
+        waited for.
         """
         with self._generation_lock.write(self.clients[0].request_timeout_s + 30, wait=not in_place):
             if self._closed:
@@ -161,7 +175,8 @@ class SGLangEngine:
                 digest = self.sync.update(named_tensors, version, resume=not self._paused, in_place=in_place)
             except UserError as error:
                 failed = membership.remove_failed(error, members)
-                if failed and any(server not in failed for server in members):
+                others = any(server not in failed for server in members)
+                if failed and (others or membership.may_come_back(failed)):
                     raise WeightsNeeded(
                         f"the update to version {version} failed there ({error.what}) and is to be made again",
                         where=", ".join(f"server {server.url}" for server in failed),
@@ -279,34 +294,34 @@ class SGLangEngine:
         if self._closed:
             raise UserError("is closed", where=self.description)
         if self._broken:
-            raise UserError(self._broken, where=self.description, fix="update the weights again before generating")
+            fix = "update the weights again before generating, or restart the servers"
+            raise UserError(self._broken, where=self.description, fix=fix)
 
     def _first_version(self) -> int:
-        """The servers' common version; one that is not a number is a server's untouched checkpoint, and becomes 0."""
-        versions = set()
-        for client in self.clients:
-            version = str(client.model_info().get("weight_version"))
-            if not version.isdigit():
-                client.call("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
-                version = "0"
-            versions.add(int(version))
-        if len(versions) > 1:
-            raise UserError(
-                f"the servers hold weight versions {sorted(versions)}",
-                where=self.description,
-                expected="one",
-                fix="restart them",
-            )
-        return versions.pop()
+        """The servers' common version; one that is not a number is a server's untouched checkpoint, and becomes 0.
+
+        Where they have none in common, or one was left in the middle of an update, nothing is generated before another.
+        """
+        versions = dict(zip(self.pool.servers, self.pool.on_all(SGLangClient.weight_version), strict=True))
+        for server, version in versions.items():
+            if version == UNKNOWN_VERSION:
+                self._broken = f"server {server.url} was left in the middle of a weight update"
+            elif not version.isdigit():
+                server.client.call("/update_weight_version", {"new_version": "0", "abort_all_requests": False})
+                versions[server] = "0"
+        if self._broken:
+            return 0
+        found = sorted({int(version) for version in versions.values()})
+        if len(found) > 1:
+            self._broken = f"the servers hold weight versions {found}"
+        return found[0]
 
     def _probe(self, versions: Sequence[str]) -> None:
         """One token from each server: a flag that brings no routes must not be noticed after the first rollout."""
 
         async def ask(client: SGLangClient) -> None:
-            import aiohttp
-
             request = GenerationRequest("probe", (0,), SamplingParams(max_new_tokens=1))
-            async with aiohttp.ClientSession() as session:
+            async with open_session() as session:
                 await client.generate(session, [request])
 
         async def ask_all() -> None:
@@ -333,6 +348,15 @@ class SGLangEngine:
         thread.join()
         if failure:
             raise failure[0]
+
+
+def _refuse_unless_ready(client: SGLangClient) -> None:
+    if not client.is_ready():
+        raise ServerFault(
+            "is not ready: it starts, or is paused in the middle of somebody's weight update",
+            url=client.url,
+            fix="wait for its trainer; where that was killed, train with it again or restart it",
+        )
 
 
 if TYPE_CHECKING:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import ModelShape
-from vespo_megatron.rollout_sglang.client.control import bearer, call, message_of
+from vespo_megatron.rollout_sglang.client.check import Check
+from vespo_megatron.rollout_sglang.client.control import call
+from vespo_megatron.rollout_sglang.client.failures import explained
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
-from vespo_megatron.rollout_sglang.client.request import build_body
+from vespo_megatron.rollout_sglang.client.request import build_body, max_reply_bytes
+from vespo_megatron.rollout_sglang.client.server_info import ServerInfo
+from vespo_megatron.rollout_sglang.client.session import call_in
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
 
 if TYPE_CHECKING:
     import aiohttp
 
-_CONTROL_TIMEOUT_S = 30.0
 _ABORT_TIMEOUT_S = 5.0
 _RETRY_DELAYS_S = (0.2, 1.0, 3.0)
 _BUSY = (429, 503)
+UNKNOWN_VERSION = "unknown"
+"""Of a server that was left with a part of new weights."""
+T = TypeVar("T")
+_HEALTH_BYTES = 1 << 16
 
 
 class SGLangClient:
@@ -36,6 +42,9 @@ class SGLangClient:
         keep_bad_numbers: pass log-probs that are not finite on instead of raising; see `parse_reply`.
         api_key: sent as a bearer token; never part of a message.
     """
+
+    control_timeout_s = 30.0
+    """Deadline of a control call that is given none."""
 
     def __init__(
         self,
@@ -67,37 +76,36 @@ class SGLangClient:
             ServerGone: it cannot be reached, after repetitions.
             ServerFault: an answer that is wrong, or none within `request_timeout_s` (it is then aborted there).
         """
-        where = f"server {self.url} /generate"
         for delay in (*_RETRY_DELAYS_S, None):
             body = build_body(requests, self.shape, self.context_length, self.return_routes)
             try:
-                replies = await self._with_deadlines(requests, body, self._post(session, body, where))
+                replies = await self._with_deadlines(requests, body, self._post(session, body))
                 break
-            except _Repeatable as error:
-                if delay is None:
-                    what = f"{error}, {len(_RETRY_DELAYS_S) + 1} times"
-                    raise error.kind(what, url=self.url, where=where, fix="see the server's log") from error
+            except ServerFault as fault:
+                if delay is None or not _may_be_repeated(fault):
+                    if not isinstance(fault, ServerGone | HttpRefused):
+                        await self.abort(body["rid"])  # it may be at it still
+                    raise
                 self.retries += 1
                 await asyncio.sleep(delay)
         if not isinstance(replies, list) or len(replies) != len(requests):
             count = len(replies) if isinstance(replies, list) else type(replies).__name__
-            expected = f"a list of {len(requests)} responses"
+            where, expected = f"server {self.url} /generate", f"a list of {len(requests)} responses"
             raise ServerFault(f"answered {count}", url=self.url, where=where, expected=expected)
-        try:
+        with explained(self.url, "/generate", self.request_timeout_s):
             return [
                 parse_reply(
                     reply,
                     request,
                     self.shape,
+                    sent_as=sent_as,
                     server=self.url,
                     return_routes=self.return_routes,
                     context_length=self.context_length,
                     keep_bad_numbers=self.keep_bad_numbers,
                 )
-                for reply, request in zip(replies, requests, strict=True)
+                for reply, request, sent_as in zip(replies, requests, body["rid"], strict=True)
             ]
-        except UserError as error:
-            raise ServerFault.of(error, self.url) from error
 
     async def _with_deadlines(
         self, requests: Sequence[GenerationRequest], body: dict[str, Any], post: Awaitable[Any]
@@ -120,47 +128,32 @@ class SGLangClient:
                 timer.cancel()
             await asyncio.gather(*aborts)
 
-    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any], where: str) -> Any:
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=self.request_timeout_s, sock_connect=10)
-        headers = bearer(self._api_key)
-        try:
-            async with session.post(
-                f"{self.url}/generate", json=body, timeout=timeout, headers=headers, allow_redirects=False
-            ) as response:
-                raw = await response.read()
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectionError) as error:
-            raise _Repeatable(f"cannot be reached ({error or type(error).__name__})", ServerGone) from error
-        except TimeoutError as error:
-            await self.abort(body["rid"])
-            raise ServerFault(
-                f"did not answer {len(body['rid'])} requests within {self.request_timeout_s:g} s",
-                url=self.url,
-                where=where,
-                fix="raise policy.generation.sglang_cfg.request_timeout, or see the server's log",
-            ) from error
-        except aiohttp.ClientPayloadError as error:
-            raise _Repeatable(f"broke off its reply ({error})", ServerGone) from error
-        if response.status in _BUSY:
-            raise _Repeatable(f"answered {response.status}", ServerFault)
-        if response.status != 200:
-            raise HttpRefused(url=self.url, path="/generate", status=response.status, message=message_of(raw))
-        try:
-            return json.loads(raw)
-        except ValueError as error:
-            raise ServerFault(f"a reply that is not JSON: {raw[:100]!r}", url=self.url, where=where) from error
+    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Any:
+        return await call_in(
+            session,
+            self.url,
+            "/generate",
+            body,
+            timeout_s=self.request_timeout_s,
+            max_bytes=max_reply_bytes(body, self.shape),
+            api_key=self._api_key,
+            late="raise policy.generation.sglang_cfg.request_timeout, or see the server's log",
+        )
 
     async def is_healthy(self, session: aiohttp.ClientSession, *, timeout_s: float) -> bool:
         """`/health`: whether the scheduler has answered anything just now."""
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with session.get(f"{self.url}/health", timeout=timeout, headers=bearer(self._api_key)) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+            await call_in(
+                session,
+                self.url,
+                "/health",
+                timeout_s=timeout_s,
+                max_bytes=_HEALTH_BYTES,
+                api_key=self._api_key,
+            )
+        except ServerFault:
             return False
+        return True
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """Stop requests by the ids they were sent with, or all of them; a server that is gone has aborted them."""
@@ -171,17 +164,60 @@ class SGLangClient:
             except UserError:
                 return
 
-    def call(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
+    def call(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         """A control endpoint, blocking: see `control.call`."""
-        return call(self.url, path, body, timeout_s=timeout_s, api_key=self._api_key)
+        return call(self.url, path, body, timeout_s=timeout_s or self.control_timeout_s, api_key=self._api_key)
 
-    def model_info(self) -> dict[str, Any]:
-        """`/model_info`: model path, weight version, …"""
-        return self.call("/model_info")
+    def ask(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        read: Callable[[Check, Any], T],
+        timeout_s: float | None = None,
+    ) -> T:
+        """As `call`, and what `read` makes of the reply.
 
-    def server_info(self) -> dict[str, Any]:
-        """`/server_info`: SGLang's version, device, tensor parallel size, …"""
-        return self.call("/server_info")
+        Args:
+            read: is given a `Check` and the reply; whatever it raises is the server's fault.
+        """
+        reply = self.call(path, body, timeout_s=timeout_s)
+        with explained(self.url, path, timeout_s or self.control_timeout_s):
+            return read(Check(f"server {self.url} {path}"), reply)
+
+    def weight_version(self) -> str:
+        """Of `/model_info`: a whole number, or what else the server was started or marked with."""
+
+        def read(check: Check, reply: Any) -> str:
+            value = check.dictionary(reply, "reply").get("weight_version")
+            text = str(value) if value is None or type(value) is int else check.text(value, "weight_version")
+            return str(check.whole_number(text, "weight_version")) if text.isdigit() else text
+
+        return self.ask("/model_info", read=read)
+
+    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
+        """`/server_info`: SGLang's version, device, …; its scheduler takes part in the answer."""
+        return self.ask("/server_info", read=ServerInfo.read, timeout_s=timeout_s)
+
+    def take_over(self) -> None:
+        """Into a known state, whatever its last user left it in: it serves, runs nothing, and no update is open.
+
+        Weights of which an update was open are marked `UNKNOWN_VERSION`.
+        """
+        self._unless_refused("/continue_generation", {})  # from wherever it is: SGLang pauses twice only by abort
+        self._unless_refused("/pause_generation", {"mode": "abort"})
+        if self._unless_refused("/end_weight_update", {}):
+            self.call("/update_weight_version", {"new_version": UNKNOWN_VERSION, "abort_all_requests": False})
+        self._unless_refused("/flush_cache?timeout=10", {})
+        self._unless_refused("/continue_generation", {})
+
+    def _unless_refused(self, path: str, body: dict[str, Any]) -> bool:
+        """Whether the server did as it was told."""
+        try:
+            self.call(path, body)
+        except HttpRefused:
+            return False
+        return True
 
     def pause(self) -> None:
         """End what runs (clients get what there is, finish reason 'abort') and hold back what comes."""
@@ -208,9 +244,6 @@ class SGLangClient:
         return True
 
 
-class _Repeatable(Exception):
-    """The server did not take the call on; `kind` is the fault it is in the end."""
-
-    def __init__(self, what: str, kind: type[ServerFault]) -> None:
-        super().__init__(what)
-        self.kind = kind
+def _may_be_repeated(fault: ServerFault) -> bool:
+    """Whether the server has not taken a call on, or nobody will ever see what it drew."""
+    return isinstance(fault, ServerGone) or (isinstance(fault, HttpRefused) and fault.status in _BUSY)

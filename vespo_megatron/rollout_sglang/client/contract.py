@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vespo_megatron.rollout_sglang.client.check import Check
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
+from vespo_megatron.rollout_sglang.client.server_info import ServerInfo
 from vespo_megatron.rollout_sglang.faults import ServerFault
 
 VERSION = "0.5.23"
@@ -17,6 +19,7 @@ VERSION = "0.5.23"
 ENDPOINTS = (
     "/generate",
     "/health",
+    "/server_info",
     "/model_info",
     "/abort_request",
     "/pause_generation",
@@ -33,13 +36,13 @@ ENDPOINTS = (
 REQUEST_FIELDS = ("input_ids", "sampling_params", "rid", "return_logprob", "return_routed_experts", "stream")
 
 
-def check_contract(client: SGLangClient, info: dict[str, Any]) -> None:
+def check_contract(client: SGLangClient, info: ServerInfo) -> None:
     """Raise `ServerFault` with the server's version and what it lacks.
 
     Args:
-        info: its `/server_info`.
+        info: what it says of itself.
     """
-    version = info.get("version")
+    version = info.version
     if version is None:
         raise ServerFault(
             "does not say which SGLang it is", url=client.url, expected=f"a version, as SGLang {VERSION} does"
@@ -47,15 +50,21 @@ def check_contract(client: SGLangClient, info: dict[str, Any]) -> None:
     if version == VERSION:
         return
     try:
-        schema = client.call("/openapi.json")
+        missing = client.ask("/openapi.json", read=_missing)
     except ServerFault as error:
         raise foreign(error, version) from error
-    missing = [path for path in ENDPOINTS if path not in schema.get("paths", {})]
-    fields = schema.get("components", {}).get("schemas", {}).get("GenerateReqInput", {}).get("properties")
-    if fields is not None:
-        missing += [f"the field {name} of /generate" for name in REQUEST_FIELDS if name not in fields]
     if missing:
         raise foreign(ServerFault(f"has no {', no '.join(missing)}", url=client.url), version)
+
+
+def _missing(check: Check, schema: Any) -> list[str]:
+    """Endpoints that an OpenAPI schema does not name, and fields, if it names any."""
+    parts = check.dictionary(schema, "schema")
+    paths = check.dictionary(parts.get("paths", {}), "paths")
+    missing = [path for path in ENDPOINTS if path not in paths]
+    for name in ("components", "schemas", "GenerateReqInput", "properties"):
+        parts = check.dictionary(parts.get(name, {}), name)
+    return missing + [f"the field {name} of /generate" for name in REQUEST_FIELDS if parts and name not in parts]
 
 
 def foreign(error: ServerFault, version: str) -> ServerFault:
@@ -71,19 +80,18 @@ def foreign(error: ServerFault, version: str) -> ServerFault:
     )
 
 
-def check_settings(client: SGLangClient, info: dict[str, Any]) -> None:
+def check_settings(client: SGLangClient, info: ServerInfo) -> None:
     """Raise `ServerFault` for a server that was started in a way that does not fit the recipe."""
-    allowed = info.get("context_length")
-    if allowed is not None and allowed < client.context_length:
+    if info.context_length is not None and info.context_length < client.context_length:
         raise ServerFault(
-            f"serves a context of {allowed} tokens",
+            f"serves a context of {info.context_length} tokens",
             url=client.url,
             expected=f"{client.context_length}",
             fix="restart it with --context-length",
         )
-    if client.return_routes and not info.get("enable_return_routed_experts", True):
+    if client.return_routes and not info.returns_routes:
         fix = "restart it with --enable-return-routed-experts"
         raise ServerFault("returns no routes", url=client.url, fix=fix)
-    if info.get("dp_size", 1) != 1 or info.get("pp_size", 1) != 1:
+    if info.replicas != 1:
         expected = "tensor parallel alone"
         raise ServerFault("has data- or pipeline-parallel replicas", url=client.url, expected=expected)

@@ -1,77 +1,139 @@
-"""Blocking HTTP to a server's control endpoints: standard library only, always with a deadline."""
+"""Blocking HTTP to a server's control endpoints: standard library only, one connection, deadline and limit per call."""
 
 from __future__ import annotations
 
+import http.client
+import io
 import json
-import urllib.error
-import urllib.request
+import socket
+import ssl
+import time
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
-from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, ServerGone
+from vespo_megatron.rollout_sglang.client.failures import ReplyTooLarge, explained, value_of
 
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An answer from elsewhere is not the server's, and would be sent its key."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+MAX_REPLY_BYTES = 1 << 28
+"""Of a control call: the manifest of a model of 100,000 tensors on 16 ranks is half of that."""
+_PIECE = 1 << 16
 
 
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-"""No proxy of the environment: servers are on this machine or in this cluster."""
-
-
-def bearer(api_key: str | None) -> dict[str, str]:
-    """The header that carries the key, where there is one."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+def request_headers(api_key: str | None) -> dict[str, str]:
+    """What every call carries: the key, where there is one; and that a reply is wanted as it is, not compressed."""
+    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
 
 def call(
-    url: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float, api_key: str | None = None
+    url: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout_s: float,
+    api_key: str | None = None,
+    max_bytes: int = MAX_REPLY_BYTES,
 ) -> Any:
     """POST `body` (GET when it is None) and return the decoded JSON reply, None for an empty one.
 
-    A reply that is not JSON is returned as text.
+    A reply that is not JSON, and does not say that it is, is returned as text. Redirects are not followed, an answer
+    from elsewhere is not the server's; no proxy of the environment is used, servers are in this cluster.
+
+    Args:
+        timeout_s: for the whole call, from connecting to the reply's last byte.
+        max_bytes: of the reply, headers included.
 
     Raises:
         HttpRefused: any status but 2xx, or a `success: false`.
-        ServerGone: the server cannot be reached.
-        ServerFault: no answer within `timeout_s`.
+        ServerGone: the server cannot be reached, or broke off.
+        ServerFault: no whole reply within `timeout_s`, too large a one, or one that is none.
     """
-    where = f"server {url} {path}"
+    deadline = time.monotonic() + timeout_s
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        url + path, data=data, headers={"Content-Type": "application/json", **bearer(api_key)}
-    )
-    try:
-        with _OPENER.open(request, timeout=timeout_s) as response:
-            text = response.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        fix = "set policy.generation.sglang_cfg.api_key to the server's" if error.code in (401, 403) else ""
-        raise HttpRefused(url=url, path=path, status=error.code, message=message_of(error.read()), fix=fix) from error
-    except OSError as error:  # urllib wraps the reason of most
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        log = "see the server's log"
-        if isinstance(reason, TimeoutError):
-            raise ServerFault(f"did not answer within {timeout_s:g} s", url=url, where=where, fix=log) from error
-        raise ServerGone(f"cannot be reached ({reason})", url=url, where=where, fix=log) from error
-    try:
-        reply = json.loads(text) if text.strip() else None
-    except ValueError:
-        return text
-    if isinstance(reply, dict) and reply.get("success") is False:
-        raise HttpRefused(url=url, path=path, status=200, message=str(reply.get("message", reply)))
-    return reply
+    headers = {"Content-Type": "application/json", "Connection": "close", **request_headers(api_key)}
+    parts = urlsplit(url)
+    with explained(url, path, timeout_s):
+        wire = _Wire(_connect(parts, timeout_s), deadline, max_bytes)
+        try:
+            connection = http.client.HTTPConnection(parts.netloc)
+            connection.sock = wire  # all that `http.client` asks of a socket
+            connection.request("GET" if data is None else "POST", parts.path + path, body=data, headers=headers)
+            response = connection.getresponse()
+            kind, encoding = response.getheader("Content-Type", ""), response.getheader("Content-Encoding", "")
+            return value_of(url, path, response.status, kind, encoding, _whole(response, max_bytes))
+        finally:
+            wire.close()
 
 
-def message_of(raw: bytes) -> str:
-    """The human part of an error reply, at most 500 characters."""
-    text = raw.decode(errors="replace")
+def _connect(url: SplitResult, timeout_s: float) -> socket.socket:
+    secure = url.scheme == "https"
+    host = url.hostname or ""
+    plain = socket.create_connection((host, url.port or (443 if secure else 80)), timeout_s)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not secure:
+        return plain
     try:
-        reply = json.loads(text)
-        while isinstance(reply, dict):
-            reply = reply.get("message") or reply.get("error") or reply.get("detail") or text
-        text = str(reply)
-    except ValueError:
-        pass
-    return text.strip()[:500]
+        return ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _whole(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    if (response.length or 0) > max_bytes:  # nothing is set aside for what is only claimed
+        raise ReplyTooLarge(max_bytes)
+    raw = bytearray()
+    while piece := response.read1(_PIECE):
+        raw += piece
+    if response.length:
+        raise http.client.IncompleteRead(bytes(raw[:100]), response.length)
+    return bytes(raw)
+
+
+class _Wire:
+    """A connected socket as `http.client` uses one, under one deadline and one limit for all that it brings."""
+
+    def __init__(self, connected: socket.socket, deadline: float, max_bytes: int) -> None:
+        self._socket, self._deadline = connected, deadline
+        self._max_bytes = self._left = max_bytes
+
+    def sendall(self, data: bytes) -> None:
+        """Within the deadline."""
+        self._until_deadline()
+        self._socket.sendall(data)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What a reply is read from."""
+        return io.BufferedReader(_Bytes(self))
+
+    def receive(self, buffer: Any) -> int:
+        """Bytes that came into `buffer`; 0 at the end. Raises `TimeoutError`, `ReplyTooLarge`."""
+        self._until_deadline()
+        count = self._socket.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise ReplyTooLarge(self._max_bytes)
+        return count
+
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+    def _until_deadline(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+
+class _Bytes(io.RawIOBase):
+    """A wire to read from."""
+
+    def __init__(self, wire: _Wire) -> None:
+        self._wire = wire
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As `_Wire.receive`."""
+        return self._wire.receive(buffer)

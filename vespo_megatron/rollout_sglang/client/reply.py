@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 
 from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
-from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.rollout_sglang.client.check import Check, short
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
 _LOG_PROB_SLACK = 1e-3
 """A log-prob above zero by rounding alone stays below this."""
-_MAX_DIGITS = 18
-"""Whole numbers of so many digits fit int64."""
+_EMPTY_SPANS = 64
+"""Versions under which no token was drawn, at most."""
 _HUGE = 10**300
 """JSON's integers know no bound, but float64 does."""
 
@@ -29,6 +28,7 @@ def parse_reply(
     request: GenerationRequest,
     shape: ModelShape,
     *,
+    sent_as: str,
     server: str,
     return_routes: bool,
     context_length: int,
@@ -36,15 +36,17 @@ def parse_reply(
 ) -> GenerationResult:
     """One element of a `/generate` reply as a `GenerationResult`.
 
+    `sent_as` is the id that the request was sent with: an answer to another one is none, however well it fits.
     Every length, id, shape and range is checked; raises `UserError` naming request and server for whatever differs.
     Routes computed under more than one weight version are dropped (`extra["routes_dropped"]`): no single version
     could be named for them. `keep_bad_numbers` lets log-probs that are not finite through, for a caller that drops
     such samples and counts them.
     """
-    check = _Check(f"reply of server {server} to request {request.request_id}")
+    check = Check(f"reply of server {server} to request {request.request_id}")
     meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
+    check.equal(meta.get("id"), sent_as, "id")
     prompt_length = len(request.prompt_ids)
-    output_ids = check.token_ids(reply.get("output_ids"), shape.vocab_size)
+    output_ids = _token_ids(reply.get("output_ids"), shape.vocab_size, check)
     length = len(output_ids)
     check.equal(meta.get("completion_tokens", length), length, "completion_tokens")
     check.equal(meta.get("prompt_tokens", prompt_length), prompt_length, "prompt_tokens")
@@ -78,50 +80,21 @@ def parse_reply(
     )
 
 
-class _Check:
-    """Raises `UserError` with one `where`."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def that(self, good: bool, what: str, expected: str) -> None:
-        if not good:
-            raise UserError(what, where=self.where, expected=expected, fix="see the server's log")
-
-    def equal(self, value: Any, expected: Any, name: str) -> None:
-        self.that(value == expected, f"{name} is {_short(value)}", repr(expected))
-
-    def whole_number(self, value: Any, name: str) -> int:
-        """Versions travel as text (`"7"`), the rest as numbers."""
-        text = value if isinstance(value, str) else str(value) if type(value) is int else ""
-        good = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
-        self.that(good, f"{name} is {_short(value)}", "a whole number that is not negative")
-        return int(text)
-
-    def dictionary(self, value: Any, name: str) -> dict[str, Any]:
-        self.that(isinstance(value, dict), f"{name} is a {type(value).__name__}", "an object")
-        return value
-
-    def token_ids(self, value: Any, vocab_size: int) -> np.ndarray:
-        good = isinstance(value, list) and all(type(token) is int for token in value)
-        self.that(good, "output_ids is not a list of integers", "a list of token ids")
-        inside = not value or (min(value) >= 0 and max(value) < vocab_size)
-        self.that(inside, "a token id outside the vocabulary", f"0 to {vocab_size - 1}")
-        return np.array(value, dtype=np.int64)
+def _token_ids(value: Any, vocab_size: int, check: Check) -> np.ndarray:
+    good = isinstance(value, list) and all(type(token) is int for token in value)
+    check.that(good, "output_ids is not a list of integers", "a list of token ids")
+    inside = not value or (min(value) >= 0 and max(value) < vocab_size)
+    check.that(inside, "a token id outside the vocabulary", f"0 to {vocab_size - 1}")
+    return np.array(value, dtype=np.int64)
 
 
-def _short(value: Any) -> str:
-    """A server can send megabytes where a number belongs; a message shows the beginning."""
-    return reprlib.repr(value)
-
-
-def _finish_reason(value: Any, check: _Check) -> str:
+def _finish_reason(value: Any, check: Check) -> str:
     reason = value.get("type") if isinstance(value, dict) else value
-    check.that(reason in FINISH_REASONS, f"finish_reason {_short(value)}", f"one of {FINISH_REASONS}")
+    check.that(reason in FINISH_REASONS, f"finish_reason {short(value)}", f"one of {FINISH_REASONS}")
     return str(reason)
 
 
-def _log_probs(value: Any, output_ids: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
+def _log_probs(value: Any, output_ids: np.ndarray, check: Check, keep_bad_numbers: bool) -> np.ndarray:
     """float32 [R] out of `[[log_prob, token id, text], …]`."""
     rows = value if isinstance(value, list) else []
     check.that(len(rows) == len(output_ids), f"{len(rows)} log-probs", f"{len(output_ids)}, one per output token")
@@ -142,7 +115,7 @@ def _float32(numbers: Sequence[int | float]) -> np.ndarray:
         return np.array([max(min(each, _HUGE), -_HUGE) for each in numbers], dtype=np.float64).astype(np.float32)
 
 
-def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_numbers: bool) -> np.ndarray:
+def _truncated_log_probs(value: Any, full: np.ndarray, check: Check, keep_bad_numbers: bool) -> np.ndarray:
     """float32 [R] of the truncated distribution, in which no token is less likely than in the full one."""
     rows = value if isinstance(value, list) else []
     good = len(rows) == len(full) and all(type(row) in (int, float) for row in rows)
@@ -155,7 +128,7 @@ def _truncated_log_probs(value: Any, full: np.ndarray, check: _Check, keep_bad_n
     return log_probs
 
 
-def _sampling_mask(value: Any, output_ids: np.ndarray, shape: ModelShape, check: _Check) -> SamplingMask:
+def _sampling_mask(value: Any, output_ids: np.ndarray, shape: ModelShape, check: Check) -> SamplingMask:
     """Out of a list of token ids per output token, which holds the token itself."""
     rows = value if isinstance(value, list) else []
     expected = f"{len(output_ids)}, one per output token"
@@ -169,24 +142,25 @@ def _sampling_mask(value: Any, output_ids: np.ndarray, shape: ModelShape, check:
     return sampling_mask
 
 
-def _weight_versions(meta: dict[str, Any], length: int, check: _Check) -> np.ndarray:
+def _weight_versions(meta: dict[str, Any], length: int, check: Check) -> np.ndarray:
     """int64 [R] out of spans that must cover the response exactly."""
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
-    check.that(isinstance(spans, list), f"weight_versions {_short(spans)}", "a list of spans")
     expected = f"spans that cover {length} tokens"
+    few = len(check.sequence(spans, "weight_versions")) <= length + _EMPTY_SPANS
+    check.that(few, f"{len(spans)} weight version spans", expected)
     versions = np.empty(length, dtype=np.int64)
     position = 0
     for span in spans:
         fields = check.dictionary(span, "weight version span")
         start, end, version = (check.whole_number(fields.get(name), name) for name in ("start", "end", "version"))
-        check.that(start == position <= end <= length, f"weight version spans {_short(spans)}", expected)
+        check.that(start == position <= end <= length, f"weight version spans {short(spans)}", expected)
         versions[start:end] = version
         position = end
-    check.that(position == length, f"weight version spans {_short(spans)}", expected)
+    check.that(position == length, f"weight version spans {short(spans)}", expected)
     return versions
 
 
-def _routes(value: Any, rows: int, shape: ModelShape, check: _Check) -> np.ndarray:
+def _routes(value: Any, rows: int, shape: ModelShape, check: Check) -> np.ndarray:
     """Smallest unsigned integer [rows, sparse layers, topk] out of base64 int32 [rows, all layers, topk]."""
     check.that(isinstance(value, str), "no routed_experts", "routes: start it with --enable-return-routed-experts")
     try:

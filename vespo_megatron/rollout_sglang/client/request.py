@@ -11,6 +11,9 @@ from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
 
+_TOKEN_BYTES, _ID_BYTES = 512, 16
+"""Of JSON, at most: what comes with every token; an id, in a list."""
+
 
 def check_request(request: GenerationRequest, shape: ModelShape, context_length: int) -> None:
     """Raise `UserError` for what would fail on the server, or kill it (a token id outside the vocabulary does)."""
@@ -85,3 +88,18 @@ def _sampling_params(request: GenerationRequest, shape: ModelShape, context_leng
         # With stop ids SGLang also stops at the model's own end-of-sequence token; without any, at nothing.
         "ignore_eos": not sampling.stop_token_ids,
     }
+
+
+def max_reply_bytes(body: dict[str, Any], shape: ModelShape) -> int:
+    """More than the reply to a body of `build_body` can have.
+
+    A token brings its id, log-probs and a version at most; its experts, base64 of int32 in all layers; and, where it is
+    asked for, its sampling mask. The rest of a response is less than a mebibyte.
+    """
+    per_token = _TOKEN_BYTES
+    if body["return_routed_experts"]:
+        per_token += 6 * shape.num_hidden_layers * shape.num_experts_per_tok
+    if any(body.get("return_sampling_mask", ())):
+        per_token += _ID_BYTES * min(shape.vocab_size, MAX_SAMPLING_MASK_TOKENS)
+    drawn = sum(sampling["max_new_tokens"] for sampling in body["sampling_params"])
+    return (len(body["rid"]) << 20) + per_token * (drawn + sum(map(len, body["input_ids"])))

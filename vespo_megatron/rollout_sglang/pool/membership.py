@@ -159,6 +159,10 @@ class Membership:
         up = self.candidates()
         return [server for server in members if server not in up]
 
+    def may_come_back(self, servers: Sequence[PooledServer]) -> bool:
+        """Whether one of these is gone, and so may be started again; what answers wrongly is not waited for."""
+        return any(server.state is ServerState.GONE for server in servers)
+
     def close(self) -> None:
         """End the threads; idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -170,6 +174,6 @@ def _start_if_up(client: SGLangClient) -> object:
     `/ready` says no while a server is paused, as one is between a failed weight update and the next.
     """
     try:
-        return client.call("/server_info", timeout_s=_UP_TIMEOUT_S).get("startup_time", 0)
-    except UserError:
+        return client.server_info(timeout_s=_UP_TIMEOUT_S).startup_time
+    except ServerFault:
         return None

@@ -19,6 +19,7 @@ import numpy as np
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.client.fan_out import PendingCall, replies
+from vespo_megatron.rollout_sglang.client.session import open_session
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServersFailed, WeightsNeeded, list_faults
 from vespo_megatron.rollout_sglang.pool.dispatch import split_calls
@@ -104,8 +105,6 @@ class ServerPool:
             ServersFailed: no server is left and none came back; or a call failed on `MAX_FAULTS` servers.
             ServerFault: the only server failed, and is not to be waited for.
         """
-        import aiohttp
-
         results: dict[int, GenerationResult] = {}
 
         def allowed() -> range:
@@ -116,8 +115,7 @@ class ServerPool:
             if on_result is not None:
                 on_result(result)
 
-        connector = aiohttp.TCPConnector(limit=0, force_close=False)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        async with open_session() as session:
             watch = asyncio.create_task(watch_health(self.membership, session, self.health_timeout_s))
             try:
                 async with asyncio.TaskGroup() as tasks:

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vespo_megatron.rollout_sglang.faults import ServerFault
+
+_DESCRIBED = re.compile(r"(float32|bfloat16|float16) [0-9]{1,12}:[0-9]{1,12}(,[0-9]{1,12}:[0-9]{1,12})*")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,14 @@ def merge_manifests(manifests: Sequence[Sequence[dict[str, str]]], urls: Sequenc
                 parts.setdefault(name, set()).add(part)
         server: dict[str, ServedTensor] = {}
         for name, described in parts.items():
+            if bad := [text for text in described if not _DESCRIBED.fullmatch(text)]:
+                raise ServerFault(f"describes {name!r} as {bad[0][:80]!r}", url=url, expected="a dtype and a slice")
             dtypes = {text.partition(" ")[0] for text in described}
             slices = frozenset(parse_slice(text) for text in described)
+            if len({len(ranges) for ranges in slices}) != 1:
+                raise ServerFault(
+                    f"describes {name!r} as {sorted(described)}", url=url, expected="slices of one tensor"
+                )
             shape = tuple(
                 max(stops) for stops in zip(*([stop for _, stop in ranges] for ranges in slices), strict=True)
             )

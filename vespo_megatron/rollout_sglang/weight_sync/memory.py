@@ -51,4 +51,4 @@ class SharedMemory:
 
 def _start(client: SGLangClient) -> object:
     """What tells one life of a server from the next."""
-    return client.server_info().get("startup_time", 0)
+    return client.server_info().startup_time

@@ -243,11 +243,14 @@ class WeightSync:
         before = ", as they did the time before" if self._differed else ""
         faults: list[ServerFault] = []
         for client, manifest, ranks in zip(servers.clients, self._manifests, answers, strict=True):
+            if [held.keys() for held in ranks] != [described.keys() for described in manifest]:
+                where = f"server {client.url} /weights_checker"
+                raise ServerFault("sums up other tensors than it says it holds", url=client.url, where=where)
             for rank, (held, described) in enumerate(zip(ranks, manifest, strict=True)):
                 wrong = [
                     name
                     for name, value in held.items()
-                    if int(value, 16) != expected[name, described[name].partition(" ")[2]]
+                    if value != f"{expected[name, described[name].partition(' ')[2]]:016x}"
                 ]
                 if wrong:
                     names = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
