@@ -50,6 +50,24 @@ class Reference:
         positions = torch.arange(start - 1, ids.shape[1] - 1)
         return log_probs[positions, ids[0, start:]].numpy(), np.sort(torch.stack(routes, 1)[:-1].numpy(), -1)
 
+    def hidden(self, request, result):
+        """float32 [layers, R, hidden size], each layer's output where the response's tokens are predicted."""
+        import torch
+
+        ids = torch.tensor([[*request.prompt_ids, *result.output_ids.tolist()]])
+        outputs = []
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+            for layer in self.model.model.layers
+        ]
+        try:
+            with torch.no_grad():
+                self.model(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([output[0, len(request.prompt_ids) - 1 : -1] for output in outputs]).numpy()
+
     def distributions(self, request, result, temperature=1.0):
         """Probabilities float64 [R, vocabulary] that each token of the response was drawn from, before truncation."""
         import torch

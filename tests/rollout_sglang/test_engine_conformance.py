@@ -70,6 +70,29 @@ def test_log_probs_and_routes_are_those_of_transformers_for_the_same_weights(eng
         assert (result.weight_versions == version).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_response_is_scored_again_in_one_pass(engine, reference, temperature):
+    """Engines that score at temperature 1 alone say so for others."""
+    expected, _ = fresh_weights(engine, reference)
+    requests = make_requests(6, temperature=temperature)
+    results = generate(engine, requests)
+    drawn = [
+        (np.array(request.prompt_ids), result.output_ids) for request, result in zip(requests, results, strict=True)
+    ]
+    scored = asyncio.run(engine.score(drawn, temperature))
+    for request, result, score in zip(requests, results, scored, strict=True):
+        if temperature != 1 and score.log_probs is None:
+            continue
+        log_probs, _ = expected.score(request, result, temperature)
+        assert score.log_probs.dtype == np.float32
+        told = ~np.isnan(score.log_probs)
+        assert (told | (result.output_ids == expected.model.config.vocab_size - 1)).all()
+        np.testing.assert_allclose(score.log_probs[told], log_probs[told], atol=TOLERANCE, rtol=0)
+        if score.hidden is not None:
+            assert score.hidden.shape == (3, len(result.output_ids), expected.model.config.hidden_size)
+            np.testing.assert_allclose(score.hidden, expected.hidden(request, result), atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -84,8 +84,9 @@ class GenerationResult:
 class ScoredResponse:
     """A response that was drawn before, as the engine finds it in one pass over prompt and response (prefill)."""
 
-    log_probs: np.ndarray
-    """float32 [R], of the full vocabulary at the temperature asked for."""
+    log_probs: np.ndarray | None
+    """float32 [R], of the full vocabulary at the temperature asked for; None where the engine does not tell, NaN for a
+    token that it does not score."""
     hidden: np.ndarray | None = None
     """float32 [layers, R, hidden size], each layer's output where the response's tokens are predicted; None where the
     engine does not tell."""

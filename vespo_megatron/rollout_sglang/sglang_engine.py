@@ -16,7 +16,13 @@ from vespo_megatron.rollout_sglang.client.client import UNKNOWN_VERSION, SGLangC
 from vespo_megatron.rollout_sglang.client.contract import check_contract, check_settings, foreign
 from vespo_megatron.rollout_sglang.client.request import check_request
 from vespo_megatron.rollout_sglang.client.session import open_session
-from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
+from vespo_megatron.rollout_sglang.engine import (
+    GenerationRequest,
+    GenerationResult,
+    RolloutEngine,
+    SamplingParams,
+    ScoredResponse,
+)
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, WeightsNeeded, as_one_error, faults_of
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
 from vespo_megatron.rollout_sglang.pool.server import PooledServer
@@ -26,6 +32,7 @@ from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -147,6 +154,23 @@ class SGLangEngine:
             return await self.pool.generate(
                 requests, version=self.weight_version, newest=lambda: self._newest_version, on_result=on_result
             )
+
+    async def score(
+        self, responses: Sequence[tuple[np.ndarray, np.ndarray]], temperature: float
+    ) -> list[ScoredResponse]:
+        """See `RolloutEngine.score`: by the first server that serves, log-probs alone.
+
+        SGLang 0.5.23 scores a prompt at temperature 1, whatever temperature it is given.
+        """
+        if temperature != 1.0:
+            return [ScoredResponse(None)] * len(responses)
+        async with self._generation_lock.reading():
+            self._check_usable()
+            client = self.pool.membership.serving[0].client
+            return [
+                ScoredResponse(await asyncio.to_thread(client.score, prompt.tolist(), response.tolist()))
+                for prompt, response in responses
+            ]
 
     def update_weights(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, in_place: bool = False

@@ -141,7 +141,9 @@ class Accountant:
         for sample, engine in zip(samples, prefilled, strict=True):
             if sample.sample_id in found:
                 *scores, differing = found[sample.sample_id]
-                named = dict(zip(self._scores, scores, strict=True)) | {"prefill": engine.log_probs.astype(np.float64)}
+                named = dict(zip(self._scores, scores, strict=True))
+                told = np.full(len(differing), np.nan) if engine.log_probs is None else engine.log_probs
+                named["prefill"] = np.where(np.isnan(told), named["engine"], told)
                 distances = _distances(hidden.get(sample.sample_id, {}), engine.hidden)
                 accounts.append(SampleAccount(sample, named, differing.astype(np.int64), distances))
         return accounts

@@ -13,6 +13,7 @@ from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.failures import explained
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.client.request import build_body, max_reply_bytes
+from vespo_megatron.rollout_sglang.client.scoring import parse_scores, scoring_body
 from vespo_megatron.rollout_sglang.client.server_info import ServerInfo
 from vespo_megatron.rollout_sglang.client.session import call_in
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
@@ -20,6 +21,7 @@ from vespo_megatron.rollout_sglang.faults import HttpRefused, ServerFault, Serve
 
 if TYPE_CHECKING:
     import aiohttp
+    import numpy as np
 
 _ABORT_TIMEOUT_S = 5.0
 _RETRY_DELAYS_S = (0.2, 1.0, 3.0)
@@ -184,6 +186,16 @@ class SGLangClient:
         reply = self.call(path, body, timeout_s=timeout_s)
         with explained(self.url, path, timeout_s or self.control_timeout_s):
             return read(Check(f"server {self.url} {path}"), reply)
+
+    def score(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> np.ndarray:
+        """float32 [R], log-probs at temperature 1 of a response drawn before, in one pass; NaN: it does not tell."""
+        body = scoring_body(prompt_ids, response_ids)
+        return self.ask(
+            "/generate",
+            body,
+            read=lambda check, reply: parse_scores(check, reply, response_ids, self.shape.vocab_size),
+            timeout_s=self.request_timeout_s,
+        )
 
     def weight_version(self) -> str:
         """Of `/model_info`: a whole number, or what else the server was started or marked with."""

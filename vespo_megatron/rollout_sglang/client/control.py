@@ -60,7 +60,7 @@ def call(
             kind, encoding = response.getheader("Content-Type", ""), response.getheader("Content-Encoding", "")
             return value_of(url, path, response.status, kind, encoding, _whole(response, max_bytes))
         finally:
-            wire.close()
+            wire.disconnect()
 
 
 def _connect(url: SplitResult, timeout_s: float) -> socket.socket:
@@ -114,6 +114,9 @@ class _Wire:
         return count
 
     def close(self) -> None:
+        """Nothing: `http.client` has done with the connection once it has the headers, the reply is still to come."""
+
+    def disconnect(self) -> None:
         """End the connection."""
         self._socket.close()
 
