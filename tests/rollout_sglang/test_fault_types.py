@@ -10,8 +10,8 @@ from fault_server import FaultServer
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
-from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.check import Check
+from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.fan_out import PendingCall, raise_failures, replies
 from vespo_megatron.rollout_sglang.client.server_info import ServerInfo
 from vespo_megatron.rollout_sglang.faults import (

@@ -148,6 +148,7 @@ def build_controller(
     """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.data.stop_tokens import describe_stop_tokens
     from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
@@ -165,6 +166,7 @@ def build_controller(
     engine = engine or build_engine(recipe)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
+    logger.print(f"responses end at: {describe_stop_tokens(recipe, tokenizer)}")
     logger.print(f"behaviour policy: {describe(recipe.behavior)}")
     if phrase := recipe.policy.generation.mismatch.phrase:
         logger.print(f"mismatch: {phrase}")
