@@ -1,8 +1,8 @@
 """Tokens that end a response: the recipe's, else all that the model's folder and the tokenizer name.
 
 A model may have several: Qwen3 names `<|im_end|>` and `<|endoftext|>` in `generation_config.json`, its tokenizer one of
-them. SGLang 0.5.23 stops at those of `config.json` and `generation_config.json` whatever else a request says. So only the
-union of all ends a response at the same place in both engines.
+them. SGLang 0.5.23 stops at those of `config.json` and `generation_config.json` whatever else a request says. So the
+union alone ends a response at the same place in both engines.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.processes import die_with_parent, note_failure
-from vespo_megatron.run.run_directory import RECIPE_FILE
+from vespo_megatron.run.run_directory import FINAL_HF, RECIPE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             trainer.link.turns.to_trainer()
-            hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
+            hf_weights.save(policy.exporter, run_dir / FINAL_HF, copy_from=policy.model_folder)
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
             if phrase := recipe.policy.generation.mismatch.phrase:
@@ -172,7 +172,13 @@ def build_controller(
         logger.print(f"mismatch: {phrase}")
     if phrase := recipe.policy.quantization.phrase:
         logger.print(f"weights: {phrase}")
-    stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
+    stream = PromptStream(
+        prompts,
+        seed=recipe.grpo.seed,
+        shuffle=recipe.data.shuffle,
+        source=str(recipe.data.train.path),
+        on_change=recipe.data.on_change,
+    )
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 
