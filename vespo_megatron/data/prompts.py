@@ -252,6 +252,6 @@ class PromptStream:
         raise UserError(
             f"holds {len(self.records)} prompts, fingerprint {self.fingerprint}, of {self.source or 'other data'}",
             where="data.train",
-            expected=f"{count} prompts, fingerprint {known}, of {state.get('source') or 'its data'}, as in the checkpoint",
+            expected=f"{count} prompts, fingerprint {known}, of {state.get('source') or 'its data'}, as when saved",
             fix="give it the data (and tokenizer) it had, or set data.on_change=restart to begin these prompts anew",
         )

@@ -1,4 +1,4 @@
-"""What a path given as a checkpoint means: a Hugging Face folder, a run or one of its checkpoints, megatron-core's own."""
+"""What a path given as a checkpoint means: a Hugging Face folder, a run, one of its checkpoints, megatron-core's."""
 
 from __future__ import annotations
 
