@@ -56,6 +56,33 @@ def test_check_refuses_what_train_would_refuse(recipe, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "RECIPE", "--samples", "1", "set=4", "grpo.seed=7", "policy.generation.val_temperature=0"],
+        ["eval", "grpo.seed=7", "RECIPE", "policy.generation.val_temperature=0", "--samples", "1", "set=4"],
+        ["grpo.seed=7", "eval", "--samples", "1", "set=4", "policy.generation.val_temperature=0", "--", "RECIPE"],
+    ],
+)
+def test_overrides_may_stand_anywhere(recipe, monkeypatch, arguments):
+    asked = {}
+
+    def evaluate(recipe, *, checkpoint, data, repeats):
+        asked.update(recipe=recipe, repeats=repeats)
+        return "folder", "table"
+
+    monkeypatch.setattr("vespo_megatron.launch.evaluate.evaluate", evaluate)
+    assert cli.main([recipe if text == "RECIPE" else text for text in arguments]) == 0
+    assert asked["repeats"] == {"": 1, "set": 4}
+    assert (asked["recipe"].grpo.seed, asked["recipe"].policy.generation.val_temperature) == (7, 0)
+
+
+def test_an_override_of_a_command_without_a_recipe_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", "run", "grpo.seed=7"])
+    assert "unrecognized arguments: grpo.seed=7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("raised", "status"),
     [
         (UserError("x"), 2),

@@ -115,6 +115,47 @@ def test_a_stream_continues_from_its_saved_state():
     assert [original.take(4) for _ in range(5)] == [resumed.take(4) for _ in range(5)]
 
 
+def changed(record=None, **settings):
+    """A stream like any other, but for one row."""
+    records = [*stream().records]
+    records[3] = record or PromptRecord("p3", (1,), "s", "other")
+    return PromptStream(records, seed=3, source="new.jsonl", **settings)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PromptRecord("p3", (2,), "s", ""),
+        PromptRecord("p3", (1,), "t", ""),
+        PromptRecord("p3", (1,), "s", "4"),
+        PromptRecord("p3", (1,), "s", "", {"tests": "[]"}),
+    ],
+    ids=["prompt", "data source", "ground truth", "extra info"],
+)
+def test_a_position_in_other_data_of_as_many_rows_names_both(row):
+    original = stream(source="old.jsonl")
+    original.take(7)
+    with pytest.raises(UserError, match="data.train: holds 10 prompts, fingerprint") as caught:
+        changed(row).load_state_dict(json.loads(json.dumps(original.state_dict())))
+    for part in ("old.jsonl", "new.jsonl", original.fingerprint, changed(row).fingerprint, "data.on_change"):
+        assert part in str(caught.value)
+
+
+def test_other_data_is_begun_anew_where_the_recipe_says_so():
+    original, resumed = stream(), changed(on_change="restart")
+    original.take(7)
+    assert not resumed.load_state_dict(original.state_dict())
+    assert resumed.take(10) == changed().take(10)
+    assert stream(on_change="restart").load_state_dict(original.state_dict())
+
+
+def test_a_checkpoint_without_a_fingerprint_tells_data_by_number():
+    state = {"epoch": 0, "position": 2, "order": list(range(10)), "count": 10}
+    assert changed().load_state_dict(state)
+    with pytest.raises(UserError, match="holds 9 prompts"):
+        stream(9).load_state_dict(state)
+
+
 def test_more_prompts_than_there_are_is_an_error():
     with pytest.raises(UserError, match="grpo.num_prompts_per_step: is 11"):
         stream().take(11)

@@ -56,7 +56,7 @@ def test_there_and_back_in_another_layout_is_bit_equal(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere", "out"], "nowhere: is nothing that can be converted"),
+        (["nowhere", "out"], "nowhere: is no checkpoint"),
         (["made", "out"], "made: does not say which model it is of"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from scoring import score
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
-from vespo_megatron.rewards import RewardPool
+from vespo_megatron.rewards import RewardPool, RewardRequest
 from vespo_megatron.rewards.functions import exact_match, last_boxed
 
 
@@ -55,11 +56,41 @@ def test_a_hanging_dying_or_raising_reward_scores_nothing_and_the_next_is_scored
     assert time.monotonic() - started < 30
 
 
+def rows(*numbers, responses=2):
+    return [
+        RewardRequest("s", "fine" if number is None else "raise", number)
+        for number in numbers
+        for _ in range(responses)
+    ]
+
+
+def score_calls(env, *calls):
+    pool = RewardPool(env)
+
+    async def one_after_another():
+        return [await pool.score(call) for call in calls]
+
+    try:
+        return asyncio.run(one_after_another())
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("reward", ["exact_match", f"{__name__}:hostile"])
-def test_a_reward_that_raises_on_every_response_ends_the_run_with_what_it_raised(reward):
+@pytest.mark.parametrize("calls", [[rows(1, 2)], [rows(1), rows(2)]], ids=["one call", "a call each"])
+def test_a_reward_that_raises_on_every_response_ends_the_run_with_what_it_raised(reward, calls):
     kwargs = {"no_such_argument": 1}
-    with pytest.raises(UserError, match="raised on each of 2 responses.*TypeError.*no_such_argument"):
-        score(EnvConfig(reward=reward, reward_kwargs=kwargs), "one", "two")
+    with pytest.raises(UserError, match="raised on each of 4 responses.*TypeError.*no_such_argument"):
+        score_calls(EnvConfig(reward=reward, reward_kwargs=kwargs), *calls)
+
+
+def test_a_row_that_a_reward_cannot_take_ends_no_run():
+    """In an asynchronous run each call has one prompt's responses, the malformed row's all raise, and come again."""
+    env = EnvConfig(reward=f"{__name__}:hostile")
+    results = score_calls(env, rows(1), rows(None), rows(1), rows(2), rows(None), *(rows(n) for n in range(7)))
+    assert [result.reward for result in results[0]] == [0.0] * 2 and results[1][0].reward == 0.5
+    with pytest.raises(UserError, match="raised on each of 16 responses; on the first: "):
+        score_calls(env, rows(None), *(rows(n) for n in range(8)))
 
 
 def test_hostile_mathematics_does_not_hang():

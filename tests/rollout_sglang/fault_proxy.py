@@ -16,13 +16,11 @@ FAULTS = (
     *(f"cut {at}" for at in AT),
     *(f"garbled {at}" for at in AT),
     *("nothing", "late", "drip", "doubled", "another protocol"),
-    *("endless headers", "endless body", "claims a tebibyte", "packed gigabyte"),
-    *("nested", "a list", "text", "null", "digits", "another's answer"),
+    *("endless headers", "endless body", "claims a tebibyte", "packed"),
+    *("nested", "a list", "text", "null", "digits", "another's answer", "permuted"),
 )
-TAKES_A_DEADLINE = ("late", "drip")
 GIVES_UP_S = 20.0
 """After so long the proxy has had enough of whoever waits for it."""
-_BOMB = gzip.compress(bytes(1 << 30), 1)
 
 
 class FaultProxy:
@@ -116,8 +114,9 @@ class FaultProxy:
                 file.write(line or b" " * 1000)
         elif fault == "claims a tebibyte":
             file.write(whole([head[0], f"Content-Length: {1 << 40}", *head[2:]], data))
-        elif fault == "packed gigabyte":
-            file.write(whole([head[0], f"Content-Length: {len(_BOMB)}", "Content-Encoding: gzip"], _BOMB))
+        elif fault == "packed":
+            packed = gzip.compress(data)
+            file.write(whole([head[0], f"Content-Length: {len(packed)}", "Content-Encoding: gzip", *head[2:]], packed))
         elif fault != "nothing":
             other = _other_body(fault, data)
             file.write(whole([head[0], f"Content-Length: {len(other)}", "Content-Type: application/json"], other))
@@ -155,9 +154,11 @@ def _other_body(fault: str, data: bytes) -> bytes:
     if fault == "digits":
         digits = "7" * 5000
         return f'{{"weight_version": "{digits}", "startup_time": {digits}, "version": {digits}}}'.encode()
-    if fault == "another's answer":
+    if fault in ("another's answer", "permuted"):
         reply = json.loads(data) if data[:1] in (b"[", b"{") else None
-        for one in reply if isinstance(reply, list) else ():
+        answers = reply if isinstance(reply, list) else []
+        for one in answers if fault == "another's answer" else ():
             one["meta_info"]["id"] = "another#0"
+        answers.reverse()
         return json.dumps(reply).encode()
     return {"a list": b"[]", "text": b'"text"', "null": b"null"}[fault]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from rollout_helpers import generate, make_requests
 
+from vespo_megatron.controller.sampler import to_sample
+from vespo_megatron.data.prompts import PromptRecord
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.conversation import Conversation
@@ -292,6 +294,16 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(engine):
         if result.finish_reason == "stop":
             assert result.output_ids[-1] in ends
             assert len(result.behavior_log_probs) == len(result.output_ids)
+
+
+def test_either_of_two_stop_tokens_ends_a_response_and_is_trained_on(engine):
+    record = PromptRecord("p", (5, 6), "set", "4", {})
+    results = generate(engine, make_requests(96, max_new_tokens=60, stop_token_ids=(1, 9)))
+    samples = [to_sample(result, record) for result in results if result.finish_reason == "stop"]
+    assert {int(sample.response_ids[-1]) for sample in samples} == {1, 9}
+    for sample in samples:
+        assert sample.loss_mask.all() and len(sample.loss_mask) == len(sample.behavior_log_probs)
+        assert not {1, 9} & set(sample.response_ids[:-1].tolist())
 
 
 def test_without_stop_tokens_nothing_stops_a_response(engine):

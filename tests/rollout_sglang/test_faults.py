@@ -108,6 +108,27 @@ def test_servers_with_different_weights_generate_nothing_before_an_update(recipe
         engine.close()
 
 
+def test_a_server_that_a_killed_trainer_left_in_an_update_serves_whoever_comes_next(recipe):
+    with FaultServer() as server:
+        server.serves.clear()
+        server.update_is_open = True
+        start = time.monotonic()
+        with pytest.raises(UserError, match="paused in the middle of somebody's weight update") as caught:
+            connect(recipe, [server.url], takes_over=False)
+        assert server.url in str(caught.value) and server.update_is_open, "who only asks changes nothing"
+        for _ in range(2):  # whoever was first may have been killed as well
+            engine = connect(recipe, [server.url])
+            assert server.serves.is_set() and not server.update_is_open
+            with pytest.raises(UserError, match="was left in the middle of a weight update"):
+                generate(engine, make_requests(1))
+            engine.close()
+        assert time.monotonic() - start < 20
+        engine.clients[0].call("/update_weight_version", {"new_version": "1"})  # as an update ends
+        again = connect(recipe, [server.url])
+        assert len(generate(again, make_requests(1))) == 1
+        again.close()
+
+
 def test_a_server_that_is_not_there_is_an_error_at_once(recipe):
     with FaultServer() as server:
         pass

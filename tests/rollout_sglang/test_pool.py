@@ -245,6 +245,31 @@ def test_the_only_server_refusing_an_update_is_the_error(pool_of):
     assert bad.url in str(caught.value) and not isinstance(caught.value, WeightsNeeded)
 
 
+@pytest.mark.parametrize("call", ["/pause_generation", "/begin_weight_update", "/update_weight_version"])
+def test_the_only_server_dying_in_an_update_is_waited_for_and_the_update_made_again(pool_of, call):
+    class Dies(FaultServer):
+        dead = False
+
+        def answer(self, handler, body):
+            if handler.path == call and self.posts.get("/generate"):  # not while connecting, but for its probe
+                self.dead = True
+                threading.Thread(target=self.close).start()
+            if not self.dead:
+                super().answer(handler, body)
+
+    first, back = Dies(), []
+    engine = pool_of(first)
+    engine.pool.membership.recovery_timeout_s = 20.0
+    with after(1.0, lambda: back.append(FaultServer(port=first.port))):
+        with pytest.raises(WeightsNeeded) as caught:
+            engine.update_weights([], 1)
+        assert first.url in str(caught.value)
+        engine.update_weights([], 1)
+    with back[0]:
+        assert engine.sync.updates == [[first.url]]
+        assert len(generate(engine, make_requests(2, max_new_tokens=2))) == 2
+
+
 def test_a_prompt_that_fells_every_server_ends_the_run_by_name(pool_of):
     engine = pool_of(*(FaultServer("500") for _ in range(4)))
     with pytest.raises(UserError, match=r"request r0: failed on 3 servers"):

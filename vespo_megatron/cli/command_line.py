@@ -26,6 +26,7 @@ from vespo_megatron.cli import (
     slurm,
     train,
 )
+from vespo_megatron.cli.shared import split_overrides
 
 COMMANDS = {
     "train": train,
@@ -57,10 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Ctrl-C, 143 SIGTERM).
     """
     parser = build_parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    if hasattr(parsed, "overrides"):  # argparse takes them in one stretch only; options may stand between them
+    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parsed, rest = parser.parse_known_args(others)
+    if hasattr(parsed, "overrides"):
+        parsed.overrides += overrides
+        # What is none, but looks like one, is where the recipe is read: it names the nearest key.
         parsed.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
         rest = [text for text in rest if text not in parsed.overrides]
+    else:
+        rest += overrides
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vespo_megatron.cli.numbers import number
@@ -11,11 +13,23 @@ if TYPE_CHECKING:
     from vespo_megatron.plan.timing import Lengths
     from vespo_megatron.recipe.schema import Recipe
 
+_OVERRIDE = re.compile(r"[a-z_]+\.[^=\s]+=")
+
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """A recipe and its overrides."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of a recipe, wherever they stand, and all other arguments.
+
+    argparse takes them in one stretch only, and none after an option that may have several values. An override is told
+    by the dot of its key: `aime24=32` and `expert_model_parallel_size=8` are some option's own.
+    """
+    overrides = [text for text in arguments if _OVERRIDE.match(text)]
+    return overrides, [text for text in arguments if text not in overrides]
 
 
 MOST_TOKENS = 1e9

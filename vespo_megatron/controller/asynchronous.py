@@ -201,10 +201,14 @@ class AsynchronousSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; what was under way then is drawn again."""
-        self.parts.prompts.load_state_dict(state["prompts"])
+        self.parts.resume_prompts(state["prompts"])
         records = {record.prompt_id: record for record in self.parts.prompts.records}
         under_way = self.buffer.load_state_dict(state["buffer"])
-        self._resend = [(group, records[group.prompt_id]) for group in under_way]
+        for group in under_way:
+            if group.prompt_id not in records:  # of other data, which `data.on_change` has let go
+                self.buffer.abort(group)
+            else:
+                self._resend.append((group, records[group.prompt_id]))
 
     def expire_other_versions(self, known: Collection[int]) -> None:
         """See `BatchSource.expire_other_versions`."""

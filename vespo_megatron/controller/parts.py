@@ -39,6 +39,12 @@ class Parts:
     logger: RunLogger
     thread: EventLoopThread
 
+    def resume_prompts(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position in the prompts. Raises as `PromptStream.load_state_dict`."""
+        if not self.prompts.load_state_dict(state):
+            before = state.get("source") or "others"
+            self.logger.print(f"data.train: not the prompts the run was saved with ({before}): they are begun anew")
+
 
 @dataclass
 class Rollout:

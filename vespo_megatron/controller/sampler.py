@@ -11,6 +11,7 @@ import numpy as np
 
 from vespo_megatron.data.prompts import PromptRecord
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.stop_tokens import stop_tokens
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool, RewardRequest
@@ -43,7 +44,7 @@ class Sampler:
             top_p=generation.top_p,
             top_k=-1 if generation.top_k is None else generation.top_k,
             min_p=generation.min_p,
-            stop_token_ids=tuple(generation.stop_token_ids) or (tokenizer.eos_token_id,),
+            stop_token_ids=tuple(stop_tokens(recipe, tokenizer)),
         )
         temperature, top_p = generation.val_temperature, generation.val_top_p
         self.evaluation = replace(

@@ -101,7 +101,7 @@ class SynchronousSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `BatchSource.load_state_dict`."""
-        self.parts.prompts.load_state_dict(state["prompts"])
+        self.parts.resume_prompts(state["prompts"])
 
     def expire_other_versions(self, known: Collection[int]) -> None:
         """Nothing waits between two rollouts."""

@@ -7,11 +7,13 @@ The schema (https://verl.readthedocs.io/en/latest/preparation/prepare_data.html)
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from vespo_megatron.data.fingerprint import fingerprint
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
@@ -166,10 +168,24 @@ def _vocab_size(recipe: Recipe) -> int | None:
 
 
 class PromptStream:
-    """Prompts without end: epoch after epoch, shuffled by (seed, epoch) alone, from a position that can be saved."""
+    """Prompts without end: epoch after epoch, shuffled by (seed, epoch) alone, from a position that can be saved.
 
-    def __init__(self, records: Sequence[PromptRecord], *, seed: int, shuffle: bool = True) -> None:
+    Args:
+        source: where the records are from, for messages.
+        on_change: what a position in other records leads to: an "error", or to "restart" in these.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[PromptRecord],
+        *,
+        seed: int,
+        shuffle: bool = True,
+        source: str = "",
+        on_change: Literal["error", "restart"] = "error",
+    ) -> None:
         self.records, self.seed, self.shuffle = records, seed, shuffle
+        self.source, self.on_change = source, on_change
         self.epoch = self.position = 0
         self._order = self._shuffled(0)
 
@@ -205,16 +221,37 @@ class PromptStream:
             names.add(record.prompt_id)
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position and order, for a checkpoint."""
-        return {"epoch": self.epoch, "position": self.position, "order": list(self._order), "count": len(self.records)}
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the records, in the order of the file."""
+        return fingerprint(self.records)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; raises `UserError` when the dataset has changed size since."""
-        if state["count"] != len(self.records):
-            raise UserError(
-                f"holds {len(self.records)} prompts",
-                where="data.train",
-                expected=f"{state['count']}, as when the run was saved",
-            )
-        self.epoch, self.position, self._order = state["epoch"], state["position"], list(state["order"])
+    def state_dict(self) -> dict[str, Any]:
+        """Position and order, and in what, for a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "order": list(self._order),
+            "count": len(self.records),
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Continue where `state` was taken; False where that was in other records, and these are begun instead.
+
+        Raises:
+            UserError: they are others, and `on_change` is "error". Checkpoints of before fingerprints tell by number.
+        """
+        count, known = state["count"], state.get("fingerprint", self.fingerprint)
+        if (count, known) == (len(self.records), self.fingerprint):
+            self.epoch, self.position, self._order = state["epoch"], state["position"], list(state["order"])
+            return True
+        if self.on_change == "restart":
+            return False
+        raise UserError(
+            f"holds {len(self.records)} prompts, fingerprint {self.fingerprint}, of {self.source or 'other data'}",
+            where="data.train",
+            expected=f"{count} prompts, fingerprint {known}, of {state.get('source') or 'its data'}, as when saved",
+            fix="give it the data (and tokenizer) it had, or set data.on_change=restart to begin these prompts anew",
+        )

@@ -22,26 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE
+from vespo_megatron.launch.model_source import Source, find_source
 from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, parallel
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
 from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.recipe.dotted import leaves
-from vespo_megatron.recipe.loader import load_recipe, plain
+from vespo_megatron.recipe.loader import plain
 from vespo_megatron.recipe.model_shape import ModelShape, read_shape
 from vespo_megatron.recipe.schema import MegatronConfig
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
-from vespo_megatron.run.checkpoint_store import POLICY, CheckpointStore
-from vespo_megatron.run.run_directory import RECIPE_FILE
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is converted: where the weights are, and the Hugging Face folder with configuration and tokenizer."""
-
-    weights: Path
-    model: Path
-    is_megatron: bool
 
 
 def convert(
@@ -152,30 +142,6 @@ class _Weights:
             for name in hf_weights.expected_tensors(self.shape):
                 total.add(name, files[name].to(dtype))
         return total.hexdigest()
-
-
-def find_source(source: Path, model: str | None) -> Source:
-    """What kind of thing `source` is. Raises UserError when it is none, or has no model folder."""
-    if (source / "config.json").is_file():
-        return Source(source, Path(model) if model else source, is_megatron=False)
-    run = next((folder for folder in (source, *source.parents) if (folder / RECIPE_FILE).is_file()), None)
-    newest = next(iter(CheckpointStore(source / "checkpoints").checkpoints().values()), source)
-    weights = newest / POLICY if (newest / POLICY).is_dir() else newest
-    if not (weights / "metadata.json").is_file():
-        raise UserError(
-            "is nothing that can be converted",
-            where=str(source),
-            expected="a Hugging Face folder, a run with checkpoints, a checkpoint, or a distributed checkpoint",
-        )
-    if model is None:
-        if run is None:
-            raise UserError(
-                "does not say which model it is of",
-                where=str(source),
-                fix="--model FOLDER, the Hugging Face folder with config.json and tokenizer",
-            )
-        model = load_recipe(run / RECIPE_FILE).policy.model_name
-    return Source(weights, Path(model), is_megatron=True)
 
 
 def _layout(settings: Sequence[str]) -> MegatronConfig:

@@ -18,6 +18,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
 from vespo_megatron.launch import preflight
+from vespo_megatron.launch.model_source import find_source
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
@@ -94,8 +95,9 @@ def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _model_folder(checkpoint: Path, folder: Path) -> Path:
-    if (checkpoint / "config.json").exists():
-        return checkpoint
+    source = find_source(checkpoint)
+    if not source.is_megatron:
+        return source.weights
     from vespo_megatron.launch.convert import convert_apart
 
     convert_apart(checkpoint, folder / "model")

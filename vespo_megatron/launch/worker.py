@@ -20,7 +20,7 @@ from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.processes import die_with_parent, note_failure
-from vespo_megatron.run.run_directory import RECIPE_FILE
+from vespo_megatron.run.run_directory import FINAL_HF, RECIPE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         finished = trainer.train(resumed)
         if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
             trainer.link.turns.to_trainer()
-            hf_weights.save(policy.exporter, run_dir / "checkpoints" / "final_hf", copy_from=policy.model_folder)
+            hf_weights.save(policy.exporter, run_dir / FINAL_HF, copy_from=policy.model_folder)
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
             if phrase := recipe.policy.generation.mismatch.phrase:
@@ -148,6 +148,7 @@ def build_controller(
     """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.data.stop_tokens import describe_stop_tokens
     from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
@@ -165,12 +166,19 @@ def build_controller(
     engine = engine or build_engine(recipe)
     logger.print(f"rollouts: {engine.description}")
     logger.print(f"training: {describe_trainer(recipe, rank_info)}")
+    logger.print(f"responses end at: {describe_stop_tokens(recipe, tokenizer)}")
     logger.print(f"behaviour policy: {describe(recipe.behavior)}")
     if phrase := recipe.policy.generation.mismatch.phrase:
         logger.print(f"mismatch: {phrase}")
     if phrase := recipe.policy.quantization.phrase:
         logger.print(f"weights: {phrase}")
-    stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
+    stream = PromptStream(
+        prompts,
+        seed=recipe.grpo.seed,
+        shuffle=recipe.data.shuffle,
+        source=str(recipe.data.train.path),
+        on_change=recipe.data.on_change,
+    )
     return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
 
 

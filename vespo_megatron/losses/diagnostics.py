@@ -291,9 +291,8 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
         variance_p = mean("_pp") - mean("_p") ** 2
         variance_q = mean("_qq") - mean("_q") ** 2
         if variance_p > 0 and variance_q > 0:
-            out["mismatch/prob_correlation"] = (mean("_pq") - mean("_p") * mean("_q")) / math.sqrt(
-                variance_p * variance_q
-            )
+            covariance = mean("_pq") - mean("_p") * mean("_q")
+            out["mismatch/prob_correlation"] = max(-1.0, min(1.0, covariance / math.sqrt(variance_p * variance_q)))
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import functions
+from vespo_megatron.rewards.mistakes import Mistakes
 
 _START_TIMEOUT = 120.0
 """Seconds a worker has to import its reward."""
@@ -34,6 +35,11 @@ class RewardRequest:
     solution_str: str
     ground_truth: Any
     extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        """What it has of the row of the data that was answered, which every response to it shares."""
+        return repr((self.data_source, self.ground_truth, self.extra_info))
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class RewardPool:
 
     def __init__(self, env: EnvConfig) -> None:
         self._function = functions.of_recipe(env)  # a wrong name fails here, not in a worker
-        self._env, self._name = env, " + ".join(env.rewards) or env.reward
+        self._env, self._mistakes = env, Mistakes(" + ".join(env.rewards) or env.reward)
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
         self._threads: ThreadPoolExecutor | None = None
@@ -65,8 +71,7 @@ class RewardPool:
         """Results in the order of `requests`.
 
         Raises:
-            UserError: a worker cannot even start, or the function raised on every one of several requests: that is a
-                mistake in it, and a run whose rewards are all 0 would not say so.
+            UserError: a worker cannot even start, or the function raises on everything (`Mistakes`).
         """
         if self._threads is None:
             results = [_score(self._function, request) for request in requests]
@@ -74,12 +79,7 @@ class RewardPool:
             loop = asyncio.get_running_loop()
             scores = (loop.run_in_executor(self._threads, self._one, request) for request in requests)
             results = list(await asyncio.gather(*scores))
-        if len(results) > 1 and all(result.failure for result in results):
-            raise UserError(
-                f"{self._name} raised on each of {len(results)} responses; on the first: {results[0].failure}",
-                where="env.reward",
-                fix="mend the function, or env.reward_kwargs",
-            )
+        self._mistakes.note([request.row for request in requests], [result.failure for result in results])
         return results
 
     def _one(self, request: RewardRequest) -> RewardResult:

@@ -16,8 +16,10 @@ from vespo_megatron.recipe.loader import differences, load_recipe
 from vespo_megatron.recipe.schema import ExpManagerConfig, Recipe
 
 RECIPE_FILE = "recipe.yaml"
+FINAL_HF = Path("checkpoints") / "final_hf"
+"""The policy that a run has come to, as a Hugging Face folder."""
 _SGLANG = "policy.generation.sglang_cfg"
-_MAY_CHANGE = (f"{_SGLANG}.urls", f"{_SGLANG}.weight_folder", "exp_manager.resume_if_exists")
+_MAY_CHANGE = (f"{_SGLANG}.urls", f"{_SGLANG}.weight_folder", "exp_manager.resume_if_exists", "data.on_change")
 
 
 def make_run_directory(config: ExpManagerConfig) -> Path:

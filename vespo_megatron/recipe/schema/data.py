@@ -25,6 +25,9 @@ class DataConfig(Section):
     prompt_key: str = key("prompt", "Column of the prompt: chat messages or text.")
     max_input_seq_length: int = key(512, "Prompt tokens at most.", ge=1)
     on_long_prompt: Literal["error", "drop"] = key("error", "Prompts longer than max_input_seq_length.", ours=True)
+    on_change: Literal["error", "restart"] = key(
+        "error", "A resumed run finds other prompts than it was saved with: stop, or begin these anew.", ours=True
+    )
     shuffle: bool = key(True, "Shuffle each epoch with grpo.seed.")
 
 

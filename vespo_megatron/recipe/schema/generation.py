@@ -100,7 +100,9 @@ class GenerationConfig(Section):
         lt=1,
         ours=True,
     )
-    stop_token_ids: list[TokenId] = key([], "Empty: the tokenizer's end-of-sequence token.")
+    stop_token_ids: list[TokenId] = key(
+        [], "Tokens that end a response; empty: all that the model's folder and the tokenizer name."
+    )
     val_temperature: float | None = key(
         None, "Evaluation; None: as in training. 0 is greedy.", ge=0, expected="at least 0 (greedy)", ours=True
     )

@@ -145,7 +145,7 @@ class Batch:
         wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
         table = torch.zeros(len(wanted), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
         for row, stop_token_ids in enumerate(wanted):
-            table[row, list(stop_token_ids)] = True
+            table[row, [token for token in stop_token_ids if token < table.shape[1]]] = True
         return table
 
     def _pack_routes(self, routes: torch.Tensor) -> np.ndarray:
