@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vespo_megatron.cli import main
+from vespo_megatron.launch import launcher
 from vespo_megatron.study.account_page import part_rows, read_account
 from vespo_megatron.trainer.account import PARTS
 
@@ -153,3 +154,12 @@ def test_the_page_shows_the_worst_tokens_first_and_needs_no_network(run, capfd):
     assert "src=" not in page and "href=" not in page and worst.hover.split(" = ")[0] in page
     assert sum(row.share for row in part_rows(responses)) == pytest.approx(1.0)
     assert len(responses) == len(lines)
+
+
+def test_a_run_can_be_measured_instead_of_the_recipes_model(monkeypatch):
+    told = []
+    monkeypatch.setattr(launcher, "train", lambda recipe, overrides, work: told.extend([*overrides, work]))
+    recipe = str(ROOT / "examples/tiny_moe/in_process.yaml")
+    assert main(["mismatch", recipe, "--run", str(MODEL), "grpo.seed=3", "--updates"]) == 0
+    assert told == ["grpo.seed=3", f"policy.model_name={MODEL}", "grpo.max_num_steps=3", "mismatch-updates"]
+    assert main(["mismatch", recipe, "--run", str(ROOT)]) == 2

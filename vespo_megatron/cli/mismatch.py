@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
 from vespo_megatron.cli.numbers import whole_number
 from vespo_megatron.cli.shared import add_recipe
@@ -15,11 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add_recipe(parser)
     parser.add_argument("--batches", type=whole_number(1), default=3, help="rollout batches to measure (default 3)")
+    parser.add_argument("--run", metavar="PATH", help="a run, a checkpoint or HF folder, instead of the recipe's model")
     parser.add_argument("--updates", action="store_true", help="train on each batch too: staleness is in the account")
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
+    if not parsed.run:
+        return _measure(parsed, [])
+    from vespo_megatron.launch.model_source import model_folder
+
+    with tempfile.TemporaryDirectory(prefix="vespo_mismatch_") as folder:
+        return _measure(parsed, [f"policy.model_name={model_folder(parsed.run, Path(folder) / 'model')}"])
+
+
+def _measure(parsed: argparse.Namespace, model: list[str]) -> int:
     from vespo_megatron.launch import launcher
     from vespo_megatron.study.account_page import account_table, read_account, write_account_page
     from vespo_megatron.trainer.mismatch_table import table
@@ -27,7 +39,7 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         run_dir = launcher.train(
             parsed.recipe,
-            [*parsed.overrides, f"grpo.max_num_steps={parsed.batches}"],
+            [*parsed.overrides, *model, f"grpo.max_num_steps={parsed.batches}"],
             work="mismatch-updates" if parsed.updates else "mismatch",
         )
     except launcher.TrainingFailed as failure:

@@ -18,7 +18,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
 from vespo_megatron.launch import preflight
-from vespo_megatron.launch.model_source import find_source
+from vespo_megatron.launch.model_source import model_folder
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
@@ -70,7 +70,7 @@ def evaluate(
     with stop_on_signals(), ExitStack() as stack:
         folder = make_run_directory(recipe.exp_manager)
         if checkpoint:
-            recipe = recipe.with_values({"policy.model_name": str(_model_folder(Path(checkpoint), folder))})
+            recipe = recipe.with_values({"policy.model_name": str(model_folder(checkpoint, folder / "model"))})
         validate(recipe)
         preflight.check_model(recipe.policy.model_name)
         records, tokenizer = _problems(recipe, data)
@@ -92,16 +92,6 @@ def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
             raise UserError(f"is {text!r}", where="--samples", expected="N or SET=N, as in 4 or aime24=32")
         repeats[name] = int(number)
     return repeats
-
-
-def _model_folder(checkpoint: Path, folder: Path) -> Path:
-    source = find_source(checkpoint)
-    if not source.is_megatron:
-        return source.weights
-    from vespo_megatron.launch.convert import convert_apart
-
-    convert_apart(checkpoint, folder / "model")
-    return folder / "model"
 
 
 def _problems(recipe: Recipe, data: Sequence[str]) -> tuple[list[PromptRecord], PreTrainedTokenizerBase]:

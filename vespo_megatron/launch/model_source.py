@@ -52,3 +52,17 @@ def find_source(source: Path, model: str | None = None) -> Source:
             )
         model = load_recipe(run / RECIPE_FILE).policy.model_name
     return Source(weights, Path(model), is_megatron=True)
+
+
+def model_folder(checkpoint: str | Path, made: Path) -> Path:
+    """A Hugging Face folder with what `checkpoint` means: where that is one already, or `made`, converted to it.
+
+    Raises `UserError` as `find_source` does.
+    """
+    source = find_source(Path(checkpoint))
+    if not source.is_megatron:
+        return source.weights
+    from vespo_megatron.launch.convert import convert_apart
+
+    convert_apart(Path(checkpoint), made)
+    return made

@@ -149,12 +149,12 @@ class Study:
         return replace(self, seeds=tuple(seed for seed in self.seeds if seed in seeds))
 
     def cells(self) -> list[Cell]:
-        """Every run, seeds outermost: a study stopped half-way has whole seeds."""
+        """Every run, seeds outermost and a seed's primary ones first: a study stopped half-way has whole seeds."""
         cells = []
         stated = {(name, *each.setting) for each in self.primary for name in (each.variant, each.against)}
         explored = self.seeds if self.exploratory_seeds is None else self.exploratory_seeds
         for seed in self.seeds:
-            for levels in itertools.product(*self.axes.values()):
+            for levels in sorted(itertools.product(*self.axes.values()), key=lambda levels: levels not in stated):
                 if levels not in stated and seed not in explored:
                     continue
                 chosen = [text for axis, level in zip(self.axes.values(), levels, strict=True) for text in axis[level]]

@@ -24,8 +24,8 @@ def scoring_body(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict
 def parse_scores(check: Check, reply: Any, response_ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """float32 [R], the response's log-probs; raises what `Check` raises for any other reply.
 
-    Instead of the vocabulary's last token SGLang scores token 0 (`logprob_result_processor.py`, for placeholders of images):
-    NaN.
+    Instead of the vocabulary's last token SGLang scores token 0 (`logprob_result_processor.py`, for placeholders of
+    images): NaN.
     """
     meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
     entries = check.sequence(meta.get("input_token_logprobs"), "input_token_logprobs")
