@@ -25,6 +25,7 @@ from vespo_megatron.megatron.optimizer_state import (
     move_steps,
     parts_of,
 )
+from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -138,6 +139,7 @@ def reason(error: BaseException) -> str:
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    finish_parameter_gather(chunks)  # those saved are the last update's, and none arrive after those loaded
     states = {}
     for key, chunk in _named(chunks):
         state = hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
