@@ -10,7 +10,9 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NAN = (3, 2)
 """(rank, step) of gradients that are not a number; the run goes on."""
@@ -27,12 +29,12 @@ def fail(kind: str) -> None:
 
 def worker(run_dir: Path, work: str) -> int:
     from vespo_megatron.launch import worker
-    from vespo_megatron.megatron.policy import MegatronPolicy
+    from vespo_megatron.megatron.own_gradients import OwnGradients
     from vespo_megatron.trainer.guard import Guard
 
     rank, kind = int(os.environ["RANK"]), run_dir.parent.name
     now = {"step": 0}
-    begin, finite = Guard.begin, MegatronPolicy.gradients_finite
+    begin, looking = Guard.begin, OwnGradients._looking
 
     def note_step(self: Guard, step: int) -> None:
         now["step"] = step
@@ -46,12 +48,17 @@ def worker(run_dir: Path, work: str) -> int:
 
         self.policy.on_progress = forward
 
-    def spoil(self: MegatronPolicy) -> bool:
-        if (rank, now["step"]) == NAN:
-            self.chunks[0].buffers[0].grad_data[0] = float("nan")
-        return finite(self)
+    def spoil(self: OwnGradients, group: Any, start: Callable[..., None]) -> Callable[..., None]:
+        look_and_start = looking(self, group, start)
 
-    Guard.begin, MegatronPolicy.gradients_finite = note_step, spoil
+        def spoil_and_start(*args: Any, **kwargs: Any) -> None:
+            if (rank, now["step"]) == NAN:
+                group.buckets[0].grad_data[0] = float("nan")
+            look_and_start(*args, **kwargs)
+
+        return spoil_and_start
+
+    Guard.begin, OwnGradients._looking = note_step, spoil
     return worker.main(run_dir, work)
 
 

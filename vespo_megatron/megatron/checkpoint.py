@@ -6,7 +6,7 @@ several ranks hold is written by one of them. Loading into the same layout is ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_sav
 from vespo_megatron.megatron.optimizer_state import (
     TORCH_ADAMS,
     count_in_whole_numbers,
+    drop_what_is_of_hybrids,
     make_moments,
     move_steps,
     parts_of,
+    settle,
 )
+from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.megatron.policy import MegatronPolicy
 
 # isort: split
@@ -40,7 +43,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 Write = Callable[[], None]
@@ -80,8 +82,7 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     """
     for part in parts_of(policy.optimizer):
         make_moments(part)
-    for part in _with_torch_adam(policy):
-        if isinstance(part, DistributedOptimizer):
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, TORCH_ADAMS):
             _keep_steps(part)
     state = _state(policy, is_loading=True)
     if same_layout:
@@ -91,10 +92,8 @@ def load(policy: MegatronPolicy, folder: Path, *, same_layout: bool) -> None:
     move_steps(policy.optimizer, loaded["optimizer"])
     policy.optimizer.load_state_dict(loaded["optimizer"])
     count_in_whole_numbers(policy.optimizer)
+    settle(policy.optimizer)
     policy.scheduler.load_state_dict(loaded["scheduler"])
-    for part in _with_torch_adam(policy):
-        for parameter, moments in part.optimizer.state.items():  # distrib_optimizer.py:829 gives all one, on the host
-            moments["step"] = moments["step"].to(parameter.device, copy=True)
     if same_layout:
         _set_rng_state(loaded["rng"])
 
@@ -138,6 +137,7 @@ def reason(error: BaseException) -> str:
 
 
 def _model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    finish_parameter_gather(chunks)  # those saved are the last update's, and none arrive after those loaded
     states = {}
     for key, chunk in _named(chunks):
         state = hf_weights.unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA))
@@ -160,17 +160,8 @@ def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
 def _state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
     model = _model_state(policy.chunks)
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA))
+    drop_what_is_of_hybrids(optimizer)
     return {**model, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
-
-
-def _with_torch_adam(policy: MegatronPolicy) -> Iterator[MegatronOptimizer]:
-    """megatron-core's optimizers of dense and of expert parameters, when PyTorch's Adam is inside.
-
-    Transformer Engine and Apex have Adams of their own, for which megatron-core needs no help.
-    """
-    for part in parts_of(policy.optimizer):
-        if isinstance(part.optimizer, TORCH_ADAMS):
-            yield part
 
 
 def _keep_steps(part: DistributedOptimizer) -> None:

@@ -25,6 +25,7 @@ _MODULES_THAT_NAME_CUDA = (
     "optimizer.clip_grads",  # 90, 103, 115, 174, 207: norms and overflow buffers
     "optimizer.grad_scaler",  # 15, 88-94
     "optimizer.optimizer",  # 473-485, 907
+    "optimizer.cpu_offloading.hybrid_optimizer",  # 110: pin_memory=True
     "pipeline_parallel.schedules",  # 596, 983, 2138: total_num_tokens
     "transformer.moe.moe_utils",  # 998: aux-loss tracker
     "models.common.embeddings.rope_utils",  # 63: pin_memory=True, .cuda()
@@ -51,9 +52,11 @@ def install() -> None:
         module = importlib.import_module(f"megatron.core.{name}")
         module.torch = torch_on_cpu  # type: ignore[attr-defined]
     _send_nothing_to_oneself()
+    _exchange_pieces_of_any_length()
     _stand_in_for_rng_state()
     _stand_in_for_host_copies()
     _accept_cpu_tensor_types()
+    _offload_to_the_same_memory()
 
 
 def installed() -> bool:
@@ -192,6 +195,34 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _exchange_pieces_of_any_length() -> None:
+    """mappings.py:150 and 192: with ETP ranks exchange as many rows as each has; gloo wants equally many of all."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    distributed = _ModuleWith(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+    mappings.torch = _ModuleWith(torch, distributed=distributed)  # type: ignore[attr-defined]
+
+
+def _all_gather(pieces: list[torch.Tensor], own: torch.Tensor, *, group: Any) -> None:
+    """Fill `pieces` [rows of that rank, ...] with every rank's `own`."""
+    longest = max(map(len, pieces))
+    padded = own.new_zeros(longest, *own.shape[1:])
+    padded[: len(own)] = own
+    everyone = [torch.empty_like(padded) for _ in pieces]
+    torch.distributed.all_gather(everyone, padded, group=group)
+    for piece, found in zip(pieces, everyone, strict=True):
+        piece.copy_(found[: len(piece)])
+
+
+def _reduce_scatter(output: torch.Tensor, pieces: list[torch.Tensor], *, group: Any) -> None:
+    """Fill `output` with the sum of every rank's piece for this one."""
+    longest = max(map(len, pieces))
+    padded = pieces[0].new_zeros(len(pieces), longest, *output.shape[1:])
+    for row, piece in zip(padded, pieces, strict=True):
+        row[: len(piece)] = piece
+    torch.distributed.all_reduce(padded, group=group)
+    output.copy_(padded[group.rank(), : len(output)])
+
+
 def _stand_in_for_rng_state() -> None:
     """tensor_parallel/random.py:41-106: the model-parallel RNG tracker keeps CUDA states; let it keep CPU states."""
     from megatron.core.tensor_parallel import random
@@ -272,3 +303,21 @@ def _cuda_type_names() -> Iterator[None]:
     finally:
         if not nested:
             del torch.Tensor.type
+
+
+def _offload_to_the_same_memory() -> None:
+    """hybrid_optimizer.py:256-285 offloads what `is_cuda`; let it offload every parameter, to a copy beside it."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    offload = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def offload_all(self: Any, _fraction: float) -> Any:
+        own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        torch.Tensor.is_cuda = property(lambda tensor: id(tensor) in own)  # type: ignore[assignment,misc]
+        torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign,assignment]
+        try:
+            return offload(self, 1.0)
+        finally:
+            del torch.Tensor.is_cuda, torch.Tensor.pin_memory
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = offload_all

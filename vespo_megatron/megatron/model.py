@@ -124,7 +124,7 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
     NVIDIA's settings for RL throughout: router in fp32 (or fp64), no bias update. megatron-core's own load balancing is
     off whatever the recipe says: `router_losses` has it.
     """
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -135,7 +135,7 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
         num_moe_experts=shape.num_experts,
         moe_router_topk=shape.num_experts_per_tok,
         moe_layer_freq=[int(is_moe) for is_moe in shape.is_moe_layer],
-        moe_router_pre_softmax=not shape.norm_topk_prob,
+        moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_bias_update_rate=0.0,
@@ -174,6 +174,10 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
         recompute_num_layers=1 if megatron.recompute == "full" else None,
         distribute_saved_activations=False,
     )
+    # Set here, since transformer_config.py:1641 refuses it for one expert per token: its gate is then always 1, as the
+    # model has it, and the router's gradient 0.
+    config.moe_router_pre_softmax = not shape.norm_topk_prob
+    return config
 
 
 def build_model(

@@ -49,6 +49,10 @@ def build_optimizer(
         optimizer_offload_fraction=settings.optimizer_offload_fraction,
         overlap_param_gather=megatron.distributed_data_parallel_config.overlap_param_gather,
     )
+    if settings.optimizer_cpu_offload:
+        # megatron-core's name, too, for leaving float32 weights to the optimizer, which one on the host has to have
+        # (hybrid_optimizer.py:373). Set here, since optimizer_config.py:383 asks for Transformer Engine's version.
+        config.use_precision_aware_optimizer = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     for part in parts_of(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam):  # where Apex and Transformer Engine are missing

@@ -17,6 +17,7 @@ from vespo_megatron.megatron.host_weights import HostWeights, weights_of
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
+from vespo_megatron.megatron.own_gradients import OwnGradients, gradients_finite
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.megatron.parked_memory import ParkedMemory
@@ -35,8 +36,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-_NUMBERS_AT_ONE_TIME = 1 << 30
-"""Below 2³¹, where a GPU's reductions would count in 64 bits."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -103,15 +102,7 @@ class MegatronPolicy:
         self.memory = ParkedMemory(self.chunks, self.optimizer, rank_info.device)
         model_config = get_model_config(self.chunks[0])
         model_config.grad_scale_func = self.optimizer.scale_loss
-        finalize = model_config.finalize_model_grads_func
-        self.own_gradients_finite = True
-        """Whether this rank's last gradients were, before they were added to other ranks'."""
-
-        def look_and_finalize(*args: Any, **kwargs: Any) -> None:
-            self.own_gradients_finite = self.gradients_finite()
-            finalize(*args, **kwargs)
-
-        model_config.finalize_model_grads_func = look_and_finalize
+        self._own_gradients = OwnGradients(self.chunks)
         self.on_progress: Callable[[], None] = lambda: None
         """Called before every forward of a micro-batch."""
         self.updates_taken = 0
@@ -177,13 +168,14 @@ class MegatronPolicy:
         with self.under(self._reference):
             return self.log_probs(micro_batches)
 
+    @property
+    def own_gradients_finite(self) -> bool:
+        """Whether this rank's last gradients were, before they were added to other ranks'."""
+        return self._own_gradients.finite()
+
     def gradients_finite(self) -> bool:
         """Whether every gradient on this rank is, as the buffers hold them now."""
-        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        # The extremes carry NaN and infinities on, and need no copy of the gradients.
-        parts = [part for buffer in buffers for part in buffer.grad_data.split(_NUMBERS_AT_ONE_TIME)]
-        extremes = [extreme for part in parts for extreme in torch.aminmax(part)]
-        return bool(torch.isfinite(torch.stack([extreme.float() for extreme in extremes])).all()) if extremes else True
+        return gradients_finite(self.chunks)
 
     def scale_learning_rate(self, factor: float) -> None:
         """Multiply the learning rate of the next update only; the schedule sets it anew after that."""
@@ -205,7 +197,9 @@ class MegatronPolicy:
         self.memory.check_here("parameters", "gradients", "optimizer")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
+            chunk.force_all_reduce = everywhere  # of what the backward reduces; the schedule has it for the rest
         self.optimizer.zero_grad()
+        self._own_gradients.forget()
         # megatron-core multiplies a two-tuple loss by CP and divides it by the number of micro-batches
         # (schedules.py:279); DDP averages gradients over DP·CP. What is left of that is undone here.
         scale = len(micro_batches) * self.rank_info.data_size

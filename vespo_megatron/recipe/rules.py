@@ -38,6 +38,8 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _off_policy_baseline(recipe)
     yield from _router_shift(recipe)
     yield from _layers(recipe)
+    yield from _dispatcher(recipe)
+    yield from _optimizer(recipe)
     yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
@@ -250,6 +252,66 @@ def _layers(recipe: Recipe) -> Iterator[UserError]:
                     where=f"{_MEGATRON}.{name}",
                     fix="set it to false, or layer_spec=te",
                 )
+
+
+def _dispatcher(recipe: Recipe) -> Iterator[UserError]:
+    megatron, where = recipe.policy.megatron_cfg, f"{_MEGATRON}.moe_token_dispatcher_type"
+    ranks = megatron.expert_model_parallel_size * megatron.expert_tensor_parallel_size
+    if megatron.moe_token_dispatcher_type == "allgather" and ranks > 1:
+        yield UserError(
+            f"is allgather, for which the {ranks} ranks of EP × ETP would need equally many tokens; packs differ",
+            where=where,
+            expected="alltoall, or EP 1 with ETP 1",
+            fix="set it to alltoall",
+        )
+    elif megatron.moe_token_dispatcher_type == "flex" and recipe.cluster.device == "cpu":
+        yield UserError(
+            "is flex on a CPU", where=where, expected="alltoall: DeepEP's kernels need CUDA", fix="set it to alltoall"
+        )
+
+
+def _optimizer(recipe: Recipe) -> Iterator[UserError]:
+    megatron = recipe.policy.megatron_cfg
+    optimizer, where = megatron.optimizer, f"{_MEGATRON}.optimizer"
+    sharded = optimizer.use_distributed_optimizer
+    if megatron.distributed_data_parallel_config.overlap_param_gather and not sharded:
+        yield UserError(
+            "is true with optimizer.use_distributed_optimizer false, which leaves nothing to gather",
+            where=f"{_MEGATRON}.distributed_data_parallel_config.overlap_param_gather",
+            fix="set it to false, or optimizer.use_distributed_optimizer to true",
+        )
+    if optimizer.optimizer == "sgd" and sharded:
+        yield UserError(
+            "is sgd with use_distributed_optimizer, which shards Adam's state alone",
+            where=f"{where}.optimizer",
+            expected="adam, or use_distributed_optimizer=false",
+        )
+    if optimizer.use_precision_aware_optimizer and recipe.cluster.device == "cpu":
+        yield UserError(
+            "is true on a CPU",
+            where=f"{where}.use_precision_aware_optimizer",
+            expected="false: Transformer Engine's Adam needs CUDA",
+        )
+    for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        if getattr(optimizer, name) and not sharded:
+            yield UserError(
+                "is true with use_distributed_optimizer false",
+                where=f"{where}.{name}",
+                fix="set it to false, or use_distributed_optimizer to true",
+            )
+    if optimizer.optimizer_cpu_offload and recipe.policy.precision != "bfloat16":
+        yield UserError(
+            f"is true with policy.precision {recipe.policy.precision}",
+            where=f"{where}.optimizer_cpu_offload",
+            expected="precision=bfloat16: its float32 weights go to the host beside Adam's moments",
+            fix="set it to false",
+        )
+    if optimizer.optimizer_cpu_offload and not optimizer.optimizer_offload_fraction:
+        yield UserError(
+            "is 0 with optimizer_cpu_offload: nothing would go to the host",
+            where=f"{where}.optimizer_offload_fraction",
+            expected="more than 0, up to 1",
+        )
 
 
 def _router_losses(recipe: Recipe) -> Iterator[UserError]:

@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -66,6 +67,13 @@ def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) ->
                 expected="Transformer Engine's layers: a CUDA device, bfloat16, transformer-engine[pytorch,core_cu12]",
                 fix="set it to false",
             )
+    if megatron.moe_token_dispatcher_type == "flex" and not HAVE_DEEP_EP:
+        raise UserError(
+            "is flex, but DeepEP is not there",
+            where="policy.megatron_cfg.moe_token_dispatcher_type",
+            expected="the package deep_ep, which NVIDIA's containers have",
+            fix="install it, or set it to alltoall",
+        )
     return layers
 
 
