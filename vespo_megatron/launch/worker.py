@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.processes import die_with_parent, note_failure
 from vespo_megatron.run.run_directory import RECIPE_FILE
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def main(run_dir: Path, work: str = "train") -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
     die_with_parent(signal.SIGKILL)
+    outlive_readers()
     try:
         run(load_recipe(run_dir / RECIPE_FILE), run_dir, work)
         return 0

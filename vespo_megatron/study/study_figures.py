@@ -90,6 +90,6 @@ def _over_settings(study: Study, rows: Sequence[Row]) -> bytes:
                 color=drawn[0].get_color(),
                 alpha=0.6,
             )
-    axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings])
+    axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings], parse_math=False)
     axes.set_ylim(-0.02, 1.02)
     return png(figure, axes, legend=True, x=", ".join(list(study.axes)[1:]))
