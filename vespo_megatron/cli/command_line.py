@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
     from vespo_megatron.installed import what_to_install
+    from vespo_megatron.machine_errors import explained
     from vespo_megatron.run.processes import Stopped
 
     try:
@@ -76,6 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (said := what_to_install(parsed.command, error)) is None:
             raise
         print(f"vespo-megatron: {said}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of this command's own output: whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if (refused := explained(error)) is None:
+            raise
+        print(f"vespo-megatron: {refused}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"vespo-megatron: {stopped}", file=sys.stderr)

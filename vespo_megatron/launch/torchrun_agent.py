@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vespo_megatron.machine_errors import explained
 from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.processes import EXIT_EXPLAINED, die_with_parent, note_death
 
@@ -37,6 +38,11 @@ def main(launcher: int, run_dir: Path, arguments: list[str]) -> int:
         return EXIT_EXPLAINED if first.exitcode == EXIT_EXPLAINED else 1
     except SignalException:
         return 1
+    except Exception as error:
+        if (said := explained(error)) is None:
+            raise
+        print(f"vespo-megatron: torchrun: {said}", file=sys.stderr)
+        return EXIT_EXPLAINED
     return 0
 
 

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vespo_megatron.durable import publish_folder
-
-INDEX = "model.safetensors.index.json"
+from vespo_megatron.recipe.weight_files import INDEX
 
 
 class FolderWriter:

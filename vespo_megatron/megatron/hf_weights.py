@@ -7,7 +7,6 @@ and yields HF-named tensors. One bucket and one tensor joined from it exist besi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +17,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.megatron.hf_folder import INDEX, FolderWriter
+from vespo_megatron.megatron.hf_folder import FolderWriter
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
 from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.recipe.weight_files import check_safetensors, weight_files
 
 NamedTensor = tuple[str, torch.Tensor]
 Read = Callable[[torch.nn.Parameter], torch.Tensor]
@@ -44,12 +44,11 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
-        for name in self._file_names():
-            path = self.folder / name
+        for path in weight_files(self.folder):
+            check_safetensors(path)
+            name = path.name
             try:
                 file = self._files[name] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError("is named by the index but missing", where=str(path), fix="copy it again") from None
             except SafetensorError as error:
                 raise UserError(
                     f"is damaged or truncated ({error})",
@@ -59,14 +58,6 @@ class SafetensorsFolder:
                 ) from None
             self._file_of |= dict.fromkeys(file.keys(), name)
         self._check(shape)
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.exists():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.folder / "model.safetensors").exists():
-            return ["model.safetensors"]
-        raise UserError("holds no weights", where=str(self.folder), expected=f"model.safetensors or {INDEX}")
 
     def _check(self, shape: ModelShape) -> None:
         expected = expected_tensors(shape)

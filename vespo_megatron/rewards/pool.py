@@ -60,7 +60,7 @@ class RewardPool:
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
         self._threads: ThreadPoolExecutor | None = None
-        if not set(env.rewards or [env.reward]) <= functions.INLINE:
+        if not functions.is_inline(env):
             self._threads = ThreadPoolExecutor(max_workers=env.num_workers, thread_name_prefix="reward")
             self._all = [_Worker(env) for _ in range(env.num_workers)]
             for worker in self._all:

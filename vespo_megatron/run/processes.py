@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.machine_errors import explained as explained_by_machine
 
 _PR_SET_PDEATHSIG = 1
 EXIT_EXPLAINED = 2
@@ -87,6 +88,7 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> int:
     Returns the exit code: `EXIT_EXPLAINED` for a `UserError`, else 1.
     """
     folder = run_dir / "errors"
+    error = explained_by_machine(error) or error
     explained = isinstance(error, UserError)
     text = f"{error}\n" if explained else "".join(traceback.format_exception(error))
     name = f"rank_{rank}.txt" if explained else f"rank_{rank}.traceback.txt"
