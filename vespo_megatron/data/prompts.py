@@ -168,9 +168,10 @@ def _ids_of_messages(
             raise UserError(f"the prompt is {messages!r}", where=where, expected="text as every message's content")
         return tokenizer("\n".join(contents))["input_ids"]
     try:
-        return tokenizer.apply_chat_template(
+        ids: Any = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
+        return [int(token) for token in ids]
     except Exception as error:  # a template is a program: it may raise anything
         raise UserError(
             f"the tokenizer's chat template does not take the prompt ({type(error).__name__}: {error})",

@@ -73,11 +73,11 @@ def _end(header: object) -> int:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-        whole = isinstance(offsets, list) and len(offsets) == 2 and all(type(number) is int for number in offsets)
-        if not whole or not 0 <= offsets[0] <= offsets[1]:
-            raise ValueError(f"its header has no place for {name[:100]!r}")
-        ends.append(offsets[1])
+        match entry:
+            case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+                ends.append(end)
+            case _:
+                raise ValueError(f"its header has no place for {name[:100]!r}")
     return max(ends)
 
 
