@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vespo_megatron import __version__
 from vespo_megatron.cli import (
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0: done. 1: a failure nobody explained. 2: `UserError`. 3: a plan that does not fit. 70: the watchdog ended a run
-    that hung. 75: stopped by SIGTERM or SIGUSR1 after a checkpoint, to be resumed. 128 + n: stopped by signal n (130
-    Ctrl-C, 143 SIGTERM).
+    that hung. 75: stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to be resumed. 128 + n: stopped by signal n
+    (130 Ctrl-C, 143 SIGTERM, 141 a reader that went away).
     """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(arguments)
@@ -81,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vespo-megatron: {said}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of this command's own output: whoever read it has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # what is still in the buffer may not fail at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
         if (refused := explained(error)) is None:

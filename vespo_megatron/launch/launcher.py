@@ -38,7 +38,7 @@ from vespo_megatron.run.processes import (
     stop_on_signals,
 )
 from vespo_megatron.run.run_directory import RECIPE_FILE, changed_keys, claimed, make_run_directory
-from vespo_megatron.run.stopping import StopKeeper, clear_stop
+from vespo_megatron.run.stopping import StopKeeper, check_saved, clear_stop
 from vespo_megatron.run.watchdog import Watchdog, describe_death, watched
 
 WORKER_MODULE = "vespo_megatron.launch.worker"
@@ -119,6 +119,7 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
         with _attempt(recipe, run_dir) as (recipe, servers):
             with servers.supervised(), watched(recipe, run_dir):
                 worker.run(recipe, run_dir, work)
+            check_saved(run_dir)
     return run_dir
 
 

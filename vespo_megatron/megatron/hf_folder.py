@@ -23,14 +23,17 @@ class FolderWriter:
     """
 
     def __init__(self, folder: Path, copy_from: Path | None, shard_bytes: int) -> None:
-        self.folder, self._shard_bytes = folder, shard_bytes
+        self.folder, self._copy_from, self._shard_bytes = folder, copy_from, shard_bytes
         self._partial = folder.with_name(folder.name + ".partial")
         self._weight_map: dict[str, str] = {}
         self._pending: dict[str, torch.Tensor] = {}
         self._filled = self._total = 0
+
+    def begin(self) -> None:
+        """Everything but the weights. Raises OSError where it cannot be written."""
         self.discard()
         self._partial.mkdir(parents=True)
-        for file in copy_from.iterdir() if copy_from else ():
+        for file in self._copy_from.iterdir() if self._copy_from else ():
             if file.is_file() and not file.name.startswith("model") and file.suffix != ".safetensors":
                 shutil.copy(file, self._partial / file.name)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -257,25 +258,23 @@ def save(
     Raises:
         UserError: on every rank, when it cannot be written.
     """
-    writer, failure = None, ""
-    if exporter.rank_info.rank == 0:
-        try:
-            writer = FolderWriter(Path(folder), Path(copy_from) if copy_from else None, shard_bytes)
-        except OSError as error:
-            failure = str(error)
-    for name, tensor in exporter.stream():  # to its end, whatever happens here: other ranks send
-        if writer is None or failure:
-            continue
-        try:
-            writer.add(name, tensor)
-        except (OSError, SafetensorError) as error:
-            failure = str(error)
-    if writer is not None:
+    writer, failure = FolderWriter(Path(folder), Path(copy_from) if copy_from else None, shard_bytes), ""
+    is_first = exporter.rank_info.rank == 0
+
+    def attempt(action: Callable[..., None], *arguments: Any) -> None:
+        nonlocal failure
         try:
             if not failure:
-                writer.finish()
+                action(*arguments)
         except (OSError, SafetensorError) as error:
             failure = str(error)
+
+    if is_first:
+        attempt(writer.begin)
+    for name, tensor in exporter.stream():  # to its end, whatever happens here: other ranks send
+        attempt(writer.add, name, tensor)
+    if is_first:
+        attempt(writer.finish)
         if failure:
             writer.discard()
     shared = [failure]

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
@@ -92,10 +93,9 @@ class StopKeeper:
 
     def ended(self) -> None:
         """The ranks have ended well: raises `Stopped` when that was early and on request, `UserError` when not."""
-        note = (self._run_dir / STOPPED_FILE).read_text().strip()
-        if not note:
+        told = _read_note(self._run_dir)
+        if told is None:
             return
-        told = json.loads(note)
         saved = f"after step {told['step']}: {told['saved']}" if told["saved"] else ""
         if told["reason"]:
             raise UserError(
@@ -105,6 +105,18 @@ class StopKeeper:
             )
         if self._signum is not None:
             raise Stopped(self._signum, saved)
+
+
+def check_saved(run_dir: Path) -> None:
+    """Raises UserError when the run left the loop early and could not save: whoever started it has no other sign."""
+    told = _read_note(run_dir)
+    if told is not None and not told["saved"]:
+        raise UserError(f"stopped after step {told['step']}, unsaved", where=str(run_dir), fix="see why above")
+
+
+def _read_note(run_dir: Path) -> dict[str, Any] | None:
+    note = (run_dir / STOPPED_FILE).read_text().strip()
+    return json.loads(note) if note else None
 
 
 def clear_stop(run_dir: Path) -> None:
