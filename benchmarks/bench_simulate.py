@@ -26,7 +26,7 @@ from vespo_megatron.plan.pipeline_model import simulate
 from vespo_megatron.plan.rates import from_runs
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.rollout_sglang import launch_servers
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 # SGLang 0.5.23 looks once a second whether a pause by abort is over, which at this size would be all there is to see.
 _ASYNC = ["grpo.async_grpo.enabled=true", "grpo.async_grpo.on_weight_update=in_place"]

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "tiny_moe.png"
 PANELS = {

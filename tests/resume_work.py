@@ -60,6 +60,17 @@ def _train(run_dir: str) -> None:
     os._exit(worker.main(Path(run_dir)))
 
 
+def wait_for_step(run_dir: Path, process: multiprocessing.Process, step: int) -> None:
+    """Return when the run says that it is in this step or a later one."""
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline:
+        status = read_rank_statuses(run_dir).get(0)
+        if status is not None and status.step >= step:
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"step {step} was not reached")
+
+
 def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: int, chance: random.Random) -> str:
     """SIGKILL at a random moment of `phase` in `step` or later; '' when the run has ended before.
 

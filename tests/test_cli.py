@@ -166,3 +166,17 @@ def test_every_command_explains_itself(capsys):
         with pytest.raises(SystemExit) as end:
             cli.main([name, "--help"])
         assert end.value.code == 0 and f"usage: vespo-megatron {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError("mathtext"), UserError("no finished step to report")])
+def test_a_run_has_ended_well_whatever_becomes_of_its_report(error, tmp_path, monkeypatch, capsys):
+    from vespo_megatron.study import report
+
+    def fail(runs, output):
+        raise error
+
+    monkeypatch.setattr(launcher, "train", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(report, "write_report", fail)
+    assert cli.main(["train", "recipe.yaml"]) == 0
+    told = capsys.readouterr().err
+    assert str(error) in told and f"to do: vespo-megatron report {tmp_path}" in told

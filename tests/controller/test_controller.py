@@ -233,7 +233,7 @@ def test_dynamic_sampling_draws_on_for_groups_that_overlong_filtering_leaves_wit
 
 def test_evaluation_knows_no_overlong_filtering(build):
     controller = build(scores=lambda n: 1.0, spoil=cut_off(*range(6)), grpo__overlong_filtering=True)
-    assert controller.evaluate(0)["eval/sums/avg@1"] == 1.0
+    assert controller.evaluate(0)[0]["eval/sums/avg@1"] == 1.0
 
 
 def test_masked_responses_are_in_no_denominator(build):
@@ -284,7 +284,7 @@ def test_r3_with_another_models_routes_fails_at_the_probe(shape, build):
 
 
 def test_evaluation_reports_each_set_by_name(build):
-    metrics = build(scores=lambda n: 1.0, grpo__val_num_generations=2).evaluate(0)
+    metrics = build(scores=lambda n: 1.0, grpo__val_num_generations=2).evaluate(0)[0]
     assert metrics["eval/sums/avg@2"] == 1.0
 
 
@@ -296,7 +296,7 @@ def test_evaluation_asks_for_greedy_answers_besides_and_tells_groups_apart(build
         grpo__val_greedy=True,
         data__group_by="level",
     )
-    metrics = controller.evaluate(0)
+    metrics = controller.evaluate(0)[0]
     requests = controller.parts.engine.requests
     assert [request.sampling.temperature for request in requests] == [1.0] * 12 + [0.0] * 6
     assert len({request.request_id for request in requests}) == 18
@@ -306,7 +306,7 @@ def test_evaluation_asks_for_greedy_answers_besides_and_tells_groups_apart(build
 
 
 def test_prompts_without_the_entry_have_no_group(build):
-    assert not [name for name in build(data__group_by="nothing").evaluate(0) if "/by/" in name]
+    assert not [name for name in build(data__group_by="nothing").evaluate(0)[0] if "/by/" in name]
 
 
 def test_over_sampling_rounds_every_metric_is_that_of_the_whole_batch(build):

@@ -159,3 +159,30 @@ def test_a_checkpoint_without_a_fingerprint_tells_data_by_number():
 def test_more_prompts_than_there_are_is_an_error():
     with pytest.raises(UserError, match="grpo.num_prompts_per_step: is 11"):
         stream().take(11)
+
+
+@pytest.mark.parametrize("error", [TypeError("can only concatenate str"), RuntimeError("roles must alternate")])
+def test_a_chat_template_that_fails_names_row_and_reason(load, monkeypatch, error):
+    def fail(self, messages, **kwargs):
+        raise error
+
+    monkeypatch.setattr(LetterTokenizer, "apply_chat_template", fail)
+    with pytest.raises(UserError, match=rf"train\.jsonl, row 0: the tokenizer's chat template.*{error}"):
+        load([row([{"role": "user", "content": "hi"}])])
+
+
+@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "hi"}]])
+def test_without_a_template_a_message_s_content_is_text(load, monkeypatch, content):
+    monkeypatch.setattr(LetterTokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="row 0: the prompt is .*\n.*text as every message's content"):
+        load([row([{"role": "user", "content": content}])])
+
+
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(load, tmp_path, monkeypatch):
+    """As in a home directory that is read-only; a file in a folder's place stops root as well."""
+    import datasets
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match="the cache of Hugging Face's datasets, .*file.*\n  to do: set HF_HOME"):
+        load([row()])

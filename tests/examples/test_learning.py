@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vespo_megatron.cli import main
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,8 +22,8 @@ from command_line import make_folder, of_this_run, write_rows
 from gpu_report import report
 
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
+from vespo_megatron.run.metrics_file import read_metrics
 from vespo_megatron.run.processes import wait_until
-from vespo_megatron.run.records import read_metrics
 from vespo_megatron.run.run_directory import RECIPE_FILE
 
 pytestmark = [pytest.mark.cuda, pytest.mark.timeout(170)]

@@ -34,6 +34,14 @@ def train(recipe, run_dir):
     print(f"rank {rank} has {os.environ['OMP_NUM_THREADS']} threads", flush=True)
     if what == "finish":
         return
+    if what == "talks":
+        for number in range(1000):
+            print("a line that is longer than a pipe is patient", number, file=[sys.stdout, sys.stderr][number % 2])
+        (run_dir / f"done_{rank}").touch()
+        return
+    if what == "full":  # the disk: nothing more is created, and why cannot be noted
+        (run_dir / "errors").write_text("in the way")
+        raise UserError("holds nothing more", where="the disk")
     if what == "explain" and rank == 1:
         raise UserError("has no experts left", where="layer 3", fix="keep some")
     if what == "explain":
@@ -90,7 +98,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 class Launched:
     """`vespo-megatron train` in a process, and what it started."""
 
-    def __init__(self, folder: Path, what: str) -> None:
+    def __init__(self, folder: Path, what: str, before: str = "") -> None:
         (folder / "obedient_worker.py").write_text(WORKER)
         recipe = folder / "recipe.yaml"
         recipe.write_text(
@@ -102,7 +110,7 @@ class Launched:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         self.run_dir = folder / "runs" / what / "version_0"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(recipe)],
+            [sys.executable, "-c", before + DRIVER, str(recipe)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -142,8 +150,8 @@ def is_running(pid: int) -> bool:
 def start(tmp_path):
     launched = []
 
-    def start_it(what: str) -> Launched:
-        launched.append(Launched(tmp_path, what))
+    def start_it(what: str, before: str = "") -> Launched:
+        launched.append(Launched(tmp_path, what, before))
         return launched[-1]
 
     yield start_it
@@ -212,7 +220,7 @@ def test_a_signal_stops_everything_within_seconds(start, what, signum, expected)
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_run_that_has_trained_saves_first_and_says_that_it_can_be_resumed(start, signum):
     run = start("saves")
     run.wait_until_training()
@@ -222,6 +230,45 @@ def test_a_run_that_has_trained_saves_first_and_says_that_it_can_be_resumed(star
     assert status == 75
     assert errors == f"vespo-megatron: stopped by {signal.Signals(signum).name} after step 3: checkpoints/step_3\n"
     assert wait_until(lambda: not run.alive(), 20), run.alive()
+
+
+def test_a_terminal_that_closes_asks_more_than_once_and_hears_no_answer(start):
+    run = start("saves")
+    run.wait_until_training()
+    assert wait_until(lambda: len(read_rank_statuses(run.run_dir)) == 2, 20)
+    run.process.stdout.close()
+    run.process.stderr.close()
+    for _ in range(2):
+        run.process.send_signal(signal.SIGHUP)
+    assert run.process.wait(60) == 75
+    assert wait_until(lambda: not run.alive(), 20), run.alive()
+
+
+def test_under_nohup_a_terminal_may_close(start):
+    run = start("saves", before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    run.wait_until_training()
+    assert wait_until(lambda: len(read_rank_statuses(run.run_dir)) == 2, 20)
+    run.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert not (run.run_dir / "stop").exists() and run.process.poll() is None
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(start):
+    """As `vespo-megatron train … 2>&1 | head -1`."""
+    run = start("talks")
+    assert run.process.stdout.readline().startswith("run directory: ")
+    run.process.stdout.close()
+    run.process.stderr.close()
+    assert run.process.wait(150) == 0
+    assert sorted(path.name for path in run.run_dir.glob("done_*")) == ["done_0", "done_1"]
+
+
+def test_a_rank_that_cannot_note_why_it_failed_says_so(start):
+    run = start("full")
+    status, _, errors = run.finish()
+    assert status == 2
+    assert "vespo-megatron: rank 0: the disk: holds nothing more\n" in errors or "rank 1: the disk" in errors
+    assert "could not note why; its message is above" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("impatient", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,15 @@ def test_a_model_folder_without_weights_or_of_another_kind_is_refused(recipe):
 def test_names_that_no_table_has_are_refused(recipe, change, message):
     with pytest.raises(UserError, match=message):
         preflight.check(recipe.with_values(change))
+
+
+def test_a_temporary_folder_whose_name_leaves_no_room_for_a_socket_is_named(recipe, tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(UserError, match=r"TMPDIR: is .*longlong.*\n  expected: at most 75 characters"):
+        preflight.check(recipe)
+    preflight.check(recipe.with_values({"policy.generation.backend": "in_process", "env.reward": "exact_match"}))
 
 
 # ---- through the command line ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from fake_node import NODE, FakeNode, write_interpreter
 
 from vespo_megatron.launch import launcher
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 TESTS = Path(__file__).parents[1]
 SERVERS = "policy.generation.sglang_cfg"

@@ -15,7 +15,7 @@ import torch
 from vespo_megatron.cli import main
 from vespo_megatron.evaluation.record import read_problems
 from vespo_megatron.megatron.hardware import peak_tflops
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 from vespo_megatron.trainer.utilization import utilization
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.metrics.documentation import markdown
 from vespo_megatron.metrics.merging import merge, merge_rows
 from vespo_megatron.metrics.table import METRICS, Merge, metric
-from vespo_megatron.run.records import PROGRESS_METRICS, RunLogger, read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
+from vespo_megatron.run.records import PROGRESS_METRICS, RunLogger
 from vespo_megatron.study.panels import PANELS, Panel
 
 ROOT = Path(__file__).parents[2]

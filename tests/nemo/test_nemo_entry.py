@@ -12,7 +12,7 @@ import pytest
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import ExpManagerConfig
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "tiny_moe").glob("*.yaml"))

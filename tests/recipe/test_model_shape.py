@@ -129,3 +129,15 @@ def test_the_folder_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": -1}))
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'config.json'}: vocab_size is -1")):
         read_shape(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"1" * 5_000, b""])
+def test_a_file_that_no_parser_takes_is_refused_by_its_name(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: is not"):
+        read_shape(tmp_path)
+
+
+def test_more_layers_than_can_be_listed_are_refused():
+    with pytest.raises(UserError, match="num_hidden_layers is 1000000000000"):
+        shape(num_hidden_layers=10**12)

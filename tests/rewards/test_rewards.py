@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +78,58 @@ def score_calls(env, *calls):
         pool.close()
 
 
+@pytest.mark.parametrize("size", [10, 10_000_000])
+@pytest.mark.parametrize(
+    ("signum", "parts"),
+    [
+        (signal.SIGSTOP, {"timeout": 1.0}),
+        (signal.SIGKILL, {"format": 1.0}),  # it had nothing to do with this response, which another worker scores
+    ],
+)
+def test_a_worker_that_somebody_stops_or_kills_costs_its_response_at_most_whatever_its_size(signum, parts, size):
+    pool = RewardPool(EnvConfig(reward=f"{__name__}:hostile", timeout=1.0, num_workers=1))
+    try:
+        assert answers(pool, "fine") == [0.5]
+        (worker,) = pool._all
+        os.kill(worker._process.pid, signum)
+        assert wait_for(lambda: not is_running(worker._process.pid), 10)
+        started = time.monotonic()
+        (result,) = asyncio.run(pool.score([RewardRequest("s", "x" * size, "4")]))
+        assert dict(result.parts) == parts
+        assert answers(pool, "fine") == [0.5]
+        assert time.monotonic() - started < 30
+    finally:
+        pool.close()
+
+
+def test_a_worker_killed_before_it_has_read_its_request_costs_that_response():
+    pool = RewardPool(EnvConfig(reward=f"{__name__}:hostile", timeout=5.0, num_workers=1))
+    try:
+        assert answers(pool, "fine") == [0.5]
+        (worker,) = pool._all
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        killer = threading.Timer(0.5, worker._process.kill)
+        killer.start()
+        (result,) = asyncio.run(pool.score([RewardRequest("s", "read by nobody", "4")]))
+        assert dict(result.parts) == {"error": 1.0}
+        assert answers(pool, "fine") == [0.5]
+    finally:
+        pool.close()
+
+
+def test_a_worker_killed_at_its_start_is_replaced():
+    pool = RewardPool(EnvConfig(reward=f"{__name__}:hostile", num_workers=1))
+    try:
+        pool._all[0]._process.kill()
+        assert answers(pool, "fine") == [0.5]
+    finally:
+        pool.close()
+
+
+def answers(pool, *texts):
+    return [result.reward for result in asyncio.run(pool.score([RewardRequest("s", text, "4") for text in texts]))]
+
+
 @pytest.mark.parametrize("reward", ["exact_match", f"{__name__}:hostile"])
 @pytest.mark.parametrize("calls", [[rows(1, 2)], [rows(1), rows(2)]], ids=["one call", "a call each"])
 def test_a_reward_that_raises_on_every_response_ends_the_run_with_what_it_raised(reward, calls):
@@ -138,7 +192,7 @@ def wait_for(condition, seconds):
 
 def is_running(pid):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "TZX"
     except OSError:
         return False
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vespo_megatron.run.records import LoggedSample, RunLogger, read_metrics
+from vespo_megatron.run.metrics_file import MetricsFile, read_metrics
+from vespo_megatron.run.records import LoggedSample, RunLogger
+from vespo_megatron.run.tensorboard_events import TensorBoardEvents
 
 
 class Terminal(io.StringIO):
@@ -60,12 +66,10 @@ def test_tensorboard_has_the_scalars_and_the_histograms(tmp_path):
 
     binned = ((-1.0, 0.0, 1.0, 2.0), torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))
     with RunLogger(tmp_path, total_steps=1, stream=io.StringIO()) as logger:
-        values = torch.tensor([1.0, 2.0, float("inf")])
-        logger.log_step(1, {"reward/mean": 0.5}, histograms={"vespo/log_w": values, "vespo/phi": binned})
+        logger.log_step(1, {"reward/mean": 0.5}, histograms={"vespo/phi": binned})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.5)]
-    assert events.Histograms("vespo/log_w")[0].histogram_value.num == 2
     assert events.Histograms("vespo/phi")[0].histogram_value.num == 4
 
 
@@ -119,3 +123,73 @@ def test_an_interrupted_run_closes_once_and_keeps_its_steps(tmp_path):
         raise KeyboardInterrupt
     logger.close()
     assert len(lines_of(tmp_path)) == 1
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_where_the_disk_is_full_records_wait_or_are_lost_loudly_and_the_rest_is_written(tmp_path, monkeypatch):
+    stream, full = io.StringIO(), [False]
+
+    def unless_full(function):
+        def call(*arguments, **named):
+            if full[0]:
+                raise FULL
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(os, "fstat", unless_full(os.fstat))  # the first call of `MetricsFile` on its file
+    monkeypatch.setattr(Path, "write_text", unless_full(Path.write_text))
+    monkeypatch.setattr(TensorBoardEvents, "_write_event", unless_full(TensorBoardEvents._write_event))
+    with RunLogger(tmp_path, total_steps=4, stream=stream) as logger:
+        for step in (1, 2, 3, 4):
+            full[0] = step in (2, 3)
+            logger.log_step(step, {"reward/mean": step / 10})
+            logger.log_samples(step, [LoggedSample("p", "r", 1.0)])
+            logger.log_problems(step, [])
+            if step == 3:
+                logger.log_late(2, {"eval/val/avg@1": 0.5})
+    assert [row["reward/mean"] for row in read_metrics(tmp_path)] == [0.1, 0.2, 0.3, 0.4]
+    assert read_metrics(tmp_path)[1]["eval/val/avg@1"] == 0.5
+    assert sorted(path.stem for path in (tmp_path / "evaluations").iterdir()) == ["step_000001", "step_000004"]
+    told = [line for line in stream.getvalue().splitlines() if line.startswith("vespo-megatron: ")]
+    assert "vespo-megatron: cannot write metrics.jsonl (No space left on device); its lines wait in memory" in told[0]
+    for what in ("TensorBoard's events", "samples/", "evaluations/"):
+        assert sum(f"cannot write {what} (No space" in line for line in told) == 1, "each is told once"
+        assert sum(line.startswith(f"vespo-megatron: {what}: written again, after ") for line in told) == 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 4]
+
+
+def test_a_line_is_in_the_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The disk takes half of a line, then nothing."""
+    lines = MetricsFile(tmp_path, 0)
+    lines.append({"step": 1})
+    before, limits = (tmp_path / "metrics.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            lines.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and lines.waiting == 1
+    lines.append({"step": 3})
+    lines.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_what_is_known_later_is_of_its_step(tmp_path):
+    stream = io.StringIO()
+    with RunLogger(tmp_path, total_steps=3, tensorboard=False, stream=stream) as logger:
+        logger.log_step(1, {"reward/mean": 0.5})
+        logger.log_step(2, {"reward/mean": 0.6})
+        logger.log_late(1, {"eval/val/avg@1": 0.25})
+    first, second = read_metrics(tmp_path)
+    assert (first["reward/mean"], first["eval/val/avg@1"]) == (0.5, 0.25) and "eval/val/avg@1" not in second
+    assert stream.getvalue().endswith("of step 1: val/avg@1 0.250\n")
+    with RunLogger(tmp_path, total_steps=3, tensorboard=False, start_step=1, stream=stream) as logger:
+        assert logger.history == [first], "a resume keeps what is known of the steps it keeps"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import ExpManagerConfig
-from vespo_megatron.run.run_directory import make_run_directory
+from vespo_megatron.run.run_directory import claimed, make_run_directory
 
 
 @pytest.fixture
@@ -46,3 +47,14 @@ def test_a_folder_that_cannot_be_made_names_the_key(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"exp_manager\.exp_dir"):
         make_run_directory(ExpManagerConfig(exp_dir=str(tmp_path / "file"), name="run"))
+
+
+def test_a_run_that_may_not_be_written_any_more_is_named(make, monkeypatch):
+    run_dir = make()
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(run_dir), "open", refuse)
+    with pytest.raises(UserError, match=rf"{run_dir}: cannot be written \(Permission denied\)"), claimed(run_dir):
+        pass

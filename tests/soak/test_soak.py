@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", "5000"))

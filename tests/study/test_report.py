@@ -57,6 +57,12 @@ def test_a_report_is_one_file_with_its_pictures_inside_and_asks_nothing_of_the_n
     assert 'name="viewport"' in page
 
 
+def test_a_name_that_reads_like_mathematics_is_a_name(tmp_path):
+    odd = {r"eval/$\frac{/avg@1": 0.5, "eval/a$b_{/avg@1": 0.25}
+    runs = [make_run(tmp_path / name, extra=odd) for name in (r"cost_$x^{", r"$\nothing$")]
+    assert pictures(write_report(runs, tmp_path / "report.html").read_text())
+
+
 def test_metrics_that_are_missing_leave_their_panels_out(tmp_path):
     run = tmp_path / "bare"
     run.mkdir()

@@ -10,7 +10,7 @@ import resume_work
 
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
 from vespo_megatron.run.checkpoint_store import CheckpointStore
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 from vespo_megatron.run.run_directory import RECIPE_FILE
 from vespo_megatron.trainer.checkpoint import TRAINER
 

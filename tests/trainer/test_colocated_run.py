@@ -8,7 +8,7 @@ import pytest
 from command_line import started
 
 from vespo_megatron.rollout_sglang.client.control import call
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 TESTS = Path(__file__).parents[1]
 DRIVER = """

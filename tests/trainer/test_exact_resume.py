@@ -9,7 +9,7 @@ import random
 import pytest
 import resume_work
 
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 STEPS = 6
 MOMENTS = ("generate", "old_log_probs", "train", "sync_weights", "checkpoint", "checkpoint write", "step", "set-up")

@@ -7,7 +7,7 @@ from command_line import started
 from safetensors.torch import load_file
 
 from vespo_megatron.quantization import fake_quantize
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 
 @pytest.mark.timeout(240)

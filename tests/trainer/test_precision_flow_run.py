@@ -11,7 +11,7 @@ import resume_work
 from safetensors.torch import load_file
 
 from vespo_megatron.quantization import fake_quantize
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 OVERRIDES = (
     "policy.quantization.scheme=int4",

@@ -11,7 +11,7 @@ import resume_work
 
 from vespo_megatron.plan.measured_mismatch import read_measured
 from vespo_megatron.plan.prediction import check_run, likely_lengths, scenario
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,7 +8,7 @@ import resume_work
 from made_up_sample import sample
 
 from vespo_megatron.data.batch import Batch
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 from vespo_megatron.trainer import bundle
 
 TRUNCATED = ("policy.generation.top_p=0.8", "policy.generation.top_k=40", "policy.generation.temperature=0.9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from command_line import started
 
-from vespo_megatron.run.records import read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
 
 MEGATRON = "policy.megatron_cfg"
 LAYOUTS = {

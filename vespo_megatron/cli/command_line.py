@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vespo_megatron import __version__
 from vespo_megatron.cli import (
@@ -54,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0: done. 1: a failure nobody explained. 2: `UserError`. 3: a plan that does not fit. 70: the watchdog ended a run
-    that hung. 75: stopped by SIGTERM or SIGUSR1 after a checkpoint, to be resumed. 128 + n: stopped by signal n (130
-    Ctrl-C, 143 SIGTERM).
+    that hung. 75: stopped by SIGTERM, SIGUSR1 or SIGHUP after a checkpoint, to be resumed. 128 + n: stopped by signal n
+    (130 Ctrl-C, 143 SIGTERM, 141 a reader that went away).
     """
     parser = build_parser()
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from vespo_megatron.errors import UserError
     from vespo_megatron.installed import what_to_install
+    from vespo_megatron.machine_errors import explained
     from vespo_megatron.run.processes import Stopped
 
     try:
@@ -82,6 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (said := what_to_install(parsed.command, error)) is None:
             raise
         print(f"vespo-megatron: {said}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of this command's own output: whoever read it has enough
+        with suppress(OSError):  # what is still in the buffer may not fail at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if (refused := explained(error)) is None:
+            raise
+        print(f"vespo-megatron: {refused}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"vespo-megatron: {stopped}", file=sys.stderr)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from vespo_megatron.cli.shared import add_recipe
+from vespo_megatron.errors import UserError
 
 HELP = "train as a recipe says: starts SGLang and torchrun, or joins torchrun"
 
@@ -30,7 +32,20 @@ def run(parsed: argparse.Namespace) -> int:
         print(f"vespo-megatron: {failure}", file=sys.stderr)
         return failure.exit_code
     if run_dir is not None:
-        from vespo_megatron.study.report import write_report
-
-        print(f"report: {write_report([run_dir], run_dir / 'report.html')}")
+        _report(run_dir)
     return 0
+
+
+def _report(run_dir: Path) -> None:
+    """The run has ended well, whatever becomes of its report."""
+    from vespo_megatron.study.report import write_report
+
+    try:
+        print(f"report: {write_report([run_dir], run_dir / 'report.html')}")
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(
+            f"vespo-megatron: the run has ended well, but not its report: {reason}\n"
+            f"  to do: vespo-megatron report {run_dir}",
+            file=sys.stderr,
+        )

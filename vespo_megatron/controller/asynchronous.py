@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vespo_megatron.controller.evaluation import evaluate
-from vespo_megatron.controller.parts import Parts, Rollout, advantages_of, answer_all
+from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
 from vespo_megatron.controller.sampler import Sampler, describe, request_seed
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
@@ -22,6 +22,7 @@ from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
+from vespo_megatron.run.metrics_file import evaluated_steps
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,8 @@ class AsynchronousSource:
         self._resend: list[tuple[Group, PromptRecord]] = []
         self._evaluations: dict[int, Future[dict[str, float]]] = {}
         """By step, those whose metrics nobody has yet."""
+        self._owed: list[int] = []
+        """Steps whose evaluation the end of an earlier attempt cut short."""
         self._interruptions = 0
         self._bad_samples = 0
         self._unusable_in_a_row = 0
@@ -101,8 +104,10 @@ class AsynchronousSource:
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
-    def collect(self, step: int) -> Rollout:  # noqa: ARG002  (a batch is whichever is due)
+    def collect(self, step: int) -> Rollout:
         """The next batch that may be trained on."""
+        while self._owed:  # by the weights that there are, whatever became of those it began with
+            self._begin_evaluation(self._owed.pop(), weights_of=step - 1)
         return self.parts.thread.run(self._collect())
 
     async def _collect(self) -> Rollout:
@@ -120,7 +125,7 @@ class AsynchronousSource:
         keep = np.flatnonzero(result.keep.numpy()).tolist()
         batch = Batch(samples, result.values.numpy().astype(np.float32), oldest).select(keep)
         metrics = describe(samples) | result.metrics | self.parts.engine.metrics() | await self._staleness(samples)
-        return Rollout(batch, metrics | self._finished_evaluations())
+        return Rollout(batch, metrics, self._ended_evaluations())
 
     async def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
         per_token, counts = self.buffer.lags(samples), self.buffer.counts
@@ -144,19 +149,25 @@ class AsynchronousSource:
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Begin to evaluate beside training; the metrics come with a later batch. Before and after training, wait."""
-        if not self.parts.validation:
-            return {}
-        if step not in self._evaluations:  # else the servers that it waited for have their weights now
-            self._evaluations[step] = asyncio.run_coroutine_threadsafe(self._evaluate(step), self.parts.thread.loop)
-        if step not in (0, self.parts.recipe.grpo.max_num_steps):
-            return {}
-        self.parts.thread.run(self._evaluations_end())
-        return self._finished_evaluations()
+    def evaluate(self, step: int) -> Evaluations:
+        """Begin to evaluate beside training; the metrics come with a later batch, or are waited for."""
+        if self.parts.validation and step not in self._evaluations:
+            self._begin_evaluation(step, weights_of=step)
+        return {}
 
-    async def _evaluate(self, step: int) -> dict[str, float]:
-        return await evaluate(self.parts, self.sampler, step) | {"eval/begun_after_step": float(step)}
+    def await_evaluations(self) -> Evaluations:
+        """See `BatchSource.await_evaluations`."""
+        self.parts.thread.run(self._evaluations_end())
+        return self._ended_evaluations()
+
+    def _begin_evaluation(self, step: int, *, weights_of: int) -> None:
+        """`weights_of`: the step whose weights the engine has, or will have."""
+
+        async def scores() -> dict[str, float]:
+            begun = {"eval/begun_after_step": float(weights_of)}
+            return await evaluate(self.parts, self.sampler, step) | begun
+
+        self._evaluations[step] = asyncio.run_coroutine_threadsafe(scores(), self.parts.thread.loop)
 
     async def _evaluations_end(self) -> None:
         """Wait for those that have begun. Raises WeightsNeeded when what they wait for is new weights."""
@@ -165,13 +176,9 @@ class AsynchronousSource:
                 raise self.stream.weights_needed
             await asyncio.sleep(0.01)
 
-    def _finished_evaluations(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for step, future in list(self._evaluations.items()):
-            if future.done():
-                del self._evaluations[step]
-                metrics |= future.result()
-        return metrics
+    def _ended_evaluations(self) -> Evaluations:
+        ended = sorted(step for step, future in self._evaluations.items() if future.done())
+        return {step: self._evaluations.pop(step).result() for step in ended}
 
     # ---- weights, state, end -----------------------------------------------------------------------------------
 
@@ -192,10 +199,15 @@ class AsynchronousSource:
         thread.run(self.stream.resume_sending(version, between=between))
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts, and every group that was sent and is not trained on."""
+        """Position in the prompts, every group that was sent and is not trained on, evaluations under way."""
+        evaluations = sorted({*self._evaluations, *self._owed})
 
         async def state() -> dict[str, Any]:
-            return {"prompts": self.parts.prompts.state_dict(), "buffer": self.buffer.state_dict()}
+            return {
+                "prompts": self.parts.prompts.state_dict(),
+                "buffer": self.buffer.state_dict(),
+                "evaluations": evaluations,
+            }
 
         return self.parts.thread.run(state())
 
@@ -209,6 +221,8 @@ class AsynchronousSource:
                 self.buffer.abort(group)
             else:
                 self._resend.append((group, records[group.prompt_id]))
+        recorded = evaluated_steps(self.parts.logger.history)
+        self._owed = [step for step in state.get("evaluations", ()) if step not in recorded]
 
     def expire_other_versions(self, known: Collection[int]) -> None:
         """See `BatchSource.expire_other_versions`."""

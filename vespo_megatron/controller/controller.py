@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.controller.asynchronous import AsynchronousSource
 from vespo_megatron.controller.event_loop import EventLoopThread
-from vespo_megatron.controller.parts import BatchSource, Parts, Rollout
+from vespo_megatron.controller.parts import BatchSource, Evaluations, Parts, Rollout
 from vespo_megatron.controller.synchronous import SynchronousSource
 from vespo_megatron.data.prompts import PromptRecord, PromptStream
 from vespo_megatron.data.sample import Sample
@@ -80,9 +80,13 @@ class Controller:
         """See `BatchSource.collect`."""
         return self.source.collect(step)
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> Evaluations:
         """See `BatchSource.evaluate`."""
         return self.source.evaluate(step)
+
+    def await_evaluations(self) -> Evaluations:
+        """See `BatchSource.await_evaluations`."""
+        return self.source.await_evaluations()
 
     def update_weights(
         self, stream: Iterable[tuple[str, torch.Tensor]], version: int, *, between: bool = False
@@ -112,6 +116,11 @@ class Controller:
         metrics = dict(metrics)
         histograms = metrics.pop("histograms", {})
         self.logger.log_step(step, metrics, histograms=histograms)
+
+    def log_evaluations(self, evaluations: Evaluations) -> None:
+        """What ended beside training, to the steps that it belongs to."""
+        for step, metrics in evaluations.items():
+            self.logger.log_late(step, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -46,12 +46,18 @@ class Parts:
             self.logger.print(f"data.train: not the prompts the run was saved with ({before}): they are begun anew")
 
 
+Evaluations = dict[int, dict[str, float]]
+"""Step → metrics of the evaluation that the schedule has after it."""
+
+
 @dataclass
 class Rollout:
     """One rollout batch, ready to train on, and its metrics."""
 
     batch: Batch
     metrics: dict[str, float]
+    evaluations: Evaluations = field(default_factory=dict)
+    """Those that have ended beside training since the last one."""
 
 
 class BatchSource(Protocol):
@@ -67,8 +73,11 @@ class BatchSource(Protocol):
             UserError: no usable group was drawn in a long time, or the engine or a reward failed.
         """
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> Evaluations:
         """Scores of the validation sets, or nothing yet. Raises WeightsNeeded as `collect` does."""
+
+    def await_evaluations(self) -> Evaluations:
+        """Those that have begun and that nobody has yet, at their end. Raises WeightsNeeded as `collect` does."""
 
     def update_weights(
         self, stream: Iterable[tuple[str, torch.Tensor]], version: int, *, between: bool = False

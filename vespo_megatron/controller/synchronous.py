@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.interruptible import Interruptible
-from vespo_megatron.controller.parts import Parts, Rollout, advantages_of, answer_all
+from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.sampler import Sampler, describe
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
@@ -79,11 +79,15 @@ class SynchronousSource:
         metrics = describe(generated) | merge_rows(rounds) | spread(torch.cat(trained))
         return Rollout(Batch(samples, kept_advantages.numpy().astype(np.float32)), metrics)
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> Evaluations:
         """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
         if not self.parts.validation:
             return {}
-        return self._interruptible.run(lambda: self.parts.thread.run(evaluate(self.parts, self.sampler, step)))
+        return {step: self._interruptible.run(lambda: self.parts.thread.run(evaluate(self.parts, self.sampler, step)))}
+
+    def await_evaluations(self) -> Evaluations:
+        """None goes on beside training."""
+        return {}
 
     def update_weights(
         self,

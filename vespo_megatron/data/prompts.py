@@ -116,8 +116,23 @@ def _read(path: Path) -> datasets.Dataset:
         return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps every parser's own exceptions
         cause = error.__cause__ or error
+        if (elsewhere := _outside(path, error)) is not None:
+            raise elsewhere from None
         expected = f"a {path.suffix} file with rows"
         raise UserError(f"cannot be read ({cause})", where=str(path), expected=expected) from None
+
+
+def _outside(path: Path, error: BaseException | None) -> UserError | None:
+    """What `datasets` met in its cache, which is no fault of the data."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename and Path(str(error.filename)) != path:
+            return UserError(
+                f"cannot be written ({error.strerror})",
+                where=f"the cache of Hugging Face's datasets, {error.filename}",
+                fix="set HF_HOME or HF_DATASETS_CACHE to a folder that this user can write",
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_empty(path: Path) -> bool:
@@ -138,17 +153,34 @@ def _tokenise(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bo
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, Sequence) and prompt and all(_is_message(part) for part in prompt):
-        if chat_template and tokenizer.chat_template:
-            ids = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        else:
-            ids = tokenizer("\n".join(part["content"] for part in prompt))["input_ids"]
+        ids = _ids_of_messages(prompt, tokenizer, chat_template, where)
     else:
         raise UserError(f"the prompt is {prompt!r}", where=where, expected="text, or a list of {role, content}")
     if not ids:
         raise UserError("the prompt is empty", where=where, expected="at least one token")
     return list(ids)
+
+
+def _ids_of_messages(
+    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, chat_template: bool, where: str
+) -> Sequence[int]:
+    if not (chat_template and tokenizer.chat_template):
+        contents = [part["content"] for part in messages]
+        if not all(isinstance(content, str) for content in contents):
+            raise UserError(f"the prompt is {messages!r}", where=where, expected="text as every message's content")
+        return tokenizer("\n".join(contents))["input_ids"]
+    try:
+        ids: Any = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return [int(token) for token in ids]
+    except Exception as error:  # a template is a program: it may raise anything
+        raise UserError(
+            f"the tokenizer's chat template does not take the prompt ({type(error).__name__}: {error})",
+            where=where,
+            expected="messages with the roles and contents that the template knows",
+            fix="mend the data, or set policy.tokenizer.chat_template=false: contents alone, line by line",
+        ) from None
 
 
 def _is_message(part: Any) -> bool:

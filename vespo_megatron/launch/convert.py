@@ -20,6 +20,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vespo_megatron.durable import publish_folder
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch.launcher import ALONE
 from vespo_megatron.launch.model_source import Source, find_source
@@ -72,7 +73,7 @@ def convert(
         if rank_info.rank == 0:
             if wrote != read:
                 raise UserError(f"holds other weights ({wrote}) than were read ({read})", where=str(partial))
-            partial.replace(goal)
+            publish_folder(partial, goal)
         dist.barrier()
     return f"{goal}: {'Hugging Face folder' if what.is_megatron else 'distributed checkpoint'}, checksum {read}"
 

@@ -24,11 +24,13 @@ from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.scale_down import scale_down
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rollout_sglang.api_key import hide_api_key
+from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.devices import allocator_variables, gpu_count, trainer_variables
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
 from vespo_megatron.run.network import interface_variables
 from vespo_megatron.run.processes import (
+    EXIT_EXPLAINED,
     TrainingFailed,
     clear_failures,
     read_death,
@@ -36,7 +38,7 @@ from vespo_megatron.run.processes import (
     stop_on_signals,
 )
 from vespo_megatron.run.run_directory import RECIPE_FILE, changed_keys, claimed, make_run_directory
-from vespo_megatron.run.stopping import StopKeeper, clear_stop
+from vespo_megatron.run.stopping import StopKeeper, check_saved, clear_stop
 from vespo_megatron.run.watchdog import Watchdog, describe_death, watched
 
 WORKER_MODULE = "vespo_megatron.launch.worker"
@@ -67,6 +69,7 @@ def train(
     recipe = hide_api_key(load_recipe(recipe_path, overrides))
     if tiny_folder is not None:
         recipe = scale_down(recipe, tiny_folder)
+    outlive_readers()
     if "RANK" in os.environ:
         return join(recipe, work)
     if recipe.cluster.num_nodes > 1:
@@ -116,6 +119,7 @@ def join(recipe: Recipe, work: str = "train") -> Path | None:
         with _attempt(recipe, run_dir) as (recipe, servers):
             with servers.supervised(), watched(recipe, run_dir):
                 worker.run(recipe, run_dir, work)
+            check_saved(run_dir)
     return run_dir
 
 
@@ -125,6 +129,7 @@ def serve(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
 
     recipe = hide_api_key(load_recipe(recipe_path, overrides))
     validate(recipe)
+    outlive_readers()
     with stop_on_signals():
         run_dir = make_run_directory(recipe.exp_manager)
         with launch_servers(recipe, run_dir) as servers:
@@ -260,6 +265,8 @@ def _failure(run_dir: Path, returncode: int) -> Exception:
     if death is not None:  # the errors of the others come of it
         return TrainingFailed(describe_death(run_dir, *death))
     found = read_failure(run_dir)
+    if found is None and returncode == EXIT_EXPLAINED:
+        return UserError("a trainer process failed and could not note why; its message is above", where=str(run_dir))
     if found is None:
         return TrainingFailed(
             f"a trainer process ended without a word (torchrun's status: {returncode}); see {run_dir}"

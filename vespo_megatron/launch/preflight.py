@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.rules import validate
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.weight_files import check_safetensors, weight_files
 
 if TYPE_CHECKING:
     from vespo_megatron.losses import PolicyLossConfig
 
-_INDEX = "model.safetensors.index.json"
+_LONGEST_TEMPORARY_FOLDER = 75
+"""Characters that leave room for a socket's name below it: Linux takes 107, multiprocessing adds 32."""
 
 
 def check(recipe: Recipe) -> None:
@@ -27,6 +29,7 @@ def check(recipe: Recipe) -> None:
     check_model(recipe.policy.model_name)
     check_files(recipe)
     check_ports(recipe)
+    check_temporary_folder(recipe)
     check_tables(recipe)
     check_prompts(recipe)
 
@@ -46,43 +49,6 @@ def check_model(model_folder: str) -> None:
     read_shape(model_folder)
     for path in weight_files(Path(model_folder)):
         check_safetensors(path)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder. Raises UserError when there are none or the index is damaged."""
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"is damaged ({error})", where=str(index), fix="copy it again") from None
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise UserError("holds no weights", where=str(folder), expected=f"model.safetensors, or {_INDEX} and its shards")
-
-
-def check_safetensors(path: Path) -> None:
-    """Compare a file's size with what its header says (8 bytes of length, JSON, then the tensors).
-
-    Raises:
-        UserError: missing, truncated or damaged.
-    """
-    try:
-        size = os.path.getsize(path)
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size)) if header_size <= size - 8 else None
-    except FileNotFoundError:
-        raise UserError("is named by the index but missing", where=str(path), fix="copy it again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"is damaged ({error})", where=str(path), fix="copy it again") from None
-    if header is None:
-        raise UserError(f"is truncated: {size} bytes do not hold its header", where=str(path), fix="copy it again")
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + header_size + max(ends, default=0)
-    if size != expected:
-        what = "is truncated" if size < expected else "is damaged"
-        raise UserError(f"{what}: it has {size} bytes", where=str(path), expected=f"{expected}", fix="copy it again")
 
 
 def check_files(recipe: Recipe) -> None:
@@ -106,6 +72,21 @@ def check_ports(recipe: Recipe) -> None:
     config = generation.sglang_cfg
     if generation.backend == "sglang" and config.port and not config.urls:
         choose_ports(config.host, config.port, config.num_servers)
+
+
+def check_temporary_folder(recipe: Recipe) -> None:
+    """Where reward workers or servers have their sockets; raises UserError where no name of one would fit."""
+    from vespo_megatron.rewards import functions
+
+    folder = tempfile.gettempdir()
+    has_sockets = recipe.policy.generation.backend == "sglang" or not functions.is_inline(recipe.env)
+    if has_sockets and len(os.fsencode(folder)) > _LONGEST_TEMPORARY_FOLDER:
+        raise UserError(
+            f"is {folder}",
+            where="TMPDIR",
+            expected=f"at most {_LONGEST_TEMPORARY_FOLDER} characters: the kernel takes no longer name of a socket",
+            fix="set TMPDIR to a folder of a shorter name",
+        )
 
 
 def check_tables(recipe: Recipe) -> None:

@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vespo_megatron.run.processes import die_with_parent, note_death
+from vespo_megatron.machine_errors import explained
+from vespo_megatron.run.console import outlive_readers
+from vespo_megatron.run.processes import EXIT_EXPLAINED, die_with_parent, note_death
 
 _OWN_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What torchrun ends the other workers with."""
 
 
 def main(launcher: int, run_dir: Path, arguments: list[str]) -> int:
-    """Run torchrun; 0 when every trainer process ended well, else 1."""
+    """Run torchrun; 0 when every trainer process ended well, `EXIT_EXPLAINED` when the first said why not, else 1."""
     die_with_parent(signal.SIGTERM, launcher)
+    outlive_readers()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import errors
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,9 +34,15 @@ def main(launcher: int, run_dir: Path, arguments: list[str]) -> int:
         run.main(arguments)
     except errors.ChildFailedError as error:
         _note_first_death(run_dir, error.failures)
-        return 1
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        return EXIT_EXPLAINED if first.exitcode == EXIT_EXPLAINED else 1
     except SignalException:
         return 1
+    except Exception as error:
+        if (said := explained(error)) is None:
+            raise
+        print(f"vespo-megatron: torchrun: {said}", file=sys.stderr)
+        return EXIT_EXPLAINED
     return 0
 
 

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.processes import die_with_parent, note_failure
 from vespo_megatron.run.run_directory import FINAL_HF, RECIPE_FILE
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     from vespo_megatron.data.prompts import PromptRecord
     from vespo_megatron.megatron.parallel import RankInfo
     from vespo_megatron.rollout_sglang.engine import RolloutEngine
+    from vespo_megatron.trainer.loop import Trainer
 
 
 def main(run_dir: Path, work: str = "train") -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
     die_with_parent(signal.SIGKILL)
+    outlive_readers()
     try:
         run(load_recipe(run_dir / RECIPE_FILE), run_dir, work)
         return 0
@@ -61,7 +65,6 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 
 def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbeat: Heartbeat) -> None:
     from vespo_megatron.data.prompts import load_prompts, load_tokenizer
-    from vespo_megatron.megatron import hf_weights
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
@@ -73,7 +76,11 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
     recipe = limit_steps(recipe, len(prompts), rank_info)
     engine = take_devices(recipe, run_dir, rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
-    checkpointer = Checkpointer(recipe.checkpointing, policy, run_dir) if recipe.checkpointing.enabled else None
+    checkpointer = (
+        Checkpointer(recipe.checkpointing, policy, run_dir, recipe.grpo.evaluates_after)
+        if recipe.checkpointing.enabled
+        else None
+    )
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = (
         build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0, engine)
@@ -89,9 +96,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         gc.freeze()  # what is loaded: a rank that looks through it again and again keeps the others waiting
         atexit.register(gc.unfreeze)  # or Triton's library reports a page of leaks
         finished = trainer.train(resumed)
-        if finished and recipe.checkpointing.enabled and recipe.checkpointing.save_hf:
-            trainer.link.turns.to_trainer()
-            hf_weights.save(policy.exporter, run_dir / FINAL_HF, copy_from=policy.model_folder)
+        unsaved = save_last(recipe, trainer, run_dir) if finished else []
         if controller is not None:
             facts = {"engine": controller.engine.description, "trainer": describe_trainer(recipe, rank_info)}
             if phrase := recipe.policy.generation.mismatch.phrase:
@@ -99,10 +104,31 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
             if phrase := recipe.policy.quantization.phrase:
                 facts["weights"] = phrase
             controller.logger.print(controller.logger.summary(facts))
+        if unsaved:
+            raise UserError(
+                "every step was taken, but not all was saved\n  " + "\n  ".join(unsaved),
+                where=str(run_dir),
+                fix="make room, then resume it (exp_manager.resume_if_exists=true): only what is missing is made again",
+            )
     finally:
         if controller is not None:
             controller.logger.close()
             controller.close()
+
+
+def save_last(recipe: Recipe, trainer: Trainer, run_dir: Path) -> list[str]:
+    """The final policy for Hugging Face; what of a finished run's end could not be saved. A collective."""
+    from vespo_megatron.megatron import hf_weights
+
+    config, policy = recipe.checkpointing, trainer.policy
+    unsaved = [trainer.checkpointer.failure] if trainer.checkpointer and trainer.checkpointer.failure else []
+    if config.enabled and config.save_hf:
+        trainer.link.turns.to_trainer()
+        try:
+            hf_weights.save(policy.exporter, run_dir / FINAL_HF, copy_from=policy.model_folder)
+        except UserError as error:  # on every rank
+            unsaved.append(str(error))
+    return unsaved
 
 
 def take_devices(recipe: Recipe, run_dir: Path, rank_info: RankInfo) -> RolloutEngine | None:

@@ -8,9 +8,10 @@ come from sums that every context parallel rank holds, and only the first rank r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,6 @@ from vespo_megatron.losses.metrics import MetricSums
 from vespo_megatron.metrics.table import metric
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from vespo_megatron.losses.corrected_ratios import CorrectedRatios
 
 EXTREME_TOKEN = 2.0
@@ -296,22 +295,23 @@ def finalize(metrics: MetricSums) -> dict[str, float]:
     return out
 
 
-def log_histograms(writer: SummaryWriter, metrics: MetricSums, step: int) -> None:
-    """Write the histograms (log W and φ) to a TensorBoard `SummaryWriter`, from counts alone."""
-    for name, (edges, counts) in metrics.histograms.items():
-        counts_list = counts.tolist()
-        number = sum(counts_list)
-        if not number:
-            continue
-        middles = [(a + b) / 2 for a, b in pairwise(edges)]
-        writer.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=number,
-            sum=sum(c * m for c, m in zip(counts_list, middles, strict=True)),
-            sum_squares=sum(c * m * m for c, m in zip(counts_list, middles, strict=True)),
-            bucket_limits=list(edges[1:]),
-            bucket_counts=counts_list,
-            global_step=step,
-        )
+def raw_histogram(edges: Sequence[float], counts: Tensor) -> dict[str, Any] | None:
+    """A histogram (log W, φ) as TensorBoard's `histogram_raw` takes it, from counts alone; None of nothing.
+
+    Args:
+        edges: of the bins, [bins + 1].
+        counts: float64 [bins].
+    """
+    in_bins = counts.tolist()
+    if not sum(in_bins):
+        return None
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    return {
+        "min": edges[0],
+        "max": edges[-1],
+        "num": sum(in_bins),
+        "sum": sum(count * middle for count, middle in zip(in_bins, middles, strict=True)),
+        "sum_squares": sum(count * middle * middle for count, middle in zip(in_bins, middles, strict=True)),
+        "bucket_limits": list(edges[1:]),
+        "bucket_counts": in_bins,
+    }

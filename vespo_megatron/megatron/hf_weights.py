@@ -7,27 +7,25 @@ and yields HF-named tensors. One bucket and one tensor joined from it exist besi
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.megatron.hf_folder import FolderWriter
 from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
 from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.recipe.weight_files import check_safetensors, weight_files
 
-_INDEX = "model.safetensors.index.json"
 NamedTensor = tuple[str, torch.Tensor]
 Read = Callable[[torch.nn.Parameter], torch.Tensor]
 """What is exported of a parameter."""
@@ -47,12 +45,11 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self._files: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = {}
-        for name in self._file_names():
-            path = self.folder / name
+        for path in weight_files(self.folder):
+            check_safetensors(path)
+            name = path.name
             try:
                 file = self._files[name] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError("is named by the index but missing", where=str(path), fix="copy it again") from None
             except SafetensorError as error:
                 raise UserError(
                     f"is damaged or truncated ({error})",
@@ -62,14 +59,6 @@ class SafetensorsFolder:
                 ) from None
             self._file_of |= dict.fromkeys(file.keys(), name)
         self._check(shape)
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / _INDEX
-        if index.exists():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.folder / "model.safetensors").exists():
-            return ["model.safetensors"]
-        raise UserError("holds no weights", where=str(self.folder), expected=f"model.safetensors or {_INDEX}")
 
     def _check(self, shape: ModelShape) -> None:
         expected = expected_tensors(shape)
@@ -259,45 +248,36 @@ class WeightExporter:
 def save(
     exporter: WeightExporter, folder: str | Path, *, copy_from: str | Path | None = None, shard_bytes: int = 4 << 30
 ) -> None:
-    """Write the live weights as a HF folder (a collective; rank 0 writes), atomically.
+    """Write the live weights as a HF folder (a collective; rank 0 writes): all of it is on the disk, or nothing.
 
     Args:
-        folder: must not exist.
+        folder: one of an earlier attempt is replaced.
         copy_from: the folder whose configuration and tokenizer files belong beside the weights.
         shard_bytes: size at which the next safetensors file begins.
+
+    Raises:
+        UserError: on every rank, when it cannot be written.
     """
-    target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
-    if exporter.rank_info.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in Path(copy_from).iterdir() if copy_from else ():
-            if file.is_file() and not file.name.startswith("model") and file.suffix != ".safetensors":
-                shutil.copy(file, partial / file.name)
-    weight_map: dict[str, str] = {}
-    pending: dict[str, torch.Tensor] = {}
-    total = filled = 0
+    writer, failure = FolderWriter(Path(folder), Path(copy_from) if copy_from else None, shard_bytes), ""
+    is_first = exporter.rank_info.rank == 0
 
-    def flush() -> None:
-        nonlocal filled
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(pending, partial / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, name))
-        pending.clear()
-        filled = 0
+    def attempt(action: Callable[..., None], *arguments: Any) -> None:
+        nonlocal failure
+        try:
+            if not failure:
+                action(*arguments)
+        except (OSError, SafetensorError) as error:
+            failure = str(error)
 
-    for name, tensor in exporter.stream():
-        pending[name] = tensor.cpu().contiguous().clone()
-        filled += tensor.nbytes
-        total += tensor.nbytes
-        if filled >= shard_bytes:
-            flush()
-    if exporter.rank_info.rank == 0:
-        if pending:
-            flush()
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / _INDEX).write_text(json.dumps(index, indent=1))
-        if target.exists():  # of an earlier attempt at the same run
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    dist.barrier()
+    if is_first:
+        attempt(writer.begin)
+    for name, tensor in exporter.stream():  # to its end, whatever happens here: other ranks send
+        attempt(writer.add, name, tensor)
+    if is_first:
+        attempt(writer.finish)
+        if failure:
+            writer.discard()
+    shared = [failure]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[0]:
+        raise UserError(f"cannot be written ({shared[0]})", where=str(folder), expected="a place with room for it")

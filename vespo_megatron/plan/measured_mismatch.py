@@ -13,7 +13,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.losses.predicted import Divergence
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.run.records import METRICS_FILE, read_metrics
+from vespo_megatron.run.metrics_file import METRICS_FILE, read_metrics
 from vespo_megatron.run.run_directory import RECIPE_FILE
 from vespo_megatron.trainer.mismatch_table import FILE as MISMATCH_FILE
 

@@ -38,7 +38,8 @@ def draw(made: Scenario, longest: int, output: Path) -> None:
         axis.set_ylim(bottom=-0.02)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    figure.suptitle(f"{made.name}: engine k3 {made.engine.k3:.3g}, staleness k3 {made.staleness.k3:.3g} per token")
+    title = f"{made.name}: engine k3 {made.engine.k3:.3g}, staleness k3 {made.staleness.k3:.3g} per token"
+    figure.suptitle(title, parse_math=False)  # the name may be a path with a dollar
     with written(output, "--out"):
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)

@@ -17,7 +17,7 @@ from vespo_megatron.plan.planner import Plan
 from vespo_megatron.plan.timing import Lengths, Server
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.run.records import METRICS_FILE, read_metrics
+from vespo_megatron.run.metrics_file import METRICS_FILE, read_metrics
 from vespo_megatron.run.run_directory import RECIPE_FILE
 
 _WARM_UP = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.json_text import parse_json
+
+_MOST_LAYERS = 100_000
+"""Far more than any model has, and few enough to list."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def read_shape(model_folder: str | Path) -> ModelShape:
     """
     path = Path(model_folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror})",
@@ -87,6 +90,7 @@ def shape_of_config(config: Mapping[str, Any], *, where: str = "config.json") ->
     keys.refuse(config.get("use_sliding_window"), "uses a sliding window", "full attention")
     keys.refuse(config.get("hidden_act", "silu") != "silu", f"has hidden_act {config.get('hidden_act')!r}", "'silu'")
     layers, heads = keys.count("num_hidden_layers"), keys.count("num_attention_heads")
+    keys.at_most(layers, "num_hidden_layers", _MOST_LAYERS, "what can be listed")
     # transformers 5 writes num_local_experts
     experts = keys.count("num_experts" if "num_experts" in config else "num_local_experts", minimum=0)
     shape = ModelShape(

@@ -64,6 +64,11 @@ INLINE = {"exact_match", "format"}
 """Too quick and too plain to need a process of their own."""
 
 
+def is_inline(env: EnvConfig) -> bool:
+    """Whether the recipe's rewards are all scored where they are asked for, without workers."""
+    return set(env.rewards or [env.reward]) <= INLINE
+
+
 def of_recipe(env: EnvConfig) -> RewardFunction:
     """The recipe's reward: one function with its arguments, or the weighted sum of several, each logged as a part.
 

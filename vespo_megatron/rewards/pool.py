@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import math
 import multiprocessing
+import os
 import queue
 import signal
+import socket
+import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +26,8 @@ from vespo_megatron.rewards.mistakes import Mistakes
 
 _START_TIMEOUT = 120.0
 """Seconds a worker has to import its reward."""
+_STARTS = 3
+"""Attempts to start a worker that ends before it is ready."""
 _ORPHAN_GRACE = 2.0
 """Seconds after the deadline at which a worker that nobody has ended ends itself."""
 
@@ -61,7 +66,7 @@ class RewardPool:
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
         self._threads: ThreadPoolExecutor | None = None
-        if not set(env.rewards or [env.reward]) <= functions.INLINE:
+        if not functions.is_inline(env):
             self._threads = ThreadPoolExecutor(max_workers=env.num_workers, thread_name_prefix="reward")
             self._all = [_Worker(env) for _ in range(env.num_workers)]
             for worker in self._all:
@@ -110,13 +115,33 @@ class _Worker:
 
     def _start(self) -> None:
         self._connection, theirs = self._context.Pipe()
+        _set_deadline(self._connection, self._env.timeout)
         self._process = self._context.Process(target=_serve, args=(theirs, self._env), daemon=True)
         self._process.start()
         theirs.close()
         self._ready = False
 
     def score(self, request: RewardRequest, timeout: float) -> RewardResult:
-        if not self._ready:
+        self._await_start()
+        try:
+            self._connection.send(request)
+            if self._connection.poll(timeout):
+                return self._connection.recv()
+            outcome = "timeout"
+        except BlockingIOError:
+            outcome = "timeout"  # it takes nothing more, or says nothing more
+        except (EOFError, OSError):
+            outcome = "error"  # the process died of it
+        self._restart()
+        return RewardResult(0.0, {outcome: 1.0})
+
+    def _await_start(self) -> None:
+        """Until it has its function. One that was killed is replaced: only a function that ends all is a mistake."""
+        for _ in range(_STARTS):
+            if self._ready and self._connection.poll():  # while it had nothing to do, it has ended
+                self._restart()
+            if self._ready:
+                return
             if not self._connection.poll(_START_TIMEOUT):
                 raise UserError(
                     f"did not start within {_START_TIMEOUT:.0f} s",
@@ -124,28 +149,32 @@ class _Worker:
                 )
             try:
                 self._connection.recv()
-            except EOFError:
-                raise UserError(
-                    "ended at once",
-                    where=f"reward {self._env.rewards or self._env.reward}",
-                    fix="run the function by hand",
-                ) from None
-            self._ready = True
-        try:
-            self._connection.send(request)
-            if self._connection.poll(timeout):
-                return self._connection.recv()
-            outcome = "timeout"
-        except (EOFError, BrokenPipeError):
-            outcome = "error"  # the process died of it
+                self._ready = True
+            except (EOFError, OSError):
+                self._restart()
+        if not self._ready:
+            raise UserError(
+                f"ended at once, {_STARTS} times",
+                where=f"reward {self._env.rewards or self._env.reward}",
+                fix="run the function by hand",
+            )
+
+    def _restart(self) -> None:
         self.close()
         self._start()
-        return RewardResult(0.0, {outcome: 1.0})
 
     def close(self) -> None:
         self._connection.close()
         self._process.kill()
         self._process.join(5)
+
+
+def _set_deadline(connection: Connection, seconds: float) -> None:
+    """A process that is stopped takes or gives no more than fits into the pipe: neither end waits for ever."""
+    deadline = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, deadline)
 
 
 def _serve(connection: Connection, env: EnvConfig) -> None:

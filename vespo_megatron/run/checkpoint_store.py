@@ -5,25 +5,25 @@
     policy/          weights, optimizer, schedule and random states, by megatron-core (`megatron/checkpoint.py`)
     controller.pt    position in the prompts and, asynchronous, the sample buffer
     trainer.json     step, weight version, layout and the like
-    manifest.json    size and xxh3 checksum of every file, the step's metrics; written last
+    manifest.json    size and xxh3 checksum of every file; written last
 
-A checkpoint is written as `step_000012.partial` and renamed when its manifest is on the disk, so that what has the
-plain name is whole. Age is told by steps, never by clocks.
+A checkpoint is written as `step_000012.partial` and renamed when all of it is on the disk, so that what has the plain
+name is whole. Age is told by steps, never by clocks; how good one is, by the run's record.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from vespo_megatron.durable import sync, sync_folders
 from vespo_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -40,6 +40,12 @@ class FileEntry:
     checksum: str
 
     @classmethod
+    def on_disk(cls, path: Path) -> FileEntry:
+        """Of a file that was just written: its bytes survive the machine when this returns."""
+        sync(path)
+        return cls.of(path)  # the page cache still has it
+
+    @classmethod
     def of(cls, path: Path) -> FileEntry:
         """Read the whole file."""
         digest = xxhash.xxh3_128()
@@ -51,12 +57,21 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay: the newest `last`, and the `top` best by `metric` (newest without one; None: all)."""
+    """Which checkpoints stay: the newest `last`, and the `top` best (None: all)."""
 
     last: int = 1
     top: int | None = None
-    metric: str | None = None
     higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known of how good a run's checkpoints are, by step."""
+
+    values: Mapping[int, float]
+    """Of the metric that tells the best; steps that have none are not among the best."""
+    undecided: Collection[int] = ()
+    """Steps whose value is still to come: they stay."""
 
 
 class CheckpointStore:
@@ -65,28 +80,38 @@ class CheckpointStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def partial(self, step: int) -> Path:
+        """The folder of a checkpoint that is being written."""
+        return self.root / f"step_{step:06d}.partial"
+
     def begin(self, step: int) -> Path:
         """An empty folder to write a checkpoint into; what an earlier attempt left unfinished goes."""
         for leftover in self.root.glob("step_*.partial"):
             shutil.rmtree(leftover)
-        partial = self.root / f"step_{step:06d}.partial"
+        partial = self.partial(step)
         (partial / POLICY).mkdir(parents=True)
         return partial
 
-    def publish(self, partial: Path, files: Mapping[str, FileEntry], metrics: Mapping[str, Any]) -> Path:
-        """Write the manifest of everything in `partial` and give the folder its name, which only a whole one has."""
-        manifest = {"files": {name: vars(entry) for name, entry in sorted(files.items())}, "metrics": dict(metrics)}
-        with (partial / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(partial)
+    def publish(self, partial: Path, files: Mapping[str, FileEntry]) -> Path:
+        """Write the manifest of everything in `partial` and give the folder its name, which only a whole one has.
+
+        Args:
+            files: all that are in it, each as `FileEntry.on_disk` found it.
+        """
+        manifest = {"files": {name: vars(entry) for name, entry in sorted(files.items())}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        sync(partial / MANIFEST)
+        sync_folders(partial)
         final = partial.with_suffix("")
         if final.exists():  # the same step again, after a resume from an earlier one
             _remove(final)
         partial.replace(final)
-        _sync_folder(self.root)
+        sync(self.root)
         return final
+
+    def discard(self, step: int) -> None:
+        """Remove what could not be written whole, so that it takes no room from what comes next."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
 
     def checkpoints(self) -> dict[int, Path]:
         """Step → folder of every finished checkpoint, newest first."""
@@ -97,18 +122,17 @@ class CheckpointStore:
                 found[int(match[1])] = folder
         return dict(sorted(found.items(), reverse=True))
 
-    def prune(self, kept: RetentionPolicy) -> list[int]:
-        """Remove what need not be kept; returns the steps that went."""
+    def prune(self, kept: RetentionPolicy, judged: Judgement | None = None) -> list[int]:
+        """Remove what need not be kept; returns the steps that went. The newest are the best where nothing judges."""
         found = self.checkpoints()
-        stay = set(list(found)[: kept.last])
         if kept.top is None:
             return []
-        ranked = list(found)
-        if kept.metric is not None:
+        stay, ranked = set(list(found)[: kept.last]), list(found)
+        if judged is not None:
             sign = 1.0 if kept.higher_is_better else -1.0
-            known = {step: _metric(folder, kept.metric) for step, folder in found.items()}
-            values = {step: value for step, value in known.items() if value is not None}
-            ranked = sorted(values, key=lambda step: -sign * values[step])  # newest first, where equal
+            known = [step for step in found if step in judged.values]
+            ranked = sorted(known, key=lambda step: -sign * judged.values[step])  # newest first, where equal
+            stay.update(judged.undecided)
         stay.update(ranked[: kept.top])
         gone = [step for step in found if step not in stay]
         for step in gone:
@@ -143,22 +167,7 @@ def damage(folder: Path, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _metric(folder: Path, name: str) -> float | None:
-    try:
-        return read_manifest(folder)["metrics"].get(name)
-    except UserError:
-        return None
-
-
 def _remove(folder: Path) -> None:
     """Without its manifest first, so that a half removed one is none."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,6 +6,7 @@ A rank writes `<run_dir>/watchdog/rank_<n>.json` at every phase and micro-batch,
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -52,11 +53,12 @@ class Heartbeat:
         self.beat()
 
     def beat(self) -> None:
-        """Progress: the watchdog counts from here again."""
+        """Progress: the watchdog counts from here again. A record that cannot be written is left out."""
         self._count += 1
         status = self._about | {"count": self._count, "step": self.step, "phase": self.phase}
         record = json.dumps(status).encode()
-        os.pwrite(self._file, record.ljust(_RECORD_BYTES)[:_RECORD_BYTES], 0)
+        with contextlib.suppress(OSError):  # in place, which hardly any file system needs room for
+            os.pwrite(self._file, record.ljust(_RECORD_BYTES)[:_RECORD_BYTES], 0)
 
     def enter(self, phase: str) -> str:
         """Say which phase begins; returns the one that is left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.machine_errors import explained as explained_by_machine
 
 _PR_SET_PDEATHSIG = 1
+EXIT_EXPLAINED = 2
+"""A `UserError`: what is wrong was said."""
 EXIT_RESUMABLE = 75
 """EX_TEMPFAIL of sysexits.h: stopped on request after a checkpoint; the same command resumes."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -79,29 +83,37 @@ def die_with_parent(signum: int, parent: int | None = None) -> None:
 
 
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> int:
-    """Write why this rank failed where the launcher looks; returns the exit code, 2 for a `UserError`, else 1."""
+    """Write why this rank failed where the launcher looks, or say it where that cannot be written.
+
+    Returns the exit code: `EXIT_EXPLAINED` for a `UserError`, else 1.
+    """
     folder = run_dir / "errors"
-    folder.mkdir(parents=True, exist_ok=True)
+    error = explained_by_machine(error) or error
     explained = isinstance(error, UserError)
     text = f"{error}\n" if explained else "".join(traceback.format_exception(error))
     name = f"rank_{rank}.txt" if explained else f"rank_{rank}.traceback.txt"
     partial = folder / f".{name}"
-    partial.write_text(text)
-    partial.replace(folder / name)
-    return 2 if explained else 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(folder / name)
+    except OSError:
+        print(f"vespo-megatron: rank {rank}: {text}", end="", file=sys.stderr, flush=True)
+    return EXIT_EXPLAINED if explained else 1
 
 
 def note_death(run_dir: Path, rank: int, signum: int) -> None:
-    """Write that a signal ended this rank, which could not say so itself."""
+    """Write that a signal ended this rank, which could not say so itself; in the name, which needs no room."""
     folder = run_dir / "errors"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank_{rank}.signal").write_text(str(signum))
+    (folder / f"rank_{rank}.signal_{signum}").touch()
 
 
 def read_death(run_dir: Path) -> tuple[int, int] | None:
     """(rank, signal) of the rank whose death ended the run."""
-    for note in sorted((run_dir / "errors").glob("rank_*.signal")):
-        return int(note.stem.removeprefix("rank_")), int(note.read_text())
+    for note in sorted((run_dir / "errors").glob("rank_*.signal_*")):
+        rank, signum = note.name.removeprefix("rank_").split(".signal_")
+        return int(rank), int(signum)
     return None
 
 

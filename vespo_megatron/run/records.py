@@ -2,11 +2,13 @@
 
 Only global rank 0 makes a `RunLogger`. In the run directory::
 
-    metrics.jsonl    one JSON object per step, with `step`; resuming drops the steps after the checkpoint
+    metrics.jsonl    see `run/metrics_file.py`; resuming drops the steps after the checkpoint
     tensorboard/     the same numbers as scalars, and histograms
     samples/         step_<n>.jsonl and the same as step_<n>.md
     evaluations/     step_<n>.jsonl: every problem with its responses' rewards and answers
     summary.json     first and last values of what matters, times, versions
+
+Where the disk is full, records are lost and training goes on (`run/best_effort.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from typing import Any, TextIO
 from vespo_megatron.evaluation.record import write_problems
 from vespo_megatron.evaluation.scores import Problem
 from vespo_megatron.metrics.table import metric
+from vespo_megatron.run.best_effort import BestEffort
+from vespo_megatron.run.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from vespo_megatron.run.tensorboard_events import Histogram, TensorBoardEvents
 
-METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
 PROGRESS_METRICS: tuple[tuple[str, str, str], ...] = (
@@ -101,11 +105,10 @@ class RunLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         self._stream = stream or sys.stderr
-        kept = _keep_until(self.run_dir / METRICS_FILE, start_step)
-        taken = kept[-1].get("wall_time", 0.0) if kept else 0.0
-        self._started = time.monotonic() - taken  # a resumed run's time goes on
-        self._metrics = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._tensorboard = self._open_tensorboard(start_step) if tensorboard else None
+        self._metrics = MetricsFile(self.run_dir, start_step)
+        self._started = time.monotonic() - self._metrics.seconds  # a resumed run's time goes on
+        self._tensorboard = TensorBoardEvents(self.run_dir / "tensorboard", start_step) if tensorboard else None
+        self._best_effort = BestEffort(self.print)
         self._bar = self._open_bar(start_step) if progress and self._stream.isatty() else None
         self._closed = False
 
@@ -120,14 +123,15 @@ class RunLogger:
         """Every step logged so far, those before a resume included: read again, as a long run's would fill memory."""
         return read_metrics(self.run_dir)
 
-    def log_step(self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Any] | None = None) -> None:
+    def log_step(
+        self, step: int, metrics: Mapping[str, Any], *, histograms: Mapping[str, Histogram] | None = None
+    ) -> None:
         """Record one step (one rollout batch, or an evaluation before the first one as step 0).
 
         Args:
             step: rises from call to call.
             metrics: `area/name` → number, 0-d tensor or array; what is not finite is written as null.
-            histograms: `area/name` → values of any shape, or `(edges [bins + 1], counts float64 [bins])` as in
-                `losses.metrics.MetricSums`; to TensorBoard alone.
+            histograms: `area/name` → (edges, counts); to TensorBoard alone.
 
         Raises:
             UserError: a name that the table of metrics does not have; nothing is written.
@@ -136,39 +140,41 @@ class RunLogger:
             metric(name)
         record: dict[str, Any] = {"step": step, "wall_time": round(time.monotonic() - self._started, 3)}
         record.update({name: to_number(value) for name, value in metrics.items()})
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self._metrics.flush()  # a crash leaves every finished step on disk
-        if self._tensorboard is not None:
-            from vespo_megatron.losses.diagnostics import log_histograms
-            from vespo_megatron.losses.metrics import MetricSums
-
-            for name, value in record.items():
-                if name not in ("step", "wall_time") and value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
-            for name, values in (histograms or {}).items():
-                if isinstance(values, tuple):
-                    log_histograms(self._tensorboard, MetricSums(histograms={name: values}), step)
-                elif len(finite := _finite_values(values)):
-                    self._tensorboard.add_histogram(name, finite, step)
+        self._write(record, histograms or {})
         self._show(step, record)
+
+    def log_late(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add to a step that was logged before: `area/name` → number. Raises as `log_step` does."""
+        for name in metrics:
+            metric(name)
+        self._write({"step": step} | {name: to_number(value) for name, value in metrics.items()}, {})
+        self.print(f"of step {step}: " + " · ".join(_scores(metrics)))
+
+    def _write(self, record: Mapping[str, Any], histograms: Mapping[str, Histogram]) -> None:
+        with self._best_effort.writing(METRICS_FILE, "its lines wait in memory, training goes on"):
+            self._metrics.append(record)
+        if self._tensorboard is not None:
+            with self._best_effort.writing("TensorBoard's events"):
+                self._tensorboard.write(record, histograms)
 
     def log_samples(self, step: int, samples: Iterable[LoggedSample], *, name: str = "") -> Path:
         """Write some responses as JSON lines and as markdown; `name` sets evaluations apart. Returns the markdown."""
         folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
         stem = f"step_{step:06d}" + (f"_{name}" if name else "")
-        rows = list(samples)
-        with (folder / f"{stem}.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows:
-                values = {**vars(row), "reward": to_number(row.reward)}
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
         path = folder / f"{stem}.md"
-        path.write_text(f"# Step {step} {name}\n".rstrip() + "\n" + "".join(map(_sample_markdown, rows)), "utf-8")
+        rows = list(samples)
+        with self._best_effort.writing("samples/"):
+            folder.mkdir(exist_ok=True)
+            values = ({**vars(row), "reward": to_number(row.reward)} for row in rows)
+            lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in values)
+            (folder / f"{stem}.jsonl").write_text("".join(lines), "utf-8")
+            path.write_text(f"# Step {step} {name}\n".rstrip() + "\n" + "".join(map(_sample_markdown, rows)), "utf-8")
         return path
 
     def log_problems(self, step: int, problems: Sequence[Problem]) -> None:
         """Write one evaluation, a line of JSON per problem with the reward of each of its responses."""
-        write_problems(problems, self.run_dir / "evaluations" / f"step_{step:06d}.jsonl")
+        with self._best_effort.writing("evaluations/"):
+            write_problems(problems, self.run_dir / "evaluations" / f"step_{step:06d}.jsonl")
 
     def print(self, text: str) -> None:
         """A line for people, above the bar where there is one."""
@@ -187,7 +193,8 @@ class RunLogger:
         values["facts"] = dict(extra or {})
         values["run_dir"] = str(self.run_dir)
         values["seconds"] = round(time.monotonic() - self._started, 1)
-        (self.run_dir / SUMMARY_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        with self._best_effort.writing(SUMMARY_FILE, "the run goes on without"):
+            (self.run_dir / SUMMARY_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         lines = [f"{name}: {value}" for name, value in values["facts"].items()]
         for name, (first, last) in values["first_last"].items():
             lines.append(f"{name}: {first:.4g} → {last:.4g}")
@@ -201,15 +208,10 @@ class RunLogger:
         self._closed = True
         if self._bar is not None:
             self._bar.close()
-        self._metrics.close()
+        with self._best_effort.writing(METRICS_FILE, f"{self._metrics.waiting} lines of it are lost"):
+            self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-    def _open_tensorboard(self, start_step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = start_step + 1 if start_step else None
-        return SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
 
     def _open_bar(self, start_step: int) -> Any:
         from tqdm import tqdm
@@ -222,35 +224,13 @@ class RunLogger:
             for metric, label, spec in PROGRESS_METRICS
             if record.get(metric) is not None
         ]
-        shown += [
-            f"{name.removeprefix('eval/')} {value:.3f}"
-            for name, value in record.items()
-            if is_score(name) and value is not None
-        ]
+        shown += _scores(record)
         if self._bar is not None:
             self._bar.set_postfix_str(" · ".join(shown), refresh=False)
             self._bar.update(max(step - self._bar.n, 0))
             self._bar.refresh()
         else:
             print(f"step {step}/{self.total_steps} · " + " · ".join(shown), file=self._stream, flush=True)
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The steps in a run's `metrics.jsonl`, in order; empty when there is none.
-
-    A last line cut short by a crash is left out, and of a step written twice the later one holds.
-    """
-    path = Path(run_dir) / METRICS_FILE
-    records: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records[record["step"]] = record
-    return [records[step] for step in sorted(records)]
 
 
 def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,24 +244,12 @@ def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"steps": max((record["step"] for record in history), default=0), "first_last": evaluations_first}
 
 
-def _keep_until(path: Path, start_step: int) -> list[dict[str, Any]]:
-    """Drop the lines a resumed run will write again; a fresh run (`start_step` 0) drops them all. Returns the rest."""
-    kept = [record for record in read_metrics(path.parent) if start_step and record["step"] <= start_step]
-    if path.exists():
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        fresh.replace(path)
-    return kept
-
-
-def _finite_values(values: Any) -> Any:
-    """A flat float64 array of the finite values."""
-    import numpy as np
-
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()
-    flat = np.asarray(values, dtype=np.float64).reshape(-1)
-    return flat[np.isfinite(flat)]
+def _scores(record: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name.removeprefix('eval/')} {value:.3f}"
+        for name, value in record.items()
+        if is_score(name) and value is not None
+    ]
 
 
 def _sample_markdown(sample: LoggedSample) -> str:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import differences, load_recipe
@@ -59,9 +60,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
     """Within the block this process is the only one that writes to the run; the kernel ends a dead one's claim.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or this one may not write there.
     """
-    with (run_dir / ".lock").open("a+") as file:
+    with _opened(run_dir / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -75,6 +76,17 @@ def claimed(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})",
+            where=str(path.parent),
+            fix="give this user the right to write there, or choose another exp_manager.version",
+        ) from None
 
 
 def changed_keys(run_dir: Path, recipe: Recipe) -> list[str]:

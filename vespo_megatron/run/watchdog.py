@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vespo_megatron.recipe.schema import Recipe
@@ -92,7 +92,8 @@ class Watchdog:
             lines.append(f"  rank {rank}: step {status.step}, {status.phase}, {silent[rank]:.0f} s: {states[rank]}")
         lines.append(f"  stacks of every rank: {heartbeat_folder(self.run_dir)}")
         text = "\n".join(lines)
-        (heartbeat_folder(self.run_dir) / REPORT_FILE).write_text(text + "\n")
+        with suppress(OSError):  # it is printed as well
+            (heartbeat_folder(self.run_dir) / REPORT_FILE).write_text(text + "\n")
         return text
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vespo_megatron.run.records import SUMMARY_FILE, read_metrics
+from vespo_megatron.run.metrics_file import read_metrics
+from vespo_megatron.run.records import SUMMARY_FILE
 from vespo_megatron.study.measures import LATE, late_mean
 from vespo_megatron.study.spec import Cell, Study
 

@@ -101,7 +101,9 @@ def png(figure: Any, axes: Any, *, legend: bool, x: str = "step") -> bytes:
     labels = axes.get_legend_handles_labels()[1]
     if labels and legend:
         columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
-        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
+        box = figure.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
+        for text in box.get_texts():  # names of runs and data sources, which may hold a dollar
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -20,7 +20,8 @@ from vespo_megatron.losses.behavior import describe
 from vespo_megatron.outputs import check_file, written
 from vespo_megatron.recipe.schema import MismatchConfig, QuantizationConfig
 from vespo_megatron.recipe.schema.recipe import resolved_behavior
-from vespo_megatron.run.records import SUMMARY_FILE, read_metrics, summarise
+from vespo_megatron.run.metrics_file import read_metrics
+from vespo_megatron.run.records import SUMMARY_FILE, summarise
 from vespo_megatron.study.measures import by_layer
 from vespo_megatron.study.pages import Picture, page
 from vespo_megatron.study.panels import PANELS, Panel, canvas, png, scale

@@ -96,7 +96,7 @@ def _over_settings(measure: str, study: Study, rows: Sequence[Row]) -> Picture |
             )
     if not everything:
         return None
-    axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings])
+    axes.set_xticks(list(places), [" ".join(setting) for setting in study.settings], parse_math=False)
     if measure in RATIOS and min(everything) > 0:
         axes.set_yscale("log")
     elif measure == ACCURACY:

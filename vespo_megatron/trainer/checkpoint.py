@@ -25,6 +25,7 @@ from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.recipe.schema import CheckpointingConfig
+from vespo_megatron.run.checkpoint_judgement import Record
 from vespo_megatron.run.checkpoint_store import (
     POLICY,
     CheckpointStore,
@@ -48,11 +49,24 @@ class ResumePoint:
 
 
 class Checkpointer:
-    """One rank's; every public method is a collective."""
+    """One rank's; every public method is a collective.
 
-    def __init__(self, config: CheckpointingConfig, policy: MegatronPolicy, run_dir: Path) -> None:
+    Args:
+        evaluates_after: whether the run's schedule has an evaluation after a step.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointingConfig,
+        policy: MegatronPolicy,
+        run_dir: Path,
+        evaluates_after: Callable[[int], bool] = lambda step: False,
+    ) -> None:
         self.config, self.policy, self.rank_info = config, policy, policy.rank_info
         self.store = CheckpointStore(run_dir / "checkpoints")
+        self.failure = ""
+        """Why the last save failed, the same on every rank; empty when it did not."""
+        self._record = Record(run_dir, evaluates_after)
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout))
         self._thread: threading.Thread | None = None
         self._saved = ""
@@ -70,7 +84,6 @@ class Checkpointer:
         step: int,
         facts: Mapping[str, Any],
         controller: Callable[[], Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
         *,
         history: WeightHistory | None = None,
         wait: bool = False,
@@ -80,12 +93,11 @@ class Checkpointer:
         Args:
             facts: what every rank needs to go on, as JSON.
             controller: rank 0's: gives the state of its controller, of types that `torch.load` trusts.
-            metrics: rank 0's metrics of this step, which decide what is kept.
             history: whose versions are saved besides: samples that wait were drawn by them.
         """
         self.wait()
         started = time.perf_counter()
-        partial = self.store.root / f"step_{step:06d}.partial"
+        partial = self.store.partial(step)
         writes: list[Callable[[], None]] = []
         versions = list(history.to_save()) if history is not None else []
 
@@ -95,6 +107,7 @@ class Checkpointer:
                 for version in versions:
                     _version_folder(partial, version).mkdir(parents=True)
 
+        self.failure = ""
         if not self._agreed(make_folders, step):
             return ""
 
@@ -113,9 +126,8 @@ class Checkpointer:
 
         if not self._agreed(copy, step):
             return ""
-        numbers = {name: value for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
         self._thread = threading.Thread(
-            target=self._finish, args=(writes, partial, step, numbers, started), name="checkpoint", daemon=True
+            target=self._finish, args=(writes, partial, step, started), name="checkpoint", daemon=True
         )
         self._saved = ""
         self._thread.start()
@@ -135,25 +147,18 @@ class Checkpointer:
         metrics, self._metrics = self._metrics, {}
         return metrics
 
-    def _finish(
-        self,
-        writes: Sequence[Callable[[], None]],
-        partial: Path,
-        step: int,
-        metrics: Mapping[str, float],
-        started: float,
-    ) -> None:
+    def _finish(self, writes: Sequence[Callable[[], None]], partial: Path, step: int, started: float) -> None:
         """Write, take checksums, publish, remove old ones. Runs in the thread."""
         files: dict[str, FileEntry] = {}
 
         def write_and_read() -> None:
             for write in writes:
                 write()
-            # The page cache still has them. What no rank wrote alone is rank 0's.
+            # What no rank wrote alone is rank 0's.
             for path in sorted(path for path in partial.rglob("*") if path.is_file()):
                 shard = path.name.startswith("__")
                 if path.name.startswith(f"__{self.rank_info.rank}_") if shard else self.rank_info.rank == 0:
-                    files[str(path.relative_to(partial))] = FileEntry.of(path)
+                    files[str(path.relative_to(partial))] = FileEntry.on_disk(path)
 
         if not self._agreed(write_and_read, step):
             return
@@ -163,11 +168,13 @@ class Checkpointer:
 
         def publish() -> None:
             if self.rank_info.rank == 0:
-                self.store.publish(partial, everything, metrics)
-                self.store.prune(self._kept())
+                self._record.sync()
+                self.store.publish(partial, everything)
 
         if not self._agreed(publish, step):
             return
+        if self.rank_info.rank == 0:
+            self._prune()
         self._saved = str(partial.with_suffix(""))
         self._metrics["checkpoint/seconds"] = time.perf_counter() - started
         self._metrics["checkpoint/bytes"] = float(sum(entry.size for entry in everything.values()))
@@ -178,9 +185,14 @@ class Checkpointer:
                 self.policy.chunks, _version_folder(partial, version), group=self._group
             )
 
-    def _kept(self) -> RetentionPolicy:
+    def _prune(self) -> None:
         config = self.config
-        return RetentionPolicy(config.keep_last, config.keep_top_k, config.metric_name, config.higher_is_better)
+        kept = RetentionPolicy(config.keep_last, config.keep_top_k, config.higher_is_better)
+        try:
+            steps = self.store.checkpoints()
+            self.store.prune(kept, self._record.judge(config.metric_name, steps) if config.metric_name else None)
+        except OSError as error:
+            print(f"vespo-megatron: an old checkpoint cannot be removed: {error}", flush=True)
 
     def _agreed(self, action: Callable[[], Any], step: int) -> bool:
         """Do it on every rank; False on all of them, and said once, when it failed on one."""
@@ -195,14 +207,13 @@ class Checkpointer:
             return True
         self._failures += 1
         self._metrics["checkpoint/failures"] = float(self._failures)
+        rank = next(index for index, text in enumerate(failures) if text)
+        self.failure = f"the checkpoint of step {step} failed on rank {rank}: {failures[rank]}"
         if self.rank_info.rank == 0:
-            rank = next(index for index, text in enumerate(failures) if text)
+            self.store.discard(step)
             last = next(iter(self.store.checkpoints()), None)
             kept = f"the last good one is that of step {last}" if last is not None else "there is none yet"
-            print(
-                f"vespo-megatron: the checkpoint of step {step} failed on rank {rank}: {failures[rank]}; {kept}",
-                flush=True,
-            )
+            print(f"vespo-megatron: {self.failure}; {kept}", flush=True)
         return False
 
     # ---- resuming ----------------------------------------------------------------------------------------------

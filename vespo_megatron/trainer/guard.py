@@ -80,16 +80,26 @@ class Guard:
             )
 
     def _keep(self, run_dir: Path, step: int, update: int, batch: Batch | None, not_finite: str) -> str:
+        """Where it is kept now; empty where it cannot be, which is told."""
         folder = bundle.bundle_folder(run_dir, step, update)
+        problem: Exception | None = None
         if batch is not None:
             shards = plan_shards(batch, self.recipe, self.rank_info.data_size, self.policy.shape)
             parts = [part for shard in shards for part in shard.mini_batches[update]]
             wanted = {sample.sample_id for part in parts for sample in part.samples}
             indices = [index for index, sample in enumerate(batch.samples) if sample.sample_id in wanted]
-            bundle.write(folder, bundle.Bundle(self.recipe, step, update, not_finite, batch.select(indices)))
+            try:
+                bundle.write(folder, bundle.Bundle(self.recipe, step, update, not_finite, batch.select(indices)))
+            except OSError as error:
+                problem = error
         if self.recipe.guard.save_weights:
-            hf_weights.save(self.policy.exporter, folder / bundle.WEIGHTS, copy_from=self.policy.model_folder)
-        return str(folder)
+            try:
+                hf_weights.save(self.policy.exporter, folder / bundle.WEIGHTS, copy_from=self.policy.model_folder)
+            except UserError as error:  # on every rank
+                problem = problem or error
+        if problem is not None and self.rank_info.rank == 0:
+            print(f"vespo-megatron: cannot keep {folder}: {problem}", flush=True)
+        return "" if problem else str(folder)
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps of it; the detectors read the run's own metrics again."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from vespo_megatron.controller.controller import Controller
+from vespo_megatron.controller.parts import Evaluations
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
 from vespo_megatron.quantization import WeightQuantizer
@@ -84,8 +85,9 @@ class Trainer:
         self.link.push_again()
         if self.recipe.policy.router_replay.mode == "R3":
             probe_routes(self.link)
-        if schedule.val_at_start and schedule.val_period and not done:
-            self.link.call_with_servers(lambda controller: controller.log(0, controller.evaluate(0)))
+        if schedule.evaluates_after(0) and not done:
+            metrics = self.evaluate(0, wait=True)
+            self.link.call(lambda controller: controller.log(0, metrics))
         return all(self.one_step(step) for step in range(done + 1, schedule.max_num_steps + 1))
 
     def one_step(self, step: int) -> bool:
@@ -95,19 +97,33 @@ class Trainer:
         with self._profiled(step):
             metrics = self.step(step)
         last = step == schedule.max_num_steps
-        if schedule.val_period and (step % schedule.val_period == 0 or (last and schedule.val_at_end)):
-            with self.timers("evaluate"):
-                metrics |= self.link.call_with_servers(lambda controller: controller.evaluate(step)) or {}
+        with self.timers("evaluate") if last or schedule.evaluates_after(step) else nullcontext():
+            metrics |= self.evaluate(step, wait=last)
         if self.checkpointer is not None:
             metrics |= self.checkpointer.pop_metrics()
         if self.controller is not None:
             self.controller.log(step, metrics | self.timers.pop())
         # After the log, so that no step is missing from it: a resumed run writes what comes after the checkpoint.
         stop = self.guard.should_stop(step, metrics) and not last
-        saved = self.save_checkpoint(step, metrics, last=last, stop=stop)
+        saved = self.save_checkpoint(step, last=last, stop=stop)
         if stop and self.controller is not None:
             self.guard.stop.note_stopped(step, saved)
         return not stop
+
+    def evaluate(self, step: int, *, wait: bool) -> dict[str, float]:
+        """The evaluation that the schedule has after this step; its metrics on rank 0, when they are known already.
+
+        Those of others that have ended are logged; with `wait`, so are all that go on beside training.
+        """
+        ended: Evaluations = {}
+        if self.recipe.grpo.evaluates_after(step):
+            ended |= self.link.call_with_servers(lambda controller: controller.evaluate(step)) or {}
+        if wait:
+            ended |= self.link.call_with_servers(lambda controller: controller.await_evaluations()) or {}
+        metrics = ended.pop(step, {})
+        if self.controller is not None:
+            self.controller.log_evaluations(ended)
+        return metrics
 
     def step(self, step: int) -> dict[str, Any]:
         """One rollout batch: the first sentence of the module. Returns metrics on rank 0."""
@@ -129,8 +145,9 @@ class Trainer:
         with self.timers("sync_weights"):
             self.push_new_weights(step)
         metrics = self.train_step.reduce(results, routes, batch)
-        if rollout is None:
+        if rollout is None or self.controller is None:
             return {}
+        self.controller.log_evaluations(rollout.evaluations)
         tokens, seconds = rollout.metrics["response/tokens"], time.perf_counter() - started
         metrics |= utilization(
             rollout.batch.samples,
@@ -170,7 +187,7 @@ class Trainer:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, step: int, metrics: Mapping[str, Any], *, last: bool, stop: bool) -> str:
+    def save_checkpoint(self, step: int, *, last: bool, stop: bool) -> str:
         """Save where the recipe wants it or the run ends here; where, when it is known already."""
         checkpointer = self.checkpointer
         if checkpointer is None or not (stop or checkpointer.due(step, last=last)):
@@ -180,9 +197,7 @@ class Trainer:
             with self.timers("sync_weights"):
                 self.link.turns.to_trainer()
         with self.timers("checkpoint"):
-            return checkpointer.save(
-                step, self.state_dict(), controller, metrics, history=self.history, wait=stop or last
-            )
+            return checkpointer.save(step, self.state_dict(), controller, history=self.history, wait=stop or last)
 
     def state_dict(self) -> dict[str, Any]:
         """What every rank needs to go on, besides its policy; as JSON."""

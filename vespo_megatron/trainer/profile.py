@@ -8,16 +8,19 @@ from pathlib import Path
 
 import torch
 
+from vespo_megatron.run.best_effort import BestEffort
+
 FOLDER = "profile"
 
 
 @contextlib.contextmanager
 def profiled(run_dir: Path, rank: int, step: int) -> Iterator[None]:
-    """Write `profile/step_<n>_rank_<r>.json.gz` (chrome://tracing, Perfetto) and `profile/step_<n>.html`."""
+    """Write `profile/step_<n>_rank_<r>.json.gz` (chrome://tracing, Perfetto) and `profile/step_<n>.html`.
+
+    What cannot be written is told; the step is taken all the same.
+    """
     from pyinstrument import Profiler
 
-    folder = run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -30,6 +33,9 @@ def profiled(run_dir: Path, rank: int, step: int) -> Iterator[None]:
         finally:
             if python is not None:
                 python.stop()
-    operators.export_chrome_trace(str(folder / f"step_{step}_rank_{rank}.json.gz"))
-    if python is not None:
-        (folder / f"step_{step}.html").write_text(python.output_html(), encoding="utf-8")
+    with BestEffort(print).writing(f"{FOLDER}/"):
+        folder = run_dir / FOLDER
+        folder.mkdir(exist_ok=True)
+        operators.export_chrome_trace(str(folder / f"step_{step}_rank_{rank}.json.gz"))
+        if python is not None:
+            (folder / f"step_{step}.html").write_text(python.output_html(), encoding="utf-8")

@@ -85,6 +85,14 @@ class GRPOConfig(Section):
     async_grpo: AsyncGRPOConfig = section(AsyncGRPOConfig)
     seed: int = key(42, "Seed of initialisation, prompt order and the in-process sampler.", ge=0)
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the schedule has an evaluation after this step; 0 is before the first."""
+        if not self.val_period:
+            return False
+        if step == 0:
+            return self.val_at_start
+        return step % self.val_period == 0 or (self.val_at_end and step == self.max_num_steps)
+
     @property
     def overlong(self) -> str:
         """What becomes of truncated responses: off, drop or zero_advantage."""

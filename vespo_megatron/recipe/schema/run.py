@@ -71,7 +71,10 @@ class ClusterConfig(Section):
         ours=True,
     )
     stop_timeout: float = key(
-        300.0, "Seconds for SIGTERM or SIGUSR1 to finish the step and save; 0 stops at once, unsaved.", ge=0, ours=True
+        300.0,
+        "Seconds for SIGTERM, SIGUSR1 or SIGHUP to end the step and save; 0: at once, unsaved.",
+        ge=0,
+        ours=True,
     )
 
 

@@ -144,13 +144,16 @@ def _weight_versions(meta: dict[str, Any], length: int, check: Check) -> np.ndar
     """int64 [R] out of spans that must cover the response exactly."""
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
     check.sequence(spans, "weight_versions")
+    most = 2 * (length + 1)  # empty ones between them
+    check.that(len(spans) <= most, f"{len(spans)} weight version spans", f"at most {most} for {length} tokens")
     expected = f"spans that cover {length} tokens"
     versions = np.empty(length, dtype=np.int64)
     position = 0
     for span in spans:
         fields = check.dictionary(span, "weight version span")
         start, end, version = (check.whole_number(fields.get(name), name) for name in ("start", "end", "version"))
-        check.that(start == position <= end <= length, f"weight version spans {short(spans)}", expected)
+        if not start == position <= end <= length:
+            check.that(False, f"weight version spans {short(spans)}", expected)
         versions[start:end] = version
         position = end
     check.that(position == length, f"weight version spans {short(spans)}", expected)
