@@ -13,6 +13,7 @@ from vespo_megatron.study import compare as compare_module
 from vespo_megatron.study.comparison import compare_primary, compare_rows
 from vespo_megatron.study.outcomes import read_outcomes
 from vespo_megatron.study.spec import load_study
+from vespo_megatron.study.study_report import sentences
 from vespo_megatron.study.tuning import choices, tuned, tuning_study
 
 ROOT = Path(__file__).parents[2]
@@ -121,4 +122,6 @@ def test_what_is_explored_may_have_fewer_seeds_than_what_was_stated(study_file):
     (explored,) = [row.differences["accuracy"] for row in compare_rows(study, outcomes) if row.variant == "broken"]
     assert explored.mean.count == 2 and explored.mean.value == pytest.approx(0.3 * 2.5), "paired by seed"
     part = study.with_seeds([1])
-    assert {row.variant: len(row.runs) for row in compare_rows(part, read_outcomes(part))}["broken"] == 0
+    rows = compare_rows(part, read_outcomes(part))
+    assert {row.variant: len(row.runs) for row in rows}["broken"] == 0
+    assert sentences(rows) == [], "nothing is said of what was not run"

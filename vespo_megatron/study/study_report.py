@@ -74,10 +74,15 @@ def primary_sentences(stated: Sequence[Stated]) -> list[str]:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the comparisons say, one sentence each: accuracy first, and of each measure what was found."""
+    """What the comparisons say, one sentence each: accuracy first, and of each measure what was found.
+
+    Nothing of pairs that no seed has finished yet.
+    """
     said = []
     for row in rows:
         for measure, difference in row.differences.items():
+            if not difference.mean.count:
+                continue
             found = difference.verdict in ("higher", "lower")
             text = _sentence(row.variant, row.baseline, row.setting, measure, difference, difference.verdict)
             said.append((measure != ACCURACY, measure, not found, text))
@@ -103,8 +108,10 @@ def _sentence(
 
 def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated], chosen: Sequence[Choice]) -> str:
     """Markdown: what was stated before; accuracies by variant and setting, the paper's; every other comparison."""
-    headings = [" ".join(setting) or "accuracy" for setting in study.settings]
     place = {(row.variant, row.setting): row for row in rows}
+    settings = [each for each in study.settings if any(place[v, each].finished for v in study.variants)]
+    settings = settings or study.settings  # before the first run has finished
+    headings = [" ".join(setting) or "accuracy" for setting in settings]
     lines = (
         ["Stated before it was run:", "", *(f"- {text}" for text in primary_sentences(stated)), ""] if stated else []
     )
@@ -113,19 +120,19 @@ def tables(study: Study, rows: Sequence[Row], stated: Sequence[Stated], chosen: 
         lines += [*(f"- {choice.sentence}" for choice in chosen), ""]
     lines += [f"| {next(iter(study.axes))} | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for variant in study.variants:
-        cells = [_accuracy_text(place[variant, setting]) for setting in study.settings]
+        cells = [_accuracy_text(place[variant, setting]) for setting in settings]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     if study.published.values:
         lines += ["", f"Published ({study.published.source}), per cent:", ""]
         lines += [f"| {next(iter(study.axes))} | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
         for variant in study.variants:
-            values = [study.published.value((variant, *setting)) for setting in study.settings]
+            values = [study.published.value((variant, *setting)) for setting in settings]
             if any(value is not None for value in values):
                 lines.append(f"| {variant} | {' | '.join('-' if v is None else f'{v:.1f}' for v in values)} |")
     shown = [name for name in LATE if _present(rows, name)]
     lines += ["", "Means over the last quarter of the steps:", ""]
     lines += [f"| {' | '.join(study.axes)} | {' | '.join(shown)} |", f"|{'---|' * (len(study.axes) + len(shown))}"]
-    for row in rows:
+    for row in (row for row in rows if row.finished):
         late = [f"{row.late[name].value:.4g}" if row.late[name].count else "-" for name in shown]
         lines.append(f"| {' | '.join((row.variant, *row.setting))} | {' | '.join(late)} |")
     heading = ["", "Exploratory:"] if stated else []
