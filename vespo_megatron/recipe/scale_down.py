@@ -71,7 +71,7 @@ def _with_splittable_heads(recipe: Recipe, heads: int) -> Recipe:
 
 
 def _small_model(folder: Path) -> dict[str, Any]:
-    # Offloading and reduced state are kernels of Transformer Engine and CUDA streams.
+    # Reduced state is Transformer Engine's; what is offloaded are the float32 weights of bfloat16 ones.
     megatron = {
         "layer_spec": "native",
         "moe_permute_fusion": False,
