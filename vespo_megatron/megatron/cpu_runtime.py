@@ -313,8 +313,8 @@ def _offload_to_the_same_memory() -> None:
 
     def offload_all(self: Any, _fraction: float) -> Any:
         own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        torch.Tensor.is_cuda = property(lambda tensor: id(tensor) in own)  # type: ignore[assignment,misc]
-        torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign,assignment]
+        torch.Tensor.is_cuda = property(lambda tensor: id(tensor) in own)  # type: ignore[assignment]
+        torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign,assignment,misc]
         try:
             return offload(self, 1.0)
         finally:
