@@ -34,16 +34,23 @@ OVERLAP = {
 OFFLOAD = {"optimizer.optimizer_cpu_offload": True, "optimizer.optimizer_offload_fraction": 0.5}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+HOW = {
+    "sharded": {"optimizer.use_distributed_optimizer": True},
+    "whole": {"optimizer.use_distributed_optimizer": False},
+    "overlapped": OVERLAP,
+}
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("precision", "how"),
     [
-        {"optimizer.use_distributed_optimizer": True},
-        {"optimizer.use_distributed_optimizer": False},
-        OVERLAP,
-        pytest.param(OFFLOAD, marks=pytest.mark.cuda),
+        *(
+            pytest.param(precision, how, id=f"{name}-{precision}")
+            for precision in ("float32", "bfloat16")
+            for name, how in HOW.items()
+        ),
+        pytest.param("bfloat16", OFFLOAD, id="half of it on the host"),
     ],
-    ids=["sharded", "whole", "overlapped", "half of it on the host"],
 )
 def test_two_updates_are_those_of_adamw(how, precision, rank_info, tiny_folder, close):
     """Each from the gradients that the policy itself computes: the optimizer alone is judged."""

@@ -55,16 +55,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Of `random_checkpoint.make_checkpoint`: what differs."""
 
 
-def layouts(shape: ModelShape) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(processes, keys of `policy.megatron_cfg`) of every one that the recipe's rules have nothing against."""
-    plain = Recipe().with_values(
-        {"data.train.path": "train.parquet", "cluster.device": "cpu", "policy.model_name": "a model"}
-        | {"policy.precision": "float32", "policy.max_total_sequence_length": 64}
-        | {"data.max_input_seq_length": 32, "policy.generation.max_new_tokens": 32}
-        | {"grpo.num_prompts_per_step": 840, "policy.train_global_batch_size": 840}
+_RECIPE = Recipe().with_values(
+    {
+        "cluster.device": "cpu",
+        "data.train.path": "train.parquet",
+        "data.max_input_seq_length": 32,
+        "grpo.num_prompts_per_step": 840,
+        "policy.model_name": "a model",
+        "policy.precision": "float32",
+        "policy.max_total_sequence_length": 64,
+        "policy.train_global_batch_size": 840,
+        "policy.generation.max_new_tokens": 32,
+    }
+)
+
+
+def allowed(shape: ModelShape, world: int, layout: dict[str, Any]) -> bool:
+    """Whether the recipe's rules have nothing against it."""
+    recipe = _RECIPE.with_values(
+        {"cluster.gpus_per_node": world} | {f"policy.megatron_cfg.{name}": value for name, value in layout.items()}
     )
+    return not any(problems(recipe)) and not any(model_problems(recipe, shape))
+
+
+def layouts(shape: ModelShape) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(processes, keys of `policy.megatron_cfg`) of every one that is allowed."""
     for world in PROCESSES:
-        sized = plain.with_values({"cluster.gpus_per_node": world})
         for sizes in itertools.product([size for size in PROCESSES if world % size == 0], repeat=len(SIZES)):
             tensor, pipeline, context, expert, expert_tensor = sizes
             if world % (tensor * pipeline * context) or world % (expert * expert_tensor * pipeline):
@@ -75,17 +91,16 @@ def layouts(shape: ModelShape) -> Iterator[tuple[int, dict[str, Any]]]:
                     "sequence_parallel": tensor > 1,
                     "moe_token_dispatcher_type": dispatcher,
                 }
-                recipe = sized.with_values({f"policy.megatron_cfg.{name}": value for name, value in layout.items()})
-                if not any(problems(recipe)) and not any(model_problems(recipe, shape)):
+                if allowed(shape, world, layout):
                     yield world, layout
 
 
 def name_of(world: int, layout: dict[str, Any]) -> str:
     """As in 4·TP2·EP2 allgather."""
     short = zip(("TP", "PP", "CP", "EP", "ETP"), SIZES, strict=True)
-    parts = [f"{letters}{layout[size]}" for letters, size in short if layout[size] > 1]
-    parts += [f"VPP{virtual}"] if (virtual := layout["virtual_pipeline_model_parallel_size"]) else []
-    return "·".join([str(world), *parts]) + f" {layout['moe_token_dispatcher_type']}"
+    parts = [f"{letters}{layout[size]}" for letters, size in short if layout.get(size, 1) > 1]
+    parts += [f"VPP{virtual}"] if (virtual := layout.get("virtual_pipeline_model_parallel_size")) else []
+    return "·".join([str(world), *parts]) + f" {layout.get('moe_token_dispatcher_type', 'alltoall')}"
 
 
 def one_update(folder: str, layout: dict[str, Any], store: str) -> dict[str, float]:

@@ -17,10 +17,12 @@ OVERLAP = {
     "distributed_data_parallel_config.overlap_grad_reduce": True,
     "distributed_data_parallel_config.overlap_param_gather": True,
 }
+OFFLOAD = {"optimizer.optimizer_cpu_offload": True, "optimizer.optimizer_offload_fraction": 1.0}
 LAYOUTS = {
     "one": (1, PLAIN),
     "dp2": (2, SHARDED),
     "dp2_overlap": (2, SHARDED | OVERLAP),
+    "dp2_offload": (2, SHARDED | OFFLOAD),
     "dp2_plain": (2, PLAIN),
     "dp2_frozen_router": (2, SHARDED | {"freeze_moe_router": True}),
     "pp2": (2, SHARDED | {PP: 2}),
@@ -54,6 +56,7 @@ def assert_equal_bits(workers, world_size, **given):
         ("dp2", "float32"),
         ("dp2", "bfloat16"),
         ("dp2_overlap", "bfloat16"),
+        ("dp2_offload", "bfloat16"),
         ("dp2_plain", "bfloat16"),
         ("dp2_frozen_router", "float32"),
         ("pp2", "bfloat16"),

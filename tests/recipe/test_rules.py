@@ -29,6 +29,7 @@ SP, GPUS, GLOBAL_BATCH = M + "sequence_parallel", "cluster__gpus_per_node", "pol
 FIRST, LAST = M + "num_layers_in_first_pipeline_stage", M + "num_layers_in_last_pipeline_stage"
 G = "policy__generation__"
 DIAL = G + "mismatch__"
+OFFLOAD = {M + "optimizer__optimizer_cpu_offload": True, M + "optimizer__optimizer_offload_fraction": 1.0}
 
 IMPOSSIBLE = {
     "world not divisible by TP·PP·CP": ({GPUS: 6, TP: 2, SP: True, CP: 2}, "cluster", "multiple of 4"),
@@ -207,6 +208,50 @@ IMPOSSIBLE = {
         "layer_spec",
         "precision=bfloat16",
     ),
+    "equally many tokens of all ranks": (
+        {EP: 2, M + "moe_token_dispatcher_type": "allgather"},
+        "moe_token_dispatcher_type",
+        "set it to alltoall",
+    ),
+    "DeepEP on a CPU": (
+        {"cluster__device": "cpu", M + "moe_token_dispatcher_type": "flex"},
+        "moe_token_dispatcher_type",
+        "DeepEP's kernels need CUDA",
+    ),
+    "parameters that nobody shards gathered": (
+        {
+            M + "optimizer__use_distributed_optimizer": False,
+            M + "distributed_data_parallel_config__overlap_param_gather": True,
+        },
+        "overlap_param_gather",
+        "use_distributed_optimizer to true",
+    ),
+    "a sharded state of SGD": (
+        {M + "optimizer__optimizer": "sgd"},
+        "optimizer.optimizer",
+        "distributed_optimizer=false",
+    ),
+    "Transformer Engine's Adam on a CPU": (
+        {"cluster__device": "cpu", M + "optimizer__use_precision_aware_optimizer": True},
+        "use_precision_aware_optimizer",
+        "needs CUDA",
+    ),
+    "a state of lower precision that nobody shards": (
+        {M + "optimizer__use_precision_aware_optimizer": True, M + "optimizer__use_distributed_optimizer": False},
+        "use_precision_aware_optimizer",
+        "use_distributed_optimizer to true",
+    ),
+    "a state that nobody shards on the host": (
+        OFFLOAD | {M + "optimizer__use_distributed_optimizer": False},
+        "optimizer_cpu_offload",
+        "use_distributed_optimizer to true",
+    ),
+    "float32 weights on the host": (OFFLOAD | {"policy__precision": "float32"}, "optimizer_cpu_offload", "bfloat16"),
+    "none of the state on the host": (
+        {M + "optimizer__optimizer_cpu_offload": True},
+        "optimizer_offload_fraction",
+        "more than 0",
+    ),
     "R3 without routes": ({"policy__router_replay__mode": "R3"}, "enable_return_routed_experts", "true"),
     "a server address without scheme": ({G + "sglang_cfg__urls": ["localhost:1"]}, "urls", "http://"),
     "no processes": ({GPUS: 0}, "cluster.gpus_per_node", "at least 1"),
@@ -280,6 +325,9 @@ def test_an_impossible_recipe_is_refused_by_one_message_that_says_what_to_change
         {GPUS: 8, TP: 2, SP: True, PP: 2, CP: 2, EP: 2},
         {GPUS: 4, EP: 4},
         {EP: 2, GLOBAL_BATCH: 64},
+        {M + "moe_token_dispatcher_type": "allgather"},
+        OFFLOAD | {"cluster__device": "cpu"},
+        {M + "optimizer__optimizer": "sgd", M + "optimizer__use_distributed_optimizer": False},
         {G + "top_k": -1, G + "val_temperature": 0.0},
         {G + "top_p": 0.9, G + "top_k": 20},
         {"policy__sequence_packing__enabled": False, "policy__sequence_packing__train_mb_tokens": 1},

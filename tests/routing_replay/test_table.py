@@ -9,7 +9,7 @@ from vespo_megatron.data.layout import SequenceLayout
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.routing_replay.agreement import Agreement
-from vespo_megatron.routing_replay.table import RouteTable, apply_stale_policy, slice_routes, stale_rows
+from vespo_megatron.routing_replay.table import RouteTable, apply_stale_policy, row_versions, slice_routes, stale_rows
 
 
 def sample(routes=True, versions=(0, 0, 0, 0), routes_version=0, **changes) -> Sample:
@@ -116,3 +116,14 @@ def test_agreement_counts_sets_not_order():
         "routes/agreement_layer_1": 1.0,
         "routes/agreement_layer_3": 0.75,
     }
+
+
+@pytest.mark.parametrize("on_stale_routes", ["live", "drop", "error"])
+def test_a_response_of_no_token_is_routed_live_and_is_not_stale(on_stale_routes):
+    """An engine that was interrupted before its first token gives neither tokens nor routes."""
+    empty = Sample("e", "p", [1, 2, 3], [], [], [], "abort")
+    assert row_versions(empty).tolist() == [-1, -1]
+    assert apply_stale_policy([sample(), empty], on_stale_routes) == 0
+    held = table([empty, sample()])
+    assert held.live_rows.tolist() == [0, 1, 2, 9]
+    held.check(8, "here")

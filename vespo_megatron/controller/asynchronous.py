@@ -119,7 +119,8 @@ class AsynchronousSource:
         result = advantages_of(
             self.parts.recipe, samples, [group.number for group in groups for _ in group.samples or ()]
         )
-        oldest = np.array([self.buffer.lag(int(sample.weight_versions.min())) for sample in samples])
+        versions = [sample.weight_versions for sample in samples]
+        oldest = np.array([self.buffer.lag(int(each.min())) if len(each) else 0 for each in versions])
         if oldest.max() > self.buffer.bound:
             raise AssertionError(f"a lag of {oldest.max()} where {self.buffer.bound} is the bound")
         keep = np.flatnonzero(result.keep.numpy()).tolist()
@@ -135,8 +136,8 @@ class AsynchronousSource:
         bad, self._bad_samples = self._bad_samples, 0
         return {
             "rollout/bad_samples": float(bad),
-            "staleness/lag_mean": float(per_token.mean()),
-            "staleness/lag_max": float(per_token.max()),
+            "staleness/lag_mean": float(per_token.mean()) if len(per_token) else 0.0,
+            "staleness/lag_max": float(per_token.max(initial=0)),
             "staleness/partial_share": float(partial),
             "staleness/interruptions": float(interruptions),
             "staleness/under_way": float(self.buffer.under_way),

@@ -114,9 +114,10 @@ class ParkedMemory:
     def _drop_copies_of_gradients(self) -> None:
         """An optimizer keeps gradients in its own dtype until the next update begins."""
         self._optimizer.zero_grad()
-        for tensor in self._main_parameters():
-            if tensor.device.type == self._device.type:
-                tensor.grad = None
+        for optimizer in self._whole_optimizers():
+            for group in optimizer.param_groups:
+                for tensor in group["params"]:
+                    tensor.grad = None
 
     def _storages(self) -> dict[Part, list[torch.UntypedStorage]]:
         """Each part's storages, every one once: in float32 the optimizer's shards are views of the parameters."""
@@ -153,11 +154,14 @@ class ParkedMemory:
                 yield from group["params"]
 
     def _torch_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        for optimizer in self._whole_optimizers():
+            yield optimizer
+            yield from getattr(optimizer, "sub_optimizers", ())  # `optimizer_cpu_offload` in part
+
+    def _whole_optimizers(self) -> Iterator[torch.optim.Optimizer]:
         for part in parts_of(self._optimizer):
-            if getattr(part, "is_stub_optimizer", False):  # a rank without parameters of its kind
-                continue
-            yield part.optimizer
-            yield from getattr(part.optimizer, "sub_optimizers", ())  # `optimizer_cpu_offload` in part
+            if not getattr(part, "is_stub_optimizer", False):  # a rank without parameters of its kind
+                yield part.optimizer
 
 
 def return_cached_memory(device: torch.device) -> None:

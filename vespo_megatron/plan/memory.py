@@ -75,7 +75,7 @@ class TrainerMemory:
     logits: int
     routes: int
     host: int
-    """Of the optimizer, what is offloaded."""
+    """Of the optimizer, what is offloaded: float32 weights and moments, and a copy of their gradients."""
     weight_copies: int
     """On the host: earlier weight versions, the reference, and the policy's own while others are in use."""
 
@@ -114,7 +114,7 @@ def _stage_memory(shape: ModelShape, recipe: Recipe, stage: int) -> TrainerMemor
         activations=activations.peak(shape, recipe, tokens, stage),
         logits=min(megatron.logprob_memory_mb << 20, tokens * shape.vocab_size * 4) if last else 0,
         routes=routes,
-        host=offloaded,
+        host=offloaded * 4 // 3,
         weight_copies=local.total * element * weight_copies(recipe),
     )
 

@@ -71,9 +71,10 @@ def _with_splittable_heads(recipe: Recipe, heads: int) -> Recipe:
 
 
 def _small_model(folder: Path) -> dict[str, Any]:
-    # Offloading and reduced state are kernels of Transformer Engine and CUDA streams.
+    # What needs a GPU goes: Transformer Engine, DeepEP. What is offloaded are the float32 weights of bfloat16 ones.
     megatron = {
         "layer_spec": "native",
+        "moe_token_dispatcher_type": "alltoall",
         "moe_permute_fusion": False,
         "apply_rope_fusion": False,
         "optimizer.optimizer_cpu_offload": False,

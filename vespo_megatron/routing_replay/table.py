@@ -74,9 +74,11 @@ class RouteTable:
 def row_versions(sample: Sample) -> np.ndarray:
     """int64 [tokens − 1]: the weights under which a row of routes has to be right.
 
-    Row p routed the token at p, whose forward predicted token p + 1; the prompt belongs to the first response token.
+    Row p routed the token at p, whose forward predicted token p + 1; the prompt belongs to the first response token,
+    and to no version (-1) where nothing was drawn.
     """
-    return np.concatenate([np.full(len(sample.prompt_ids) - 1, sample.weight_versions[0]), sample.weight_versions])
+    first = sample.weight_versions[0] if len(sample.weight_versions) else _NO_VERSION
+    return np.concatenate([np.full(len(sample.prompt_ids) - 1, first), sample.weight_versions])
 
 
 def stale_rows(sample: Sample) -> np.ndarray:
@@ -84,7 +86,7 @@ def stale_rows(sample: Sample) -> np.ndarray:
 
     After a retracted request is run again, engines return routes of the *new* weights beside log-probs of the old.
     """
-    return row_versions(sample) != sample.routes_version
+    return (row_versions(sample) != sample.routes_version) | (len(sample.weight_versions) == 0)
 
 
 def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
@@ -103,9 +105,11 @@ def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
     known = next((sample.routes for sample in samples if sample.routes is not None), None)
     for sample in samples:
         versions = sorted(set(sample.weight_versions.tolist()))
-        if sample.routes is None and len(versions) > 1 and known is not None:
+        if sample.routes is None and len(versions) != 1 and known is not None:
             sample.routes = np.zeros((sample.num_tokens - 1, *known.shape[1:]), dtype=known.dtype)
             sample.routes_version = _NO_VERSION
+        if not versions:
+            continue  # nothing was drawn: the live router takes its prompt, of which nothing is learned
         if sample.routes is None or not stale_rows(sample).any():
             continue
         found += 1

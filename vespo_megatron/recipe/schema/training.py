@@ -20,7 +20,9 @@ class OptimizerConfig(Section):
     clip_grad: float = key(1.0, "Global gradient norm to clip at; 0 never.", ge=0)
     use_distributed_optimizer: bool = key(True, "Shard optimizer state over data parallel ranks.")
     use_precision_aware_optimizer: bool = key(False, "Optimizer state in lower precision (needs Transformer Engine).")
-    optimizer_cpu_offload: bool = key(False, "Keep optimizer state in host memory.")
+    optimizer_cpu_offload: bool = key(
+        False, "Keep float32 weights and Adam's moments in host memory, and update them there (bfloat16 alone)."
+    )
     optimizer_offload_fraction: float = key(0.0, "Share of it to offload.", ge=0, le=1)
 
 
