@@ -345,7 +345,7 @@ EVALUATION = (
     Metric(
         "eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers", title="Held-out response length"
     ),
-    Metric("eval/begun_after_step", "The step whose weights an evaluation beside training began with: its own, or that of a resume.", "", LAST),
+    Metric("eval/begun_after_step", "The step whose weights an evaluation began with: its own, or a resume's.", "", LAST),
 )
 
 MACHINE = (
