@@ -42,6 +42,7 @@ def finish(run_dir: Path) -> None:
     """Run it to its end, which must be a good one."""
     process = start(run_dir)
     process.join(_PATIENCE_S)
+    process.kill()
     assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
@@ -70,6 +71,7 @@ def wait_for_step(run_dir: Path, process: multiprocessing.Process, step: int) ->
         if status is not None and status.step >= step:
             return
         time.sleep(0.001)
+    process.kill()
     raise AssertionError(f"step {step} was not reached")
 
 
