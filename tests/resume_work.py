@@ -91,6 +91,8 @@ def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: i
             return f"{where.phase} of step {where.step}" if where else ""
         time.sleep(0.0005)
     process.join(10)
+    process.kill()  # whoever starts it again is the only one
+    process.join(10)
     return ""
 
 
