@@ -16,6 +16,8 @@ from vespo_megatron.run.run_directory import RECIPE_FILE
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["vespo_megatron.launch.preload"])
 
+_PATIENCE_S = 600
+"""A run takes seconds, and minutes where much else runs beside it."""
 ONE_PROCESS = (
     "policy.megatron_cfg.tensor_model_parallel_size=1",
     "policy.megatron_cfg.sequence_parallel=false",
@@ -39,7 +41,8 @@ def make_run(folder: Path, name: str, *overrides: str) -> Path:
 def finish(run_dir: Path) -> None:
     """Run it to its end, which must be a good one."""
     process = start(run_dir)
-    process.join(240)
+    process.join(_PATIENCE_S)
+    process.kill()
     assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
@@ -62,12 +65,13 @@ def _train(run_dir: str) -> None:
 
 def wait_for_step(run_dir: Path, process: multiprocessing.Process, step: int) -> None:
     """Return when the run says that it is in this step or a later one."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _PATIENCE_S
     while process.is_alive() and time.monotonic() < deadline:
         status = read_rank_statuses(run_dir).get(0)
         if status is not None and status.step >= step:
             return
         time.sleep(0.001)
+    process.kill()
     raise AssertionError(f"step {step} was not reached")
 
 
@@ -76,7 +80,7 @@ def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: i
 
     `checkpoint write` is the thread beside training: while the folder has its provisional name.
     """
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _PATIENCE_S
     while process.is_alive() and time.monotonic() < deadline:
         status = read_rank_statuses(run_dir).get(0)
         if status is not None and status.step >= step and _is_in(run_dir, status.phase, phase):
@@ -86,6 +90,8 @@ def kill_in(run_dir: Path, process: multiprocessing.Process, phase: str, step: i
             process.join(10)
             return f"{where.phase} of step {where.step}" if where else ""
         time.sleep(0.0005)
+    process.join(10)
+    process.kill()  # whoever starts it again is the only one
     process.join(10)
     return ""
 

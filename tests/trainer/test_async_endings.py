@@ -96,7 +96,7 @@ def test_what_a_stop_cuts_short_is_drawn_at_the_resume(importable):
     process = resume_work.start(run_dir)
     resume_work.wait_for_step(run_dir, process, EVERY + 1)
     (run_dir / "stop").touch()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
     stopped = json.loads((run_dir / "stopped.json").read_text())
     assert EVERY not in evaluated_steps(read_metrics(run_dir)), "it had ended before the stop"

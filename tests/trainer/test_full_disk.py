@@ -14,7 +14,7 @@ from vespo_megatron.run.heartbeat import read_rank_statuses
 from vespo_megatron.run.metrics_file import read_metrics
 
 STEPS = 8
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_disk_that_is_full_for_a_while_costs_records_and_no_step(run_dir):
     fill(run_dir / "filler")
     resume_work.wait_for_step(run_dir, process, 6)
     (run_dir / "filler").unlink()
-    process.join(240)
+    process.join(600)
     assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
@@ -66,7 +66,7 @@ def test_a_disk_that_stays_full_is_the_error_of_a_run_that_took_every_step(run_d
     process = resume_work.start(run_dir)
     resume_work.wait_for_step(run_dir, process, 3)
     fill(run_dir / "filler")
-    process.join(240)
+    process.join(600)
     assert process.exitcode == 2
     assert read_rank_statuses(run_dir)[0].step == STEPS
     checkpoints = CheckpointStore(run_dir / "checkpoints")

@@ -19,6 +19,7 @@ from vespo_megatron.plan.planner import plan
 from vespo_megatron.plan.published import shape_of
 from vespo_megatron.plan.timing import default_lengths, fits
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.weight_files import weight_files
 from vespo_megatron.rollout_sglang.server.cuda_stack import obstacles, stack_of
 from vespo_megatron.run.devices import gpu_count, split, visible_gpus
 
@@ -132,7 +133,7 @@ def storage(recipe: Recipe) -> Iterator[Finding]:
     if not (model / "config.json").is_file():
         yield Finding("model", WARN, f"{model} is not here", "run this where the recipe's files are")
         return
-    files = preflight.weight_files(model)
+    files = weight_files(model)
     size, speed = sum(path.stat().st_size for path in files), _reading(files[0])
     seconds, allowed = size / speed, recipe.policy.generation.sglang_cfg.startup_timeout
     slow = seconds > allowed / 2

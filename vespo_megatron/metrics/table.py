@@ -360,7 +360,7 @@ EVALUATION = (
     Metric(
         "eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers", title="Held-out response length"
     ),
-    Metric("eval/begun_after_step", "The step after which an evaluation beside training began.", "", LAST),
+    Metric("eval/begun_after_step", "The step whose weights it began with: its own, or a resume's.", "", LAST),
 )
 
 MACHINE = (

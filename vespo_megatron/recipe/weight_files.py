@@ -30,7 +30,7 @@ def _names_of(index: Path) -> list[str]:
         raise UserError(f"is damaged ({error})", where=str(index), fix="copy it again") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and name == PurePath(name).name for name in names):
+    if not names or not all(isinstance(name, str) and _is_beside(name) for name in names):
         raise UserError(
             "is damaged",
             where=str(index),
@@ -38,6 +38,10 @@ def _names_of(index: Path) -> list[str]:
             fix="copy it again",
         )
     return sorted(set(names))
+
+
+def _is_beside(name: str) -> bool:
+    return name == PurePath(name).name and name not in ("", "..")
 
 
 def check_safetensors(path: Path) -> None:

@@ -15,6 +15,7 @@ import socket
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -185,13 +186,14 @@ def _serve(connection: Connection, env: EnvConfig) -> None:
     while True:
         try:
             request = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the pool has ended, or was killed
             return
         # The kernel ends a score that hangs even when the pool that would is gone.
         signal.setitimer(signal.ITIMER_REAL, env.timeout + _ORPHAN_GRACE)
         result = _score(function, request)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(result)
+        with suppress(OSError):
+            connection.send(result)
 
 
 def _score(function: functions.RewardFunction, request: RewardRequest) -> RewardResult:
