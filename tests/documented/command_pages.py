@@ -12,8 +12,8 @@ PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "examples").rglo
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 QUICK, NIGHTLY, ELSEWHERE = "in the suite", "nightly", "not here"
-"""`QUICK` and `NIGHTLY` ones are executed as they stand, in their order; of all others what can be is judged: options, and
-the recipe with its overrides."""
+"""`QUICK` and `NIGHTLY` ones are executed as they stand, in their order; others are judged as far as they can be: options,
+and the recipe with its overrides."""
 
 _GRID, _MISMATCH = "examples/qwen3_30b_a3b/grid/vespo_n8.yaml", "examples/qwen3_30b_a3b/mismatch"
 _TINY = "vespo-megatron train examples/tiny_moe"
