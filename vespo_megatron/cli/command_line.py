@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Ctrl-C, 143 SIGTERM).
     """
     parser = build_parser()
-    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    overrides, others = split_overrides(parser, sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(others)
     if hasattr(parsed, "overrides"):
         parsed.overrides += overrides
