@@ -13,8 +13,9 @@ _().dispatch_preprocess, _().combine_postprocess, _()._apply_expert_bias
 # SGLang: of a platform plugin, found by its entry point, and of what it patches (plugin/cpu_platform.py).
 _().activate, _().get_default_attention_backend, _().get_dispatch_key_name, _().is_pin_memory_available
 _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().tp_size
-# torch.distributed: of broadcast options and of a process group that is made by hand; pickle; urllib.
-_().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().redirect_request
+# torch.distributed: of broadcast options and of a process group that is made by hand; pickle; http.client and io.
+_().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().sock, _().makefile
+_().readable, _().readinto
 # By its path (test_how_to_add.py); Jinja templates; a checkpoint's layout, which is every `…_size` of RankInfo.
 _().length_reward, _().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.

@@ -29,8 +29,8 @@ from vespo_megatron.rollout_sglang.client.session import open_session
 from vespo_megatron.rollout_sglang.faults import ServerFault, ServersFailed
 from vespo_megatron.rollout_sglang.pool import membership
 
-DEADLINE_S = 5.0
-"""Of every call of a round. On a machine that is busy a sound server needs it."""
+DEADLINE_S = 30.0
+"""Of every call of a round: a sound server on a machine that is busy must not seem late."""
 ONE_OF_EACH_KIND = ("cut middle", "another protocol", "a list", "doubled")
 """The server seems gone, is at fault, means something else, has said it twice. Every test of a run has these."""
 ASKED_ELSEWHERE = (
@@ -115,6 +115,7 @@ def test_a_run_of_one_server_goes_on_or_ends_with_a_message_that_names_it(recipe
     with WeightServer() as server, FaultProxy(server.url) as proxy:
         ended = []
         for fault in faults:
+            server.settings["weight_version"] = "default"  # as of a server that was never updated
             proxy.spoil(path, fault)
             try:
                 engine = connect(recipe, [proxy.url])
@@ -149,12 +150,12 @@ def test_a_spoiled_reply_to_a_call_that_no_round_has_is_the_servers_fault():
             proxy.spoil(path, fault)
             start = time.monotonic()
             try:
-                call(proxy.url, path, {}, timeout_s=2.0, max_bytes=1 << 20)
+                call(proxy.url, path, {}, timeout_s=5.0, max_bytes=1 << 20)
                 outcome = None
             except ServerFault as error:
                 assert error.url == proxy.url and path in error.where
                 outcome = error
-            assert proxy.spoiled == 1 and time.monotonic() - start < 10
+            assert proxy.spoiled == 1 and time.monotonic() - start < 20
             return outcome
 
         under_way = {(path, fault): threads.submit(attempt, path, fault) for path in ALONE for fault in FAULTS}
@@ -170,11 +171,11 @@ def test_a_spoiled_answer_is_taken_or_the_servers_fault_and_another_prompts_is_n
 
     async def attempt(fault, url):
         server = SGLangClient(
-            url, read_shape(recipe.policy.model_name), context_length=128, return_routes=True, request_timeout_s=4.0
+            url, read_shape(recipe.policy.model_name), context_length=128, return_routes=True, request_timeout_s=5.0
         )
         async with open_session() as session:
             try:
-                await server.is_healthy(session, timeout_s=4.0)
+                await server.is_healthy(session, timeout_s=5.0)
                 return await server.generate(session, requests)
             except ServerFault as error:
                 assert error.url == url, fault
