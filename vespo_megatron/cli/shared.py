@@ -30,7 +30,8 @@ def split_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     by the dot of its key: `aime24=32` is some option's own. What an option of one value is followed by is its value.
     """
     takes_one = options_of_one_value(parser)
-    overrides, others = [], []
+    overrides: list[str] = []
+    others: list[str] = []
     for before, text in pairwise(["", *arguments]):
         is_override = _OVERRIDE.match(text) and before not in takes_one
         (overrides if is_override else others).append(text)
