@@ -76,6 +76,16 @@ def test_overrides_may_stand_anywhere(recipe, monkeypatch, arguments):
     assert (asked["recipe"].grpo.seed, asked["recipe"].policy.generation.val_temperature) == (7, 0)
 
 
+def test_the_value_of_an_option_is_no_override_though_it_looks_like_one(recipe, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(cli.command_line.slurm, "run", lambda parsed: asked.update(vars(parsed)))
+    assert (
+        cli.main(["slurm", recipe, "--compare", "loss_fn.name=grpo,vespo", "grpo.seed=7", "--submit", "grpo.seed=8"])
+        == 0
+    )
+    assert asked["compare"] == "loss_fn.name=grpo,vespo" and asked["overrides"] == ["grpo.seed=7", "grpo.seed=8"]
+
+
 def test_an_override_of_a_command_without_a_recipe_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", "run", "grpo.seed=7"])

@@ -15,11 +15,11 @@ _().use_precision_aware_optimizer_no_fp8_or_ds_fp8, _().force_all_reduce
 # SGLang: of a platform plugin, found by its entry point, and of what it patches (plugin/cpu_platform.py).
 _().activate, _().get_default_attention_backend, _().get_dispatch_key_name, _().is_pin_memory_available
 _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().tp_size
-# torch.distributed: of broadcast options and of a process group that is made by hand; pickle; urllib; io.
-_().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().redirect_request, _().writable
+# torch.distributed: of broadcast options and of a process group that is made by hand; pickle; http.client; io.
+_().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().sock, _().makefile
+_().readable, _().readinto, _().redirect_request, _().writable
 # By its path (test_how_to_add.py); Jinja templates; a checkpoint's layout, which is every `…_size` of RankInfo.
 _().length_reward, _().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.
 _().allow_tf32, _().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
-_().sock, _().makefile, _().readable, _().readinto  # of http.client's connection, and of a raw stream (control.py)
 _().protocol_version, _().pre_tokenizer, _().on_step_end, _().reduction, _()._tensors

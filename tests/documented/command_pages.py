@@ -10,10 +10,10 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for
 PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "examples").rglob("*.md") if "build" not in page.parts)
 
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^    (vespo-megatron .*)$", re.MULTILINE)
 
 QUICK, NIGHTLY, ELSEWHERE = "in the suite", "nightly", "not here"
-"""`QUICK` and `NIGHTLY` ones are executed as they stand, in their order; of all others what can be is judged: options, and
-the recipe with its overrides."""
+"""`QUICK` and `NIGHTLY` ones are executed as they stand, in order. Of all others options and recipe are judged."""
 
 _GRID, _MISMATCH = "examples/qwen3_30b_a3b/grid/vespo_n8.yaml", "examples/qwen3_30b_a3b/mismatch"
 _TINY = "vespo-megatron train examples/tiny_moe"
@@ -36,6 +36,10 @@ KNOWN = {
         "--master-port=29500 -m vespo_megatron.cli train recipe.yaml": ELSEWHERE,  # a cluster: tests/slurm
     },
     "CONTRIBUTING.md": {"make train": ELSEWHERE, "make lint": ELSEWHERE, "make test": ELSEWHERE},
+    "docs/checkpoints.md": {
+        "vespo-megatron train recipe.yaml checkpointing.save_period=10 exp_manager.version=main "
+        "exp_manager.resume_if_exists=true": ELSEWHERE,  # tests/launch/test_stop_and_resume.py
+    },
     "docs/guide.md": {
         "git clone … && cd vespo_megatron": ELSEWHERE,
         "python3.11 -m venv .venv && . .venv/bin/activate": ELSEWHERE,
@@ -100,8 +104,9 @@ KNOWN = {
 
 def commands_of(page: str) -> list[str]:
     """In the page's order, each in one line, without its comment."""
-    found: list[str] = []
-    for language, body in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found: list[str] = _INDENTED.findall(_BLOCK.sub("", text))
+    for language, body in _BLOCK.findall(text):
         lines = re.sub(r" *\\\n\s*", " ", body).splitlines()
         typed = [line.strip()[2:] for line in lines if line.strip().startswith("$ ")]
         if not typed and language in ("bash", "sh", "shell"):

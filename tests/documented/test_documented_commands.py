@@ -43,10 +43,11 @@ def test_its_options_are_known_and_its_recipe_is_one(page, command, monkeypatch)
     elsewhere = {"SCRATCH": "/scratch", "RUN": "/run", "DATA": "/data", "MODEL": "/model", "RUNS": "/runs"}
     for name, value in elsewhere.items():
         monkeypatch.setenv(name, value)
-    overrides, words = split_overrides(words_of(command))
-    parsed = cli.build_parser().parse_args(words)
+    parser = cli.build_parser()
+    overrides, words = split_overrides(parser, words_of(command))
+    parsed = parser.parse_args(words)
     for name in ("recipe", "left", "right"):
-        if (path := getattr(parsed, name, None)) is not None and path != "mine.yaml":
+        if (path := getattr(parsed, name, None)) is not None and path not in ("mine.yaml", "recipe.yaml"):
             load_recipe(path, overrides)
 
 

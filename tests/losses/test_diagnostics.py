@@ -54,6 +54,16 @@ def test_mismatch_metrics_equal_their_formulas():
         assert found[f"mismatch/{name}"] == pytest.approx(float(value), rel=1e-9), name
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_correlation_is_at_most_one_whatever_rounding_makes_of_its_sums(seed):
+    """Engines that agree, at temperatures that leave probabilities close to one another."""
+    behavior_log_probs = -1 + 1e-3 * torch.rand(512, generator=torch.Generator().manual_seed(seed))
+    log_probs = (behavior_log_probs + 2e-7).requires_grad_()
+    output = policy_loss(log_probs, behavior_log_probs, torch.ones(1), torch.tensor([0, 512]), name="vespo")
+    found = output.metrics.finalize()
+    assert 0.9 < found.get("mismatch/prob_correlation", 1.0) <= 1.0
+
+
 def test_the_mismatch_is_between_the_training_engine_and_the_rollout_engine_where_both_are_known():
     batch = make_batch(4)
     found = run(batch, "grpo", behavior="recompute")[0].metrics.finalize()

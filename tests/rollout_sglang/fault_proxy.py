@@ -19,7 +19,7 @@ FAULTS = (
     *("endless headers", "endless body", "claims a tebibyte", "packed"),
     *("nested", "a list", "text", "null", "digits", "another's answer", "permuted"),
 )
-GIVES_UP_S = 20.0
+GIVES_UP_S = 60.0
 """After so long the proxy has had enough of whoever waits for it."""
 
 

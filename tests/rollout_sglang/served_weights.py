@@ -26,3 +26,8 @@ class WeightServer(FaultServer):
         else:
             values = {name: f"{tensor_checksum(name, tensor):016x}" for name, tensor in WEIGHTS.items()}
         return self._send(handler, 200, {"ranks": [{"checksums": values, "parallelism_info": [{"tp_rank": 0}]}]})
+
+
+def held():
+    """All of it, as an update streams it."""
+    return iter(WEIGHTS.items())

@@ -297,9 +297,12 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(engine):
 
 
 def test_either_of_two_stop_tokens_ends_a_response_and_is_trained_on(engine):
-    record = PromptRecord("p", (5, 6), "set", "4", {})
-    results = generate(engine, make_requests(96, max_new_tokens=60, stop_token_ids=(1, 9)))
-    samples = [to_sample(result, record) for result in results if result.finish_reason == "stop"]
+    requests = make_requests(96, max_new_tokens=60, stop_token_ids=(1, 9))
+    samples = [
+        to_sample(result, PromptRecord("p", request.prompt_ids, "set", "4"))
+        for request, result in zip(requests, generate(engine, requests), strict=True)
+        if result.finish_reason == "stop"
+    ]
     assert {int(sample.response_ids[-1]) for sample in samples} == {1, 9}
     for sample in samples:
         assert sample.loss_mask.all() and len(sample.loss_mask) == len(sample.behavior_log_probs)

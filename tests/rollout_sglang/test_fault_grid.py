@@ -15,7 +15,8 @@ import pytest
 from fault_proxy import FAULTS, FaultProxy
 from fault_server import FaultServer
 from rollout_helpers import generate, make_requests
-from served_weights import WEIGHTS, WeightServer
+from rollout_rounds import a_round, push
+from served_weights import WeightServer, held
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
@@ -25,11 +26,11 @@ from vespo_megatron.rollout_sglang.client.client import SGLangClient
 from vespo_megatron.rollout_sglang.client.contract import ENDPOINTS
 from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.session import open_session
-from vespo_megatron.rollout_sglang.faults import ServerFault, ServersFailed, WeightsNeeded
+from vespo_megatron.rollout_sglang.faults import ServerFault, ServersFailed
 from vespo_megatron.rollout_sglang.pool import membership
 
-DEADLINE_S = 5.0
-"""Of every call of a round. On a machine that is busy a sound server needs it."""
+DEADLINE_S = 30.0
+"""Of every call of a round: a sound server on a machine that is busy must not seem late."""
 ONE_OF_EACH_KIND = ("cut middle", "another protocol", "a list", "doubled")
 """The server seems gone, is at fault, means something else, has said it twice. Every test of a run has these."""
 ASKED_ELSEWHERE = (
@@ -64,20 +65,8 @@ RUNNING = (
 )
 ALONE = sorted({*ENDPOINTS, *ASKED_ELSEWHERE} - {*CONNECTING, *RUNNING})
 """Control calls that no round here has."""
-MAY_BE_TAKEN = {
-    "doubled",
-    "cut status",
-    "garbled status",
-    "garbled length",
-    "garbled middle",
-    "a list",
-    "text",
-    "null",
-} | {
-    "digits",
-    "another's answer",
-    "permuted",
-}
+MAY_BE_TAKEN = {"doubled", "garbled status", "garbled length", "garbled middle"}
+MAY_BE_TAKEN |= {"a list", "text", "null", "digits", "another's answer", "permuted"}
 """Where a command's reply says no more than that it was done."""
 
 
@@ -95,45 +84,6 @@ def recipe(tiny_recipe, monkeypatch):
     return tiny_recipe.with_values({f"policy.generation.sglang_cfg.{key}": value for key, value in settings.items()})
 
 
-def push(engine, version):
-    """As the trainer does: an update in which a server failed is made again."""
-    for _ in range(8):
-        try:
-            return engine.update_weights(iter(WEIGHTS.items()), version)
-        except WeightsNeeded:
-            continue
-    raise AssertionError("no end of updates")
-
-
-def a_round(engine, version):
-    """A rollout, an update, a rollout: every prompt is answered once."""
-    for number in range(2):
-        requests, seen = make_requests(4, max_new_tokens=2), []
-        results = draw(engine, requests, seen, version + number)
-        assert [result.request_id for result in results] == [request.request_id for request in requests]
-        assert sorted(result.request_id for result in seen) == sorted(request.request_id for request in requests)
-        if number == 0:
-            push(engine, version + 1)
-
-
-def draw(engine, requests, seen, version):
-    """All of them, with weights for servers that are back."""
-    answers = {}
-    for _ in range(4):
-        missing = [request for request in requests if request.request_id not in answers]
-
-        def note(result):
-            seen.append(result)
-            answers[result.request_id] = result
-
-        try:
-            generate(engine, missing, on_result=note)
-            return [answers[request.request_id] for request in requests]
-        except WeightsNeeded:
-            push(engine, version)
-    raise AssertionError("no end of weights")
-
-
 faults_of_a_run = pytest.mark.parametrize(
     "faults",
     [ONE_OF_EACH_KIND, pytest.param(FAULTS, marks=[pytest.mark.nightly, pytest.mark.timeout(1800)])],
@@ -149,11 +99,11 @@ def test_a_run_goes_on_with_the_other_server_whatever_one_replies(recipe, path, 
         engine, version = connect(recipe, [proxy.url, other.url]), 0
         for fault in faults:
             proxy.spoil(path, fault)
-            a_round(engine, version)
+            a_round(engine, version, held)
             assert proxy.spoiled == 1 or path == "/freeze_gc", fault  # asked of servers that join
             proxy.spoil("", "")
             version += 2
-            push(engine, version)  # of a server that is sound it includes the other
+            push(engine, version, held)  # of a server that is sound it includes the other
             assert len(engine.pool.membership.serving) == 2, fault
         engine.close()
         check_nothing_is_locked(recipe, proxy, spoiled, other)
@@ -165,12 +115,13 @@ def test_a_run_of_one_server_goes_on_or_ends_with_a_message_that_names_it(recipe
     with WeightServer() as server, FaultProxy(server.url) as proxy:
         ended = []
         for fault in faults:
+            server.settings["weight_version"] = "default"  # as of a server that was never updated
             proxy.spoil(path, fault)
             try:
                 engine = connect(recipe, [proxy.url])
                 try:
                     if path not in CONNECTING:
-                        a_round(engine, 0)
+                        a_round(engine, 0, held)
                 finally:
                     engine.close()
             except UserError as error:
@@ -185,7 +136,7 @@ def test_a_run_of_one_server_goes_on_or_ends_with_a_message_that_names_it(recipe
 def check_nothing_is_locked(recipe, proxy, *servers):
     """Whoever comes next finds servers that serve, no update open, and weights that are known or pushed anew."""
     engine = connect(recipe, [proxy.url, *(server.url for server in servers[1:])])
-    push(engine, 7)
+    push(engine, 7, held)
     assert len(generate(engine, make_requests(2, max_new_tokens=1))) == 2
     engine.close()
     assert all(server.serves.is_set() and not server.update_is_open for server in servers)
@@ -199,12 +150,12 @@ def test_a_spoiled_reply_to_a_call_that_no_round_has_is_the_servers_fault():
             proxy.spoil(path, fault)
             start = time.monotonic()
             try:
-                call(proxy.url, path, {}, timeout_s=2.0, max_bytes=1 << 20)
+                call(proxy.url, path, {}, timeout_s=5.0, max_bytes=1 << 20)
                 outcome = None
             except ServerFault as error:
                 assert error.url == proxy.url and path in error.where
                 outcome = error
-            assert proxy.spoiled == 1 and time.monotonic() - start < 10
+            assert proxy.spoiled == 1 and time.monotonic() - start < 20
             return outcome
 
         under_way = {(path, fault): threads.submit(attempt, path, fault) for path in ALONE for fault in FAULTS}
@@ -220,11 +171,11 @@ def test_a_spoiled_answer_is_taken_or_the_servers_fault_and_another_prompts_is_n
 
     async def attempt(fault, url):
         server = SGLangClient(
-            url, read_shape(recipe.policy.model_name), context_length=128, return_routes=True, request_timeout_s=4.0
+            url, read_shape(recipe.policy.model_name), context_length=128, return_routes=True, request_timeout_s=5.0
         )
         async with open_session() as session:
             try:
-                await server.is_healthy(session, timeout_s=4.0)
+                await server.is_healthy(session, timeout_s=5.0)
                 return await server.generate(session, requests)
             except ServerFault as error:
                 assert error.url == url, fault

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (130 Ctrl-C, 143 SIGTERM, 141 a reader that went away).
     """
     parser = build_parser()
-    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    overrides, others = split_overrides(parser, sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(others)
     if hasattr(parsed, "overrides"):
         parsed.overrides += overrides

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from vespo_megatron.cli.numbers import number
@@ -22,14 +23,30 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in grpo.seed=7")
 
 
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of a recipe, wherever they stand, and all other arguments.
 
     argparse takes them in one stretch only, and none after an option that may have several values. An override is told
-    by the dot of its key: `aime24=32` and `expert_model_parallel_size=8` are some option's own.
+    by the dot of its key: `aime24=32` is some option's own. What an option of one value is followed by is its value.
     """
-    overrides = [text for text in arguments if _OVERRIDE.match(text)]
-    return overrides, [text for text in arguments if text not in overrides]
+    takes_one = options_of_one_value(parser)
+    overrides: list[str] = []
+    others: list[str] = []
+    for before, text in pairwise(["", *arguments]):
+        is_override = _OVERRIDE.match(text) and before not in takes_one
+        (overrides if is_override else others).append(text)
+    return overrides, others
+
+
+def options_of_one_value(parser: argparse.ArgumentParser) -> set[str]:
+    """As they are written, of any command."""
+    found: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options_of_one_value, action.choices.values()))
+        elif action.nargs is None:
+            found.update(action.option_strings)
+    return found
 
 
 MOST_TOKENS = 1e9

@@ -195,12 +195,16 @@ def _token_chunk(
     torch.sub(train, behavior, out=d).clamp_(-20, 20)
     torch.clamp(train, max=0, out=p).exp_()
     torch.clamp(behavior, max=0, out=q).exp_()
+    wide_p, wide_q = (
+        p.double(),
+        q.double(),
+    )  # variances are differences of these sums, near to nothing where p are alike
     for name, total in (
-        ("_p", p.sum() - masked),
-        ("_q", q.sum() - masked),
-        ("_pp", torch.dot(p, p) - masked),
-        ("_qq", torch.dot(q, q) - masked),
-        ("_pq", torch.dot(p, q) - masked),
+        ("_p", wide_p.sum() - masked),
+        ("_q", wide_q.sum() - masked),
+        ("_pp", torch.dot(wide_p, wide_p) - masked),
+        ("_qq", torch.dot(wide_q, wide_q) - masked),
+        ("_pq", torch.dot(wide_p, wide_q) - masked),
     ):
         mean(name, total)
     p.sub_(q).abs_()
