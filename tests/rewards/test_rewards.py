@@ -14,7 +14,8 @@ from scoring import score
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import RewardPool
-from vespo_megatron.rewards.functions import exact_match, last_boxed
+from vespo_megatron.rewards.answers import last_boxed
+from vespo_megatron.rewards.functions import exact_match
 
 
 def hostile(data_source, solution_str, ground_truth, extra_info):

@@ -10,7 +10,7 @@ from vespo_megatron.data.prompts import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
-from vespo_megatron.rewards.functions import last_boxed
+from vespo_megatron.rewards.answers import last_boxed
 from vespo_megatron.run.records import LoggedSample
 
 if TYPE_CHECKING:
