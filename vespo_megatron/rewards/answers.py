@@ -15,14 +15,11 @@ _BRACE = re.compile(r"\\[{}\\]|[{}]")
 _JOINED = re.compile(r"[\s$]*(?:,|,?\s*\b(?:and|or)\b)[\s$]*")
 """What may stand between boxes that are one answer together, as "`\\boxed{1}` and `\\boxed{2}`"."""
 _THINKING_ENDS, _THINKING_BEGINS = "</think>", "<think>"
-_MARKED = re.compile(
-    r"<answer>(?P<tag>.*?)</answer>|####(?P<hash>.*)"
-    r"|(?:answers?\**\s*(?:is|are|[:=：])|答案(?:是|为|[:：])+|ответ\s*[:：])(?P<rest>[^\n]*(?:\n\s*[^\n]+)?)",
-    re.IGNORECASE,
-)
+_MARK = re.compile(r"<answer>|####|answers?\**\s*(?:is|are|[:=：])|答案(?:是|为|[:：])+|ответ\s*[:：]", re.IGNORECASE)
+"""What stands in front of an answer that has no box."""
 _REASON = re.compile(r"[,;]?\s(?:since|because|as|which|so|where|when)\b|[.。](?:\s|$)|;", re.IGNORECASE)
 _EXPRESSION = re.compile(
-    r"\$\$?[^$\n]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w.])[-−+]?(?:\d[\d,]*\d|\d)?(?:\.\d+)?(?:/\d+)?(?<=\d)\s?\\?%?"
+    r"\$\$?[^$\n]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]|[-−]?\\[dt]?frac\{[^{}]*\}\{[^{}]*\}|(?<![\w.])[-−+]?(?:\d[\d,]*\d|\d)?(?:\.\d+)?(?:/\d+)?(?<=\d)\s?\\?%?"
 )
 _RUN = re.compile(r"[\s,;•*-]*(?:\b(?:and|or)\b)?[\s,;•*-]*")
 _TAIL = 4096
@@ -102,20 +99,18 @@ def final_answer(text: str, *, boxed_only: bool = False, answer_in_thinking: boo
     """
     text = text if answer_in_thinking else after_thinking(text)
     answer = boxed_answer(text)
-    if answer is None and not boxed_only:
+    if answer is None and not boxed_only and not _BOX.search(text):  # a box that nothing closes was cut off
         answer = _stated(text[-_TAIL:])
     return answer if answer is not None and 0 < len(answer) <= _LONGEST else None
 
 
 def _stated(text: str) -> str | None:
-    marked = None
-    for marked in _MARKED.finditer(text):
-        pass
-    if marked is None:
+    marks = list(_MARK.finditer(text))
+    if not marks:
         return _last_run(text)
-    said = next(group for group in marked.groups() if group is not None).strip()
-    lines = [line for line in said.splitlines() if line.strip(" *$`")]
-    return _plain(_REASON.split(lines[0], maxsplit=1)[0]) if lines else _last_run(text[: marked.start()])
+    said = text[marks[-1].end() :].partition("</answer>")[0]
+    line = next((line for line in said.splitlines() if any(map(str.isalnum, line))), None)
+    return _plain(_REASON.split(line, maxsplit=1)[0]) if line else _last_run(text[: marks[-1].start()])
 
 
 def _last_run(text: str) -> str | None:

@@ -29,9 +29,11 @@ _REWRITTEN = [
         (r"\\(?:left|right)(?![a-z])|\\displaystyle|(?<!\\)\\[,;:! ]", ""),
         (r"\\[dt]frac", r"\\frac"),
         (r"\\varnothing", r"\\emptyset"),
+        (r"^\s*(?:=|\\approx(?![a-z])|≈)", ""),
         (r"\\mathrm\{([ei])\}", r"\1"),
         (r"\\?\$|\\[()]", ""),
-        (r"~", " "),
+        (r"~|\\q?quad(?![a-z])", " "),
+        (r"\\(?:color|textcolor)\{\w+\}|\\(?:underline|bm|boldsymbol)(?![a-z])", ""),
         (r"(\d)[eE]([-+]?\d+)", r"\1 \\times 10^{\2}"),
     )
 ]
@@ -39,9 +41,10 @@ _REWRITTEN = [
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?:\.\d+)?")
 _GROUPED = re.compile(r",|\{,\}| ")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(?([A-J])\)?")
-_CHOSEN = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*.*", re.DOTALL)
+_CHOSEN = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
 _LATIN = re.compile(r"(?<![\\a-z])[a-z]+")
 _PARTLY_READ = re.compile(r"\d\s*:\s*\d|\\[lc]?dots|\.\.\.")
 """Times, ratios and sequences that go on: Math-Verify drops what it cannot read, and calls the rest the same."""
@@ -50,10 +53,13 @@ _CONNECTED = re.compile(r",?\s*(?<![\\A-Za-z])(?:and|or)(?![A-Za-z])")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z']{2,}(?:/[A-Za-z]+)?(?:\s*\^\s*\{?[23]\}?)?")
 _UNIT_LETTERS = re.compile(r"\\(?:text|mbox|textrm)\s*\{\s*[a-zA-Z]\s*\}(?:\s*\^\s*\{?[23]\}?)?")
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp sqrt pi det gcd lcm max min mod".split()
+    [
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"),
+        *("ln", "log", "lg", "exp", "sqrt", "pi", "det", "gcd", "lcm", "max", "min", "mod"),
+    ]
 )
 """Words that Math-Verify reads as mathematics."""
-_DENIALS = frozenset("no not never non none except".split())
+_DENIALS = frozenset(("no", "not", "never", "non", "none", "except"))
 _RELATIVE = 1e-5
 """Numbers that Math-Verify's rounding to six decimals cannot tell apart are told apart by this."""
 
@@ -97,13 +103,15 @@ def same(truth: str, answer: str) -> bool:
     truth, answer = _tidy(truth), _tidy(answer)
     if not truth or not answer:
         return False
-    if _unwrapped(truth).split() == _unwrapped(answer).split():
+    if "".join(_unwrapped(truth).split()) == "".join(_unwrapped(answer).split()):
         return True
     if _DECIMAL.fullmatch(truth) and _DECIMAL.fullmatch(answer):
         return Decimal(truth) == Decimal(answer)
+    chosen = _CHOSEN.fullmatch(_unwrapped(answer))
     if choice := _CHOICE.fullmatch(_unwrapped(truth)):
-        given = _CHOSEN.fullmatch(_unwrapped(answer))
-        return given is not None and given[1].upper() == choice[1]
+        return chosen is not None and chosen[1].upper() == choice[1]
+    if chosen and chosen[2]:  # "(B) 17"
+        answer = chosen[2]
     if words := _words(truth):
         return words == _words(answer)
     if _PARTLY_READ.search(truth) or _PARTLY_READ.search(answer):
@@ -118,8 +126,16 @@ def _tidy(text: str) -> str:
     text = "".join(str(unicodedata.digit(letter)) if letter.isdigit() else letter for letter in text)
     for pattern, by in _REWRITTEN:
         text = pattern.sub(by, text)
-    text = text.strip().rstrip(".").strip()
+    text = _REPEATING.sub(_repeating, text).strip().rstrip(".").strip()
     return _GROUPED.sub("", text) if _THOUSANDS.fullmatch(text) else text
+
+
+def _repeating(decimal: re.Match[str]) -> str:
+    r"""1.2\overline{3} as the fraction that it is."""
+    whole, fixed, repeated = decimal.groups()
+    size = 10 ** len(fixed) * (10 ** len(repeated) - 1)
+    above = int(whole + fixed + repeated) - int(whole + fixed)
+    return rf"\frac{{{above}}}{{{size}}}"
 
 
 def _unwrapped(text: str) -> str:
@@ -130,11 +146,10 @@ def _unwrapped(text: str) -> str:
 def _words(text: str) -> str:
     """A text of words alone, to compare; empty where it is mathematics."""
     text = _unwrapped(text).casefold()
-    if re.search(r"[\d\\^_=<>{}]", text) or all(word in _FUNCTIONS or len(word) < 3 for word in _LATIN.findall(text)):
-        if text.isascii():
-            return ""
-    words = re.findall(r"[^\W\d_]+", text)
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    long = any(len(word) > 2 and word not in _FUNCTIONS for word in _LATIN.findall(text))
+    if re.search(r"[\d\\^_=<>{}]", text) or not (long or any(map(_is_prose, text))):
+        return ""
+    return " ".join(word for word in re.findall(r"[^\W\d_]+", text) if word not in ("a", "an", "the"))
 
 
 def _readings(text: str) -> tuple[Any, ...]:
@@ -217,5 +232,5 @@ def _numbers_differ(truth: Any, answer: Any) -> bool:
     truth, answer = truth.doit(), answer.doit()
     if truth.is_Rational and answer.is_Rational:
         return bool(truth != answer)
-    size = max(abs(truth.evalf(20)), abs(answer.evalf(20)))
-    return bool(abs((truth - answer).evalf(20)) > _RELATIVE * size)
+    size, apart = abs(truth.evalf(20)) + abs(answer.evalf(20)), abs((truth - answer).evalf(20))
+    return bool(size.is_finite and apart.is_finite and apart > _RELATIVE * size)

@@ -20,6 +20,8 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import functions
 
+UNSCORED = ("timeout", "error", "died")
+"""Why a score does not come: late, the function raised, or the process ended with it."""
 _START_TIMEOUT = 120.0
 """Seconds a worker has to import its reward."""
 _ORPHAN_GRACE = 2.0
@@ -38,10 +40,12 @@ class RewardRequest:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Its score, and what it is made of; `timeout` and `error` among the parts mark a score of 0 that is not earned."""
+    """Its score, and what it is made of."""
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    unscored: str = ""
+    """Of `UNSCORED`, why no score came; the reward is 0 then, and not earned. Empty when one came."""
     failure: str = ""
     """The exception the function raised, for a message; empty when it answered."""
 
@@ -137,10 +141,10 @@ class _Worker:
                 return self._connection.recv()
             outcome = "timeout"
         except (EOFError, BrokenPipeError):
-            outcome = "error"  # the process died of it
+            outcome = "died"
         self.close()
         self._start()
-        return RewardResult(0.0, {outcome: 1.0})
+        return RewardResult(0.0, unscored=outcome)
 
     def close(self) -> None:
         self._connection.close()
@@ -173,8 +177,8 @@ def _score(function: functions.RewardFunction, request: RewardRequest) -> Reward
             parts = {key: float(value) for key, value in answer.items() if key != "score" and _is_number(value)}
             answer = answer["score"]
         return RewardResult(float(answer), parts)
-    except Exception as error:  # one score must not end the run; the part says so in the metrics
-        return RewardResult(0.0, {"error": 1.0}, failure=f"{type(error).__name__}: {error}")
+    except Exception as error:  # one score must not end the run, unless env.on_unscored says so
+        return RewardResult(0.0, unscored="error", failure=f"{type(error).__name__}: {error}")
 
 
 def _is_number(value: Any) -> bool:

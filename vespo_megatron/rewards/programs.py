@@ -13,9 +13,9 @@ _OPENS = re.compile(r"(`{3,}|~{3,})[ \t]*(?:\{?\.?([A-Za-z][\w+#-]*)[^\n`]*)?\r?
 _PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 _NO_MAIN = "import sys as _sys; __name__ = 'program'; _sys.modules[__name__] = _sys.modules['__main__']"
 _MODULES = (
-    "collections typing math heapq bisect itertools functools string re random operator copy datetime statistics json "
-    "io sys"
-).split()
+    *("collections", "typing", "math", "heapq", "bisect", "itertools", "functools", "string", "re", "random"),
+    *("operator", "copy", "datetime", "statistics", "json", "io", "sys"),
+)
 """What LiveCodeBench's and veRL's harnesses import whole before a program; of a name that two have, the first one's."""
 
 
