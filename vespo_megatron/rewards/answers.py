@@ -19,9 +19,11 @@ _MARK = re.compile(r"<answer>|####|answers?\**\s*(?:is|are|[:=：])|答案(?:是
 """What stands in front of an answer that has no box."""
 _REASON = re.compile(r"[,;]?\s(?:since|because|as|which|so|where|when)\b|[.。](?:\s|$)|;", re.IGNORECASE)
 _EXPRESSION = re.compile(
-    r"\$\$?[^$\n]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]|[-−]?\\[dt]?frac\{[^{}]*\}\{[^{}]*\}|(?<![\w.])[-−+]?(?:\d[\d,]*\d|\d)?(?:\.\d+)?(?:/\d+)?(?<=\d)\s?\\?%?"
+    r"\$\$[^$]+\$\$|\$(?!\s)[^$\n]+(?<!\s)\$(?!\d)"  # and not the dollars of "$5 and $6"
+    r"|\\\(.+?\\\)|\\\[.+?\\\]|[-−]?\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+    r"|(?<![\w.])[-−+]?(?:\d[\d,]*\d|\d)?(?:\.\d+)?(?:/\d+)?(?<=\d)\s?\\?%?"
 )
-_RUN = re.compile(r"[\s,;•*-]*(?:\b(?:and|or)\b)?[\s,;•*-]*")
+_RUN = re.compile(r"[\s,;•*$-]*(?:\b(?:and|or)\b)?[\s,;•*$-]*")
 _TAIL = 4096
 """Characters from the end of which an answer without a box is read; a box may stand anywhere."""
 _LONGEST = 2000
@@ -66,7 +68,7 @@ def boxed_answer(text: str) -> str | None:
         if not _JOINED.fullmatch(text, end, start):
             break
         parts, start = [content, *parts], begin
-    return ", ".join(parts)
+    return ", ".join(dict.fromkeys(parts))
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, str]]:

@@ -60,8 +60,8 @@ _FUNCTIONS = frozenset(
 )
 """Words that Math-Verify reads as mathematics."""
 _DENIALS = frozenset(("no", "not", "never", "non", "none", "except"))
-_RELATIVE = 1e-5
-"""Numbers that Math-Verify's rounding to six decimals cannot tell apart are told apart by this."""
+_ABSOLUTE, _RELATIVE = Decimal("5e-7"), Decimal("1e-5")
+"""How closely numbers agree: Math-Verify's six decimals alone cannot tell 1.2e-9 from 1.3e-9."""
 
 
 def math(
@@ -106,7 +106,7 @@ def same(truth: str, answer: str) -> bool:
     if "".join(_unwrapped(truth).split()) == "".join(_unwrapped(answer).split()):
         return True
     if _DECIMAL.fullmatch(truth) and _DECIMAL.fullmatch(answer):
-        return Decimal(truth) == Decimal(answer)
+        return _same_decimal(Decimal(truth), Decimal(answer))
     chosen = _CHOSEN.fullmatch(_unwrapped(answer))
     if choice := _CHOICE.fullmatch(_unwrapped(truth)):
         return chosen is not None and chosen[1].upper() == choice[1]
@@ -117,6 +117,12 @@ def same(truth: str, answer: str) -> bool:
     if _PARTLY_READ.search(truth) or _PARTLY_READ.search(answer):
         return False
     return any(_equal(one, other) for one in _readings(truth) for other in _readings(answer))
+
+
+def _same_decimal(truth: Decimal, answer: Decimal) -> bool:
+    apart, size = abs(truth - answer), max(abs(truth), abs(answer))
+    whole = truth == int(truth) and answer == int(answer)
+    return apart == 0 or (not whole and apart <= _ABSOLUTE and apart <= _RELATIVE * size)
 
 
 def _tidy(text: str) -> str:
@@ -163,7 +169,8 @@ def _without_words(text: str) -> str:
     """Without words, units and letters of scripts that mathematics is not written in; empty when they deny it."""
     text = _unwrapped(_UNIT_LETTERS.sub("", text))
     text = _CONNECTED.sub(",", text)
-    if any(word.group().casefold() in _DENIALS for word in _WORD.finditer(text)):
+    words = [word.group().casefold() for word in _WORD.finditer(text)]
+    if any(word in _DENIALS or word.endswith("n't") for word in words):
         return ""
     text = _WORD.sub(lambda word: word.group() if word.group() in _FUNCTIONS else "", text)
     text = "".join(letter for letter in text if not _is_prose(letter))
@@ -195,8 +202,11 @@ def _quieten() -> None:
 def _equal(truth: Any, answer: Any) -> bool:
     from math_verify import verify
 
-    truth, answer = _as_set(truth), _as_set(answer)
-    return bool(verify(truth, answer, timeout_seconds=None)) and not _numbers_differ(truth, answer)
+    try:
+        truth, answer = _as_set(truth), _as_set(answer)
+        return bool(verify(truth, answer, timeout_seconds=None)) and not _numbers_differ(truth, answer)
+    except Exception:  # SymPy raises whatever it likes on expressions that mean nothing
+        return False
 
 
 def _as_set(expression: Any) -> Any:
@@ -233,4 +243,4 @@ def _numbers_differ(truth: Any, answer: Any) -> bool:
     if truth.is_Rational and answer.is_Rational:
         return bool(truth != answer)
     size, apart = abs(truth.evalf(20)) + abs(answer.evalf(20)), abs((truth - answer).evalf(20))
-    return bool(size.is_finite and apart.is_finite and apart > _RELATIVE * size)
+    return bool(size.is_finite and apart.is_finite and apart > float(_RELATIVE) * size)
