@@ -27,10 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.results import record
 from tests.rewards.audit import Case, Rates, math_pairs, programs, rates
-from vespo_megatron.rewards.code import code_reward
-from vespo_megatron.rewards.mathematics import math
 
 Score = Callable[[str, str], float]
 """(response, ground truth) → score."""
@@ -121,6 +118,10 @@ def main() -> None:
         sys.__stdout__.write(f"\n{json.dumps(scores)}\n")  # a rival may have put another in its place
         sys.__stdout__.flush()
         os._exit(0)  # prime_code leaves a Python behind that cannot end properly
+    from benchmarks.results import record  # not in a rival's process, which needs none of it
+    from vespo_megatron.rewards.code import code_reward
+    from vespo_megatron.rewards.mathematics import math
+
     ours = [float(math("", pair.response, pair.truth, {})) for pair in pairs]
     judged = {"ours": rates(pairs, ours)} | {
         f"veRL {name}": judged_apart(name, arguments.verl, arguments.packages, pairs) for name in MATH_RIVALS
