@@ -31,7 +31,7 @@ _REWRITTEN = [
         (r"\\varnothing", r"\\emptyset"),
         (r"^\s*(?:=|\\approx(?![a-z])|≈)", ""),
         (r"\\mathrm\{([ei])\}", r"\1"),
-        (r"\\?\$|\\[()]", ""),
+        (r"\\?\$|(?<!\\)\\[()]", ""),
         (r"~|\\q?quad(?![a-z])", " "),
         (r"\\(?:color|textcolor)\{\w+\}|\\(?:underline|bm|boldsymbol)(?![a-z])", ""),
         (r"(\d)[eE]([-+]?\d+)", r"\1 \\times 10^{\2}"),
@@ -39,7 +39,7 @@ _REWRITTEN = [
 ]
 """What is written in more than one way, in the way Math-Verify reads."""
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\{,\}| )\d{3})+(?:\.\d+)?")
-_GROUPED = re.compile(r",|\{,\}| ")
+_GROUPED = re.compile(r"\{,\}|,| ")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
