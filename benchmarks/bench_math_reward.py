@@ -66,8 +66,8 @@ def main() -> None:
         pool.close()
     late, failed = Counter(), Counter()
     for (kind, _), result in zip(cases, results, strict=True):
-        late[kind] += "timeout" in result.parts
-        failed[kind] += "error" in result.parts
+        late[kind] += result.unscored == "timeout"
+        failed[kind] += result.unscored in ("error", "died")
     calm = [text for kind, text in cases if kind in ("plain", "fraction")]
     math_reward("s", calm[0], "7", {})  # imports
     started = time.perf_counter()

@@ -45,15 +45,18 @@ class Engine:
 
 
 class Rewards:
-    """Scores by position: `scores(n)` is the n-th score asked for."""
+    """Scores by position: `scores(n)` is the n-th score asked for, or why it does not come."""
 
     def __init__(self, scores):
         self.scores, self.count = scores, 0
 
     async def score(self, requests):
-        results = [RewardResult(self.scores(self.count + i), {"format": 1.0}) for i in range(len(requests))]
+        scores = [self.scores(self.count + i) for i in range(len(requests))]
         self.count += len(requests)
-        return results
+        return [
+            RewardResult(0.0, unscored=score) if isinstance(score, str) else RewardResult(score, {"format": 1.0})
+            for score in scores
+        ]
 
     def close(self):
         pass
@@ -195,6 +198,36 @@ def test_a_run_whose_every_sample_is_bad_stops(source, build):
 
     with pytest.raises(UserError, match="no sample of .* usable"):
         build(spoil=spoil, loss_fn__on_bad_sample="drop", **source).collect(1)
+
+
+def one_is_late(n):
+    """Of the first rollout's eight scores in groups of two, that of the fourth does not come."""
+    return "timeout" if n == 3 else float(n % 2)
+
+
+@both_sources
+@pytest.mark.parametrize(("rule", "kept", "mean"), [("zero", 8, 3 / 8), ("drop", 7, 3 / 7)])
+def test_a_response_without_a_score_is_0_or_in_no_group_and_counted_by_kind(rule, kept, mean, source, build):
+    rollout = build(scores=one_is_late, env__on_unscored=rule, **source).collect(1)
+    counts = {name: value for name, value in rollout.metrics.items() if name.startswith("rollout/unscored")}
+    assert counts == {"rollout/unscored_timeout": 1, "rollout/unscored_error": 0, "rollout/unscored_died": 0}
+    assert len(rollout.batch) == kept and rollout.metrics["reward/mean"] == pytest.approx(mean)
+    alone = [sample.prompt_id for sample in rollout.batch.samples]
+    single = np.array([alone.count(name) == 1 for name in alone])
+    assert single.sum() == (rule == "drop")
+    assert (rollout.batch.advantages[single] == 0).all(), "what is left of its group has its own baseline"
+
+
+@both_sources
+def test_a_response_without_a_score_can_be_an_error_that_names_it(source, build):
+    with pytest.raises(UserError, match=r"sample .*p\d+/1: has no score: it took longer than 10 s"):
+        build(scores=one_is_late, env__on_unscored="error", **source).collect(1)
+
+
+def test_an_evaluation_leaves_no_response_out_and_counts_those_without_a_score(build):
+    controller = build(scores=lambda n: "died" if n == 0 else 1.0, env__on_unscored="drop")
+    metrics = controller.evaluate(0)
+    assert metrics["eval/sums/avg@1"] == pytest.approx(5 / 6) and metrics["eval/unscored"] == 1
 
 
 SHORT = {"policy__generation__max_new_tokens": 3}

@@ -50,6 +50,18 @@ def test_text_and_chat_prompts_load_as_they_are(load):
     assert bytes(chat.prompt_ids) == b"[hi]"
 
 
+def test_columns_that_are_texts_of_json_are_read_as_what_they_hold(load):
+    chat = [{"role": "user", "content": "hi"}]
+    truth, extra = {"ground_truth": "5"}, {"index": 7}
+    (record,) = load([row(json.dumps(chat), reward_model=json.dumps(truth), extra_info=json.dumps(extra))])
+    assert bytes(record.prompt_ids) == b"[hi]" and record.ground_truth == "5" and record.extra_info == extra
+
+
+def test_a_text_that_happens_to_be_json_stays_a_text(load):
+    texts = ['{"role": "user"}', "[1, 2]", '[{"a": 1}]', "[hi]"]
+    assert [bytes(record.prompt_ids).decode() for record in load([row(text) for text in texts])] == texts
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
@@ -59,6 +71,9 @@ def test_text_and_chat_prompts_load_as_they_are(load):
         ([row(), row("z")], {"vocab_size": 100}, "row 1: the prompt has token id 122"),
         ([row("")], {}, "row 0: the prompt is empty"),
         ([row(reward_model={"style": "rule"})], {}, "expected: a mapping with ground_truth"),
+        ([row(reward_model="4")], {}, "row 0: reward_model is '4'"),
+        ([row(extra_info="none")], {}, "row 0: extra_info is 'none'"),
+        ([row(str([{"role": "user", "content": "hi"}]))], {}, "row 0: the prompt .* is no JSON"),
         ([], {}, "train.jsonl: has no rows"),
     ],
 )

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from model_config import write_config
 
+from vespo_megatron.data.prompts import load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.launch import preflight
+from vespo_megatron.launch.prompts import load_usable
 from vespo_megatron.recipe.schema import Recipe
 
 ROW = {"prompt": "1 1", "data_source": "sums", "reward_model": {"ground_truth": "2"}}
+
+
+def truth(value):
+    return ROW | {"reward_model": {"ground_truth": value}}
 
 
 @pytest.fixture
@@ -67,12 +73,33 @@ def test_what_is_right_passes(recipe):
         ([ROW] * 7 + [ROW | {"prompt": "1 " * 9}], "row 7: the prompt has 9 tokens"),
         ([ROW] * 7 + [ROW | {"prompt": "1 high"}], "row 7: the prompt has token id 99"),
         ([ROW] * 7, "has 7 prompts"),
+        ([ROW] * 7 + [truth(None)], "1 of 8 ground truths .* train/7, 'None', is no answer"),
     ],
 )
 def test_prompts_that_cannot_be_trained_on_are_named(recipe, rows, message):
     write_rows(recipe, rows)
     with pytest.raises(UserError, match=message):
         preflight.check(recipe)
+
+
+def test_ground_truths_that_cannot_be_parsed_are_named_counted_and_an_error_or_left_out(recipe):
+    write_rows(recipe, [truth("2")] * 8 + [truth("x^2 +"), truth(r"\sqrt{2}"), truth(r"\frac{1}{"), truth("")])
+    named = r"train/8, 'x\^2 \+', cannot be parsed; train/10, .*; train/11, '', "
+    with pytest.raises(UserError, match=f"3 of 12 ground truths give no response a score: {named}"):
+        preflight.check(recipe)
+    dropping = recipe.with_values({"data.on_bad_ground_truth": "drop"})
+    (note,) = preflight.check(dropping)
+    assert note.startswith(recipe.data.train.path) and "3 of 12" in note
+    records, _ = load_usable(dropping.data.train, dropping, load_tokenizer(dropping))
+    assert [record.prompt_id for record in records] == [f"train/{n}" for n in (*range(8), 9)]
+
+
+def test_a_reward_judges_the_ground_truths_it_is_given(recipe):
+    write_rows(recipe, [truth('{"inputs": ["1"], "outputs": []}')] * 8)
+    preflight.check(recipe.with_values({"env.reward": "format"}))
+    both = {"env.rewards": {"format": 1.0, "code": 1.0}}
+    with pytest.raises(UserError, match="8 of 8 ground truths .* 1 inputs have 0 outputs"):
+        preflight.check(recipe.with_values(both | {"data.on_bad_ground_truth": "drop"}))
 
 
 def test_a_data_file_that_is_not_there_names_its_key(recipe):

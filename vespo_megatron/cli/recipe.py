@@ -58,8 +58,7 @@ def _check(parsed: argparse.Namespace) -> None:
     if parsed.output is not None:
         raise UserError("is given without --from: nothing would be written", where="--output")
     recipe = load_recipe(parsed.recipe, parsed.overrides)
-    preflight.check(recipe)
-    warnings = preflight.warnings(recipe)
+    warnings = preflight.check(recipe) + preflight.warnings(recipe)
     for warning in warnings:
         print(f"vespo-megatron: warning: {warning}", file=sys.stderr)
     print(

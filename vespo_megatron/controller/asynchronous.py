@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,7 +14,7 @@ import numpy as np
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
-from vespo_megatron.controller.sampler import Sampler, describe, request_seed
+from vespo_megatron.controller.sampler import Sampler, describe, left_out, request_seed
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.data.batch import Batch
@@ -50,6 +51,7 @@ class AsynchronousSource:
         """Steps whose evaluation the end of an earlier attempt cut short."""
         self._interruptions = 0
         self._bad_samples = 0
+        self._unscored: Counter[str] = Counter()
         self._unusable_in_a_row = 0
 
     async def _make_stream(self) -> RolloutStream:
@@ -65,9 +67,11 @@ class AsynchronousSource:
         group was usable for as many prompts as `MAX_SAMPLING_ROUNDS` batches have.
         """
         recipe, schedule = self.parts.recipe, self.parts.recipe.grpo
-        samples, bad = await self.sampler.sample([record], schedule.num_generations_per_prompt, label)
+        drawn = await self.sampler.sample([record], schedule.num_generations_per_prompt, label)
+        samples = drawn.samples
         self.sampler.shape_rewards(samples)
-        self._bad_samples += bad
+        self._bad_samples += drawn.bad
+        self._unscored += drawn.unscored
         keep = advantages_of(recipe, samples, [label] * len(samples)).keep.tolist() if samples else []
         kept = [sample for sample, good in zip(samples, keep, strict=True) if good]
         self._unusable_in_a_row = 0 if kept else self._unusable_in_a_row + 1
@@ -134,8 +138,9 @@ class AsynchronousSource:
         partial = np.mean([len(set(sample.weight_versions.tolist())) > 1 for sample in samples])
         interruptions, self._interruptions = self._interruptions, 0
         bad, self._bad_samples = self._bad_samples, 0
+        unscored, self._unscored = self._unscored, Counter()
         return {
-            "rollout/bad_samples": float(bad),
+            **left_out(bad, unscored),
             "staleness/lag_mean": float(per_token.mean()) if len(per_token) else 0.0,
             "staleness/lag_max": float(per_token.max(initial=0)),
             "staleness/partial_share": float(partial),

@@ -10,7 +10,7 @@ from vespo_megatron.data.prompts import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
-from vespo_megatron.rewards.functions import last_boxed
+from vespo_megatron.rewards.answers import last_boxed
 from vespo_megatron.run.records import LoggedSample
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float
         step, [_readable(sampler, by_id[each.prompt_id], each) for each in shown], name="validation"
     )
     parts.logger.log_problems(step, problems)
-    return metrics(problems)
+    return metrics(problems) | {"eval/unscored": float(sum(sample.unscored != "" for sample in samples))}
 
 
 def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedSample:
@@ -62,13 +62,13 @@ async def draw_problems(
         greedy: whether each is answered once more at temperature 0; not among the samples that are returned.
         group_by: entry of `extra_info` that is the problem's group.
     """
-    samples, _ = await sampler.sample(records, repeats, label, evaluation=True)
+    samples = (await sampler.sample(records, repeats, label, evaluation=True)).samples
     answered: dict[str, list[Sample]] = {}
     for sample in samples:
         answered.setdefault(sample.prompt_id, []).append(sample)
     greedily: dict[str, float] = {}
     if greedy:
-        ones, _ = await sampler.sample(records, 1, f"{label}/greedy", evaluation=True, greedy=True)
+        ones = (await sampler.sample(records, 1, f"{label}/greedy", evaluation=True, greedy=True)).samples
         greedily = {one.prompt_id: float(one.reward) for one in ones}
     return [
         _problem(record, answered[record.prompt_id], sampler, _group(record, group_by), greedily.get(record.prompt_id))

@@ -182,11 +182,10 @@ def _raw_reward(sample: Sample) -> float:
 
 
 def _parts(samples: Sequence[Sample], names: Iterable[str]) -> dict[str, list[float]]:
-    """Part → its value in every sample; 0, as the reward, where the reward function failed."""
+    """Part → its value in every sample; 0, as the reward, where no score came."""
     for sample in samples:
-        failed = sample.reward_parts.keys() & {"timeout", "error"}
         missing = [name for name in names if name not in sample.reward_parts]
-        if missing and not failed:
+        if missing and not sample.unscored:
             raise UserError(
                 f"has no part {missing[0]!r} of the reward",
                 where=f"sample {sample.sample_id}",

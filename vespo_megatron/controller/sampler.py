@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from vespo_megatron.data.sample import Sample
 from vespo_megatron.data.stop_tokens import stop_tokens
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
-from vespo_megatron.rewards import RewardPool, RewardRequest
+from vespo_megatron.rewards import UNSCORED, RewardPool, RewardRequest, RewardResult
 from vespo_megatron.rewards.shaping import overlong_penalty
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
 from vespo_megatron.routing_replay.table import apply_stale_policy
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 
 Generate = Callable[[Sequence[GenerationRequest]], Awaitable[list[GenerationResult]]]
 """Results in the order of the requests."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Scored samples, and what became of those that are not among them."""
+
+    samples: list[Sample]
+    bad: int
+    """Responses whose numbers are not finite, left out."""
+    unscored: Counter[str]
+    """Of `rewards.UNSCORED`, why no score came → responses, whether they are left out or not."""
 
 
 class Sampler:
@@ -61,12 +73,15 @@ class Sampler:
         *,
         evaluation: bool = False,
         greedy: bool = False,
-    ) -> tuple[list[Sample], int]:
-        """`repeats` scored samples per prompt, and how many were unusable and dropped.
+    ) -> Drawn:
+        """`repeats` scored samples per prompt, without those that are unusable.
 
         Args:
             evaluation: drawn as the recipe evaluates, not as it trains.
             greedy: whatever else, at temperature 0.
+
+        Raises:
+            UserError: a response's numbers are not finite, or its score did not come, where the recipe says error.
         """
         requests, owners = [], []
         sampling = self.evaluation if evaluation else self.training
@@ -99,10 +114,15 @@ class Sampler:
             [self._reward_request(record, sample) for record, sample in zip(kept, samples, strict=True)]
         )
         for sample, score in zip(samples, scores, strict=True):
-            sample.reward, sample.reward_parts = score.reward, dict(score.parts)
+            sample.reward, sample.reward_parts, sample.unscored = score.reward, dict(score.parts), score.unscored
+            if score.unscored and self.recipe.env.on_unscored == "error":
+                raise _no_score(sample.sample_id, score, self.recipe.env.timeout)
+        unscored = Counter(sample.unscored for sample in samples if sample.unscored)
+        if self.recipe.env.on_unscored == "drop" and not evaluation:
+            samples = [sample for sample in samples if not sample.unscored]
         if self.recipe.policy.router_replay.mode == "R3":
             apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
-        return samples, bad
+        return Drawn(samples, bad, unscored)
 
     def shape_rewards(self, samples: Sequence[Sample]) -> None:
         """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
@@ -146,6 +166,23 @@ def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
     )
 
 
+def left_out(bad: int, unscored: Counter[str]) -> dict[str, float]:
+    """Metrics of what `Drawn` counts beside its samples."""
+    return {"rollout/bad_samples": float(bad)} | {
+        f"rollout/unscored_{kind}": float(unscored[kind]) for kind in UNSCORED
+    }
+
+
+def _no_score(sample_id: str, score: RewardResult, timeout: float) -> UserError:
+    why = {"timeout": f"it took longer than {timeout:g} s", "died": "the reward's process ended with it"}
+    return UserError(
+        f"has no score: {why.get(score.unscored, score.failure)}",
+        where=f"sample {sample_id}",
+        expected="a score, env.on_unscored is error",
+        fix="mend the reward, raise env.timeout, or go on: env.on_unscored=zero, or drop",
+    )
+
+
 def describe(samples: Sequence[Sample]) -> dict[str, float]:
     """Metrics of rewards, their parts, and response lengths."""
     rewards = np.array([sample.reward for sample in samples])
@@ -160,10 +197,7 @@ def describe(samples: Sequence[Sample]) -> dict[str, float]:
         "response/truncated_fraction": float(np.mean([sample.truncated for sample in samples])),
     }
     for part in sorted({name for sample in samples for name in sample.reward_parts}):
-        if part in ("timeout", "error"):  # the share of all responses; the function's own parts are means where given
-            values = [sample.reward_parts.get(part, 0.0) for sample in samples]
-        else:
-            values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
+        values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
         metrics[f"reward/{part}"] = float(np.mean(values))
     return metrics
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.interruptible import Interruptible
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
-from vespo_megatron.controller.sampler import Sampler, describe
+from vespo_megatron.controller.sampler import Sampler, describe, left_out
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
@@ -59,7 +59,8 @@ class SynchronousSource:
         for attempt in range(MAX_SAMPLING_ROUNDS):
             records = self.parts.prompts.take(schedule.num_prompts_per_step - len(prompts))
             label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
-            fresh, bad = self.parts.thread.run(self.sampler.sample(records, schedule.num_generations_per_prompt, label))
+            drawn = self.parts.thread.run(self.sampler.sample(records, schedule.num_generations_per_prompt, label))
+            fresh = drawn.samples
             if not fresh:
                 raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
             self.sampler.shape_rewards(fresh)
@@ -70,7 +71,7 @@ class SynchronousSource:
             advantages.append(result.values[result.keep])
             trained.append(result.values[result.trained])
             generated += fresh
-            rounds.append(result.metrics | {"rollout/bad_samples": float(bad), "rollout/sampling_rounds": 1.0})
+            rounds.append(result.metrics | left_out(drawn.bad, drawn.unscored) | {"rollout/sampling_rounds": 1.0})
             if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
                 break
         else:

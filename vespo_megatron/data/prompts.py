@@ -6,7 +6,10 @@ The schema (https://verl.readthedocs.io/en/latest/preparation/prepare_data.html)
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -94,9 +98,8 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
                 expected=f"ids below the model's {vocab_size}",
                 fix="the tokenizer is not this model's: check policy.tokenizer.name",
             )
-        extra = row.get("extra_info") or {}
-        truth = _ground_truth(row, where)
-        records.append(PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], truth, dict(extra)))
+        extra, truth = _mapping(row, "extra_info", where), _ground_truth(row, where)
+        records.append(PromptRecord(f"{path.stem}/{number}", tuple(ids), row["data_source"], truth, extra))
     if not records:
         raise UserError("every prompt is too long", where=str(path), expected=f"prompts of at most {limit} tokens")
     return records
@@ -150,6 +153,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _tokenise(prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool, where: str) -> list[int]:
+    prompt = _messages(prompt, where)
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, Sequence) and prompt and all(_is_message(part) for part in prompt):
@@ -183,13 +187,43 @@ def _ids_of_messages(
         ) from None
 
 
+def _messages(prompt: Any, where: str) -> Any:
+    """Messages that are a text of JSON, as parquet written by pandas often has them; any other prompt as it is.
+
+    Raises:
+        UserError: messages as Python prints them, which is no JSON and no prompt either.
+    """
+    if not isinstance(prompt, str) or not _LIKE_MESSAGES.match(prompt):
+        return prompt
+    try:
+        return json.loads(prompt)
+    except json.JSONDecodeError:
+        raise UserError(
+            f"the prompt {prompt[:40]!r} looks like messages and is no JSON",
+            where=where,
+            expected="text, a list of {role, content}, or JSON of one",
+            fix="write the column with json.dumps, not with str",
+        ) from None
+
+
+def _mapping(row: dict[str, Any], column: str, where: str) -> dict[str, Any]:
+    """A column that holds a mapping, or JSON of one; empty where it holds nothing. Raises UserError."""
+    value = row.get(column) or {}
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if not isinstance(value, dict):
+        raise UserError(f"{column} is {row[column]!r}", where=where, expected="a mapping, or JSON of one")
+    return value
+
+
 def _is_message(part: Any) -> bool:
     return isinstance(part, dict) and "content" in part
 
 
 def _ground_truth(row: dict[str, Any], where: str) -> Any:
-    reward_model = row["reward_model"]
-    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
+    reward_model = _mapping(row, "reward_model", where)
+    if "ground_truth" not in reward_model:
         raise UserError(f"reward_model is {reward_model!r}", where=where, expected="a mapping with ground_truth")
     return reward_model["ground_truth"]
 

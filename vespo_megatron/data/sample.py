@@ -49,6 +49,8 @@ class Sample:
     """bool [R]; made of None, every response token is trained on."""
     reward: float = float("nan")
     reward_parts: dict[str, float] = field(default_factory=dict)
+    unscored: str = ""
+    """Why no score came (timeout, error, died), so that the reward is a 0 that was not earned; empty when one did."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from vespo_megatron.controller.evaluation import draw_problems
 from vespo_megatron.controller.sampler import Sampler
-from vespo_megatron.data.prompts import PromptRecord, load_prompts, load_tokenizer
+from vespo_megatron.data.prompts import PromptRecord, load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
 from vespo_megatron.launch import preflight
 from vespo_megatron.launch.model_source import model_folder
+from vespo_megatron.launch.prompts import load_usable
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
@@ -101,7 +103,10 @@ def _problems(recipe: Recipe, data: Sequence[str]) -> tuple[list[PromptRecord], 
         raise UserError("has no value", where="data.validation.path", fix="name problem sets: --data FILE …")
     records = []
     for number, dataset in enumerate(sets):
-        loaded = load_prompts(dataset, recipe, tokenizer)[: recipe.grpo.max_val_samples if not data else None]
+        loaded, left_out = load_usable(dataset, recipe, tokenizer)
+        loaded = loaded[: recipe.grpo.max_val_samples if not data else None]
+        if left_out:
+            print(left_out, file=sys.stderr)
         # Two files may have the same name.
         records += [replace(record, prompt_id=f"{number}/{record.prompt_id}") for record in loaded]
     return records, tokenizer

@@ -19,8 +19,11 @@ _LONGEST_TEMPORARY_FOLDER = 75
 """Characters that leave room for a socket's name below it: Linux takes 107, multiprocessing adds 32."""
 
 
-def check(recipe: Recipe) -> None:
-    """Everything that needs no process: layout, checkpoint, objective, reward, prompts; cheapest first.
+def check(recipe: Recipe) -> list[str]:
+    """Everything that needs no trainer: layout, checkpoint, objective, reward, prompts; cheapest first.
+
+    Returns:
+        A sentence on each file of which prompts will be left out.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -31,7 +34,7 @@ def check(recipe: Recipe) -> None:
     check_ports(recipe)
     check_temporary_folder(recipe)
     check_tables(recipe)
-    check_prompts(recipe)
+    return check_prompts(recipe)
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -116,17 +119,20 @@ def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:
     )
 
 
-def check_prompts(recipe: Recipe) -> None:
-    """Every prompt of every split loads, tokenises, and fits. Imports transformers and datasets."""
-    from vespo_megatron.data.prompts import load_prompts, load_tokenizer
+def check_prompts(recipe: Recipe) -> list[str]:
+    """Every prompt of every split loads, tokenises, fits and can be scored. Imports transformers and datasets."""
+    from vespo_megatron.data.prompts import load_tokenizer
+    from vespo_megatron.launch.prompts import load_usable
 
     tokenizer = load_tokenizer(recipe)
-    records = load_prompts(recipe.data.train, recipe, tokenizer)
+    records, left_out = load_usable(recipe.data.train, recipe, tokenizer)
+    notes = [left_out]
     if recipe.data.validation.path:
-        load_prompts(recipe.data.validation, recipe, tokenizer)
+        notes.append(load_usable(recipe.data.validation, recipe, tokenizer)[1])
     if len(records) < recipe.grpo.num_prompts_per_step:
         raise UserError(
             f"is {recipe.grpo.num_prompts_per_step}, but {recipe.data.train.path} has {len(records)} prompts",
             where="grpo.num_prompts_per_step",
             fix=f"lower it to {len(records)}, or bring more prompts",
         )
+    return [note for note in notes if note]

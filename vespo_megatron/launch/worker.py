@@ -64,7 +64,8 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 
 
 def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbeat: Heartbeat) -> None:
-    from vespo_megatron.data.prompts import load_prompts, load_tokenizer
+    from vespo_megatron.data.prompts import load_tokenizer
+    from vespo_megatron.launch.prompts import load_usable
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
@@ -72,7 +73,7 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
     from vespo_megatron.trainer.mismatch import measure
 
     tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
-    prompts = load_prompts(recipe.data.train, recipe, tokenizer) if tokenizer is not None else []
+    prompts, left_out = load_usable(recipe.data.train, recipe, tokenizer) if tokenizer is not None else ([], "")
     recipe = limit_steps(recipe, len(prompts), rank_info)
     engine = take_devices(recipe, run_dir, rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
@@ -87,6 +88,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
         if tokenizer is not None
         else None
     )
+    if controller is not None and left_out:
+        controller.logger.print(left_out)
     try:
         if work != "train":
             measure(recipe, policy, controller, run_dir, updates=work == "mismatch-updates")
@@ -173,13 +176,15 @@ def build_controller(
 ) -> Controller:
     """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
-    from vespo_megatron.data.prompts import PromptStream, load_prompts
+    from vespo_megatron.data.prompts import PromptStream
     from vespo_megatron.data.stop_tokens import describe_stop_tokens
+    from vespo_megatron.launch.prompts import load_usable
     from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
 
-    validation = load_prompts(recipe.data.validation, recipe, tokenizer) if recipe.data.validation.path else []
+    has_validation = bool(recipe.data.validation.path)
+    validation, left_out = load_usable(recipe.data.validation, recipe, tokenizer) if has_validation else ([], "")
     logger = RunLogger(
         run_dir,
         total_steps=recipe.grpo.max_num_steps,
@@ -187,6 +192,8 @@ def build_controller(
         progress=recipe.logger.progress,
         start_step=start_step,
     )
+    if left_out:
+        logger.print(left_out)
     if start_step:
         logger.print(f"resuming after step {start_step}")
     engine = engine or build_engine(recipe)

@@ -87,6 +87,12 @@ ADVANTAGES = (
 
 ROLLOUTS = (
     Metric("rollout/bad_samples", "Responses whose numbers are not finite, left out.", "responses", SUM),
+    Metric(
+        "rollout/unscored_*",
+        "Responses whose score did not come: late (timeout), the reward raised (error), its process ended (died).",
+        "responses",
+        SUM,
+    ),
     Metric("rollout/sampling_rounds", "Rollouts that dynamic sampling took for the batch.", "rounds", SUM),
     Metric("rollout/queue_mean", "Requests that waited for a server when one was sent.", "requests"),
     Metric("rollout/queue_max", "Most requests that waited for a server.", "requests", MAX),
@@ -360,6 +366,7 @@ EVALUATION = (
     Metric(
         "eval/response_length_mean", "Tokens of an answer.", "tokens", LAST, "answers", title="Held-out response length"
     ),
+    Metric("eval/unscored", "Responses whose score did not come, which counts as 0.", "responses", LAST),
     Metric("eval/begun_after_step", "The step whose weights it began with: its own, or a resume's.", "", LAST),
 )
 

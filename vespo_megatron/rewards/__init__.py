@@ -1,5 +1,5 @@
 """Rewards: what a response is worth. `RewardPool` scores; the functions are in files of their own."""
 
-from vespo_megatron.rewards.pool import RewardPool, RewardRequest, RewardResult
+from vespo_megatron.rewards.pool import UNSCORED, RewardPool, RewardRequest, RewardResult
 
-__all__ = ["RewardPool", "RewardRequest", "RewardResult"]
+__all__ = ["UNSCORED", "RewardPool", "RewardRequest", "RewardResult"]

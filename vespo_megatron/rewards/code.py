@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rewards.code_tests import Calls, CodeTest, Prints, read_tests
+from vespo_megatron.rewards.programs import last_program, prepare
 
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _UNSHARE = ("unshare", "--net", "--pid", "--fork", "--kill-child")
 _AS_USER = ("--user", "--map-current-user")
 _MAX_OUTPUT_BYTES = 1 << 20
@@ -40,9 +40,7 @@ def code_reward(
     """1 when the last fenced block of the response passes the problem's tests (`partial`: the share it passes).
 
     Args:
-        ground_truth: the tests, or JSON of them: `{"inputs": [...], "outputs": [...]}` for programs that read and
-            print, with `"fn_name"` for functions (arguments and result as JSON), `{"asserts": [...]}` or a list of
-            Python statements, or `{"test": "…"}`, statements in one text (HumanEval+ and MBPP+).
+        ground_truth: the tests, or JSON of them, in any form of `code_tests`.
         test_timeout: seconds for one test.
         memory_mb: address space of the program, in MiB.
         max_tests: tests to run at most, the first ones.
@@ -50,97 +48,47 @@ def code_reward(
     Raises:
         UserError: tests of no known form, or the system gives no process without network.
     """
-    tests = _tests(ground_truth, data_source)[:max_tests]
+    tests = read_tests(ground_truth, f"ground truth of {data_source}")[:max_tests]
     program = last_program(solution_str)
     if program is None or not tests:
         return {"score": 0.0, "no_program": float(program is None)}
     passed = 0
     for test in tests:
-        passed += test(program, test_timeout, memory_mb)
+        passed += _passes(test, program, test_timeout, memory_mb)
         if passed == 0 and not partial:
             break
     share = passed / len(tests)
     return {"score": share if partial else float(share == 1.0), "passed": share, "no_program": 0.0}
 
 
-def last_program(text: str) -> str | None:
-    """The last complete fenced block of a response; None without one."""
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else None
+def _passes(test: CodeTest, program: str, timeout: float, memory_mb: int) -> bool:
+    if isinstance(test, Prints):
+        status, printed = run(prepare(program, as_main=True), test.given, timeout, memory_mb)
+        return status == 0 and test.accepts(printed)
+    if isinstance(test, Calls):
+        return _returns(test, prepare(program, as_main=False), timeout, memory_mb)
+    # A program that leaves early with status 0 has not passed: the last line must have been reached.
+    end = "\nimport sys as _sys\n_sys.stdout.write('\\nevery statement held')\n"
+    status, printed = run(prepare(f"{program}\n{test.statements}", as_main=False) + end, "", timeout, memory_mb)
+    return status == 0 and printed.endswith("every statement held")
 
 
-Test = Callable[[str, float, int], bool]
-"""(program, seconds, MiB) → whether it passes."""
-
-
-def _tests(ground_truth: Any, data_source: str) -> list[Test]:
-    tests = ground_truth
-    if isinstance(tests, str):
-        try:
-            tests = json.loads(tests)
-        except json.JSONDecodeError:
-            tests = {"test": tests}
-    if isinstance(tests, list) and all(isinstance(line, str) for line in tests):
-        tests = {"asserts": tests}
-    if isinstance(tests, Mapping):
-        if "inputs" in tests and "outputs" in tests:
-            name = tests.get("fn_name")
-            pairs = zip(tests["inputs"], tests["outputs"], strict=True)
-            return [_calls(name, given, wanted) if name else _prints(given, wanted) for given, wanted in pairs]
-        if "asserts" in tests:
-            return [_holds(line) for line in tests["asserts"]]
-        if isinstance(tests.get("test"), str):
-            return [_holds(tests["test"])]
-    raise UserError(
-        f"{str(ground_truth)[:60]!r} are no tests",
-        where=f"ground truth of {data_source}",
-        expected='{"inputs", "outputs"}, with "fn_name" for functions, {"asserts"}, {"test"} or a list of statements',
-    )
-
-
-def _prints(given: Any, wanted: Any) -> Test:
-    def test(program: str, timeout: float, memory_mb: int) -> bool:
-        status, printed = run(program, _text(given), timeout, memory_mb)
-        return status == 0 and printed.split() == _text(wanted).split()
-
-    return test
-
-
-def _calls(name: str, given: Any, wanted: Any) -> Test:
-    """A call with `given` (a list of arguments); a result in a list of one is accepted, as the public sets have it."""
+def _returns(test: Calls, program: str, timeout: float, memory_mb: int) -> bool:
     mark = "result of the call: "
     call = (
         "\nimport json as _json, sys as _sys\n"
-        f"_target = globals().get({name!r}) or getattr(Solution(), {name!r})\n"
-        f"_sys.stdout.write('\\n' + {mark!r} + _json.dumps(_target(*_json.load(_sys.stdin))))\n"
+        f"_target = globals().get({test.name!r}) or getattr(Solution(), {test.name!r})\n"
+        f"_answer = _target(*{list(test.arguments)!r})\n"
+        f"_sys.stdout.write('\\n' + {mark!r} + _json.dumps(_answer, default=list))\n"
     )
-
-    def test(program: str, timeout: float, memory_mb: int) -> bool:
-        status, printed = run(program + call, json.dumps(given), timeout, memory_mb)
-        _, found, answer = printed.rpartition(mark)
-        if status != 0 or not found:
-            return False
-        try:
-            value = json.loads(answer)
-        except json.JSONDecodeError:
-            return False
-        return value == wanted or [value] == wanted
-
-    return test
-
-
-def _holds(statements: str) -> Test:
-    def test(program: str, timeout: float, memory_mb: int) -> bool:
-        # A program that leaves early with status 0 has not passed: the last line must have been reached.
-        end = "\nimport sys as _sys\n_sys.stdout.write('\\nevery statement held')\n"
-        status, printed = run(f"{program}\n{statements}{end}", "", timeout, memory_mb)
-        return status == 0 and printed.endswith("every statement held")
-
-    return test
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    status, printed = run(program + call, "", timeout, memory_mb)
+    _, found, answer = printed.rpartition(mark)
+    if status != 0 or not found:
+        return False
+    try:
+        return test.accepts(json.loads(answer))
+    except json.JSONDecodeError:
+        return False
 
 
 def run(program: str, given: str, timeout: float, memory_mb: int) -> tuple[int | None, str]:

@@ -12,45 +12,33 @@ from typing import Any
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards import code_tests, mathematics
+from vespo_megatron.rewards.answers import accepted, after_thinking, last_boxed
 from vespo_megatron.rewards.code import code_reward
 from vespo_megatron.rewards.format import format_reward
+from vespo_megatron.rewards.mathematics import math
 from vespo_megatron.rewards.remote import remote_reward
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
-_TAIL = 4096
-"""Characters of a response that are read for an answer: answers stand at the end."""
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{…}`, braces balanced; None when there is none."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth = 0
-        for position in range(start + len(r"\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start + len(r"\boxed{") : position]
-        start = text.rfind(r"\boxed{", 0, start)
-    return None
+def exact_match(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any],
+    *,
+    answer_in_thinking: bool = False,
+) -> float:
+    r"""1 when the last `\boxed{…}` (or the whole response without one) is the ground truth, blanks aside.
 
-
-def exact_match(data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    r"""1 when the last `\boxed{…}` (or the whole response without one) is the ground truth, blanks aside."""
-    boxed = last_boxed(solution_str[-_TAIL:])
-    answer = solution_str if boxed is None else boxed
-    return float("".join(answer.split()) == "".join(str(ground_truth).split()))
-
-
-def math(data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
-    """1 when Math-Verify finds the response's answer equal to the ground truth. Runs only under a deadline."""
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the deadline it is not given, once per text
-    gold = parse(rf"\boxed{{{ground_truth}}}", parsing_timeout=None)
-    answer = parse(solution_str[-_TAIL:], parsing_timeout=None)
-    return float(bool(gold) and verify(gold, answer, timeout_seconds=None))
+    Args:
+        answer_in_thinking: whether what stands before `</think>` is read as well.
+    """
+    text = solution_str if answer_in_thinking else after_thinking(solution_str)
+    boxed = last_boxed(text)
+    answer = "".join((text if boxed is None else boxed).split())
+    return float(any(answer == "".join(truth.split()) for truth in accepted(ground_truth)))
 
 
 BUILT_IN: dict[str, RewardFunction] = {
@@ -60,6 +48,12 @@ BUILT_IN: dict[str, RewardFunction] = {
     "code": code_reward,
     "remote": remote_reward,
 }
+UNREADABLE: dict[str, Callable[[Any], str | None]] = {
+    "exact_match": lambda truth: None if accepted(truth) else "is no answer",
+    "math": mathematics.unreadable,
+    "code": code_tests.unreadable,
+}
+"""Reward → why a ground truth can give no response a score above 0; None where it can. Others judge their own."""
 INLINE = {"exact_match", "format"}
 """Too quick and too plain to need a process of their own."""
 

@@ -25,6 +25,8 @@ from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import functions
 from vespo_megatron.rewards.mistakes import Mistakes
 
+UNSCORED = ("timeout", "error", "died")
+"""Why a score does not come: late, the function raised, or the process ended with it."""
 _START_TIMEOUT = 120.0
 """Seconds a worker has to import its reward."""
 _STARTS = 3
@@ -50,10 +52,12 @@ class RewardRequest:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """Its score, and what it is made of; `timeout` and `error` among the parts mark a score of 0 that is not earned."""
+    """Its score, and what it is made of."""
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    unscored: str = ""
+    """Of `UNSCORED`, why no score came; the reward is 0 then, and not earned. Empty when one came."""
     failure: str = ""
     """The exception the function raised, for a message; empty when it answered."""
 
@@ -132,9 +136,9 @@ class _Worker:
         except BlockingIOError:
             outcome = "timeout"  # it takes nothing more, or says nothing more
         except (EOFError, OSError):
-            outcome = "error"  # the process died of it
+            outcome = "died"
         self._restart()
-        return RewardResult(0.0, {outcome: 1.0})
+        return RewardResult(0.0, unscored=outcome)
 
     def _await_start(self) -> None:
         """Until it has its function. One that was killed is replaced: only a function that ends all is a mistake."""
@@ -204,8 +208,8 @@ def _score(function: functions.RewardFunction, request: RewardRequest) -> Reward
             parts = {key: float(value) for key, value in answer.items() if key != "score" and _is_number(value)}
             answer = answer["score"]
         return RewardResult(float(answer), parts)
-    except Exception as error:  # one score must not end the run; the part says so in the metrics
-        return RewardResult(0.0, {"error": 1.0}, failure=f"{type(error).__name__}: {error}")
+    except Exception as error:  # one score must not end the run, unless env.on_unscored says so
+        return RewardResult(0.0, unscored="error", failure=f"{type(error).__name__}: {error}")
 
 
 def _is_number(value: Any) -> bool:

@@ -28,6 +28,9 @@ class DataConfig(Section):
     on_change: Literal["error", "restart"] = key(
         "error", "A resumed run finds other prompts than it was saved with: stop, or begin these anew.", ours=True
     )
+    on_bad_ground_truth: Literal["error", "drop"] = key(
+        "error", "Prompts whose ground truth the reward cannot read, so that no response can score.", ours=True
+    )
     shuffle: bool = key(True, "Shuffle each epoch with grpo.seed.")
 
 
@@ -40,4 +43,10 @@ class EnvConfig(Section):
     )
     reward_kwargs: dict[str, Any] = key({}, "Arguments of the reward; with `rewards`, reward → arguments.", ours=True)
     num_workers: int = key(1, "Reward worker processes.", ge=1)
-    timeout: float = key(10.0, "Deadline of one score, in seconds; late ones score 0 and are counted.", gt=0, ours=True)
+    timeout: float = key(10.0, "Deadline of one score, in seconds.", gt=0, ours=True)
+    on_unscored: Literal["zero", "drop", "error"] = key(
+        "zero",
+        "Responses whose score did not come (late, or the reward raised): reward 0, or out of baseline and loss, or an "
+        "error. In evaluations, which leave nothing out, drop is zero.",
+        ours=True,
+    )
