@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from scoring import needs_wall
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rewards import wall
@@ -22,7 +22,6 @@ from vespo_megatron.rewards.sandbox import Limits, run
 from vespo_megatron.rewards.wall import NONE, find_wall
 
 NOBODY = 65534
-needs_wall = pytest.mark.skipif(shutil.which("bwrap") is None, reason="make test-sandbox installs bubblewrap")
 
 AS_USER = """
 import json, os, sys
@@ -83,8 +82,8 @@ calls = {{
     "setuid": lambda: libc.setuid(0),
     "memfd": lambda: libc.memfd_create(b"x", 0),
     "shmget": lambda: libc.shmget(0, 4096, 0o1600),
+    "outlive": lambda: libc.prctl(1, 0),
     "setns": lambda: libc.setns(0, 0),
-    "kill init": lambda: 0 if libc.kill(1, 9) == 0 and False else -1,
     "clone": lambda: libc.syscall(56, 0x10000011, 0, 0, 0, 0) if {x86} else -1,
 }}
 print([name for name, call in calls.items() if call() != -1])
@@ -98,7 +97,7 @@ def test_a_program_reaches_nothing_of_the_machine(answers, tmp_path):
     listener = socket.create_server(("127.0.0.1", 0))
     try:
         everywhere = ["/etc/shadow", "/etc/passwd", str(secret), f"/proc/{os.getpid()}/environ", "/dev/mem"]
-        memory = f"['/proc/%d/mem' % pid for pid in ({os.getpid()}, 1)]"
+        kernel = ["/proc/kcore", "/proc/sysrq-trigger", f"/proc/{os.getpid()}/maps"]
         outside = ["/program.py", "/x", "/dev/x", "/usr/x", "/proc/sys/kernel/hostname", f"/proc/{os.getpid()}/mem"]
         connect = (
             "import socket\n"
@@ -109,16 +108,18 @@ def test_a_program_reaches_nothing_of_the_machine(answers, tmp_path):
         who = "import os; print(os.getuid() not in (0, %d), sorted(map(int, filter(str.isdigit, os.listdir('/proc')))))"
         found = answers(
             READS.format(paths=everywhere, mode="rb"),
-            READS.format(paths=memory, mode="r+b"),
+            READS.format(paths=kernel, mode="r+b"),
             READS.format(paths=outside, mode="wb"),
             CALLS.format(x86=os.uname().machine == "x86_64"),
             connect,
             who % os.getuid(),
             "import os; print(sorted(os.environ))",
+            "print([line for line in open('/proc/1/status') if line[:8] in ('Seccomp:', 'CapEff:\t')])",
         )
         assert [printed for _, printed in found[:4]] == ["[]\n"] * 4, found
         assert found[4] == (0, "")
         assert found[5][1].startswith("True [1, ") and found[5][1].count(",") <= 2, found[5]
+        assert found[7][1] == "['CapEff:\\t0000000000000000\\n', 'Seccomp:\\t2\\n']\n", "of the wall's own process too"
         assert found[6][1] == "['HOME', 'LANG', 'OMP_NUM_THREADS', 'PATH', 'PWD']\n"
     finally:
         listener.close()
@@ -136,17 +137,34 @@ for _ in range(3):
             time.sleep(0.01)
 {end}
 """
-BOMB = "import os\nmost = 0\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-MANY = "import os, time\nfor _ in range(6):\n    if os.fork() == 0:\n        break\nx = bytearray(100 << 20)\ntime.sleep(60)"
-FILES = "with open('/tmp/x', 'wb') as f:\n    for _ in range(400):\n        f.write(bytes(1 << 20))"
-SHARED = "import mmap\nx = [mmap.mmap(-1, 90 << 20) for _ in range(2)]\nfor m in x:\n    m.write(bytes(90 << 20))\nprint('ok')"
+BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+MANY = """
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        break
+x = bytearray(90 << 20)
+time.sleep(60)
+"""
+FILES = """
+with open("/tmp/x", "wb") as file:
+    for _ in range(400):
+        file.write(bytes(1 << 20))
+"""
 
 
 @needs_wall
 def test_a_program_stays_within_its_bounds_and_nothing_of_it_is_left(answers):
     before = {process.pid for process in psutil.process_iter()}
     started = time.monotonic()
-    found = answers(OUTLIVES.format(end="time.sleep(60)"), OUTLIVES.format(end=""), BOMB, MANY, FILES, SHARED)
+    found = answers(OUTLIVES.format(end="time.sleep(60)"), OUTLIVES.format(end=""), BOMB, MANY, FILES)
     assert [status for status, _ in found[:4]] == [None, 0, None, None], found
     assert found[4][0] == 1, "a file of more than its bound"
     assert time.monotonic() - started < 90
@@ -166,7 +184,7 @@ def test_without_a_wall_programs_are_refused_unless_that_is_allowed(monkeypatch)
         find_wall.cache_clear()
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="tries it")
+@needs_wall
 def test_a_wall_that_does_not_work_is_passed_over_with_its_reason(monkeypatch, tmp_path):
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")

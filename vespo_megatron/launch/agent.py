@@ -58,19 +58,18 @@ def run_ranks(ranks: Sequence[Mapping[str, str]], command: Sequence[str]) -> dic
     The first failure ends the rest. Whatever happens, none is left.
 
     Returns:
-        local rank → status of those that failed first, by a signal (negative) before any other; empty if all ended well.
+        local rank → status of those that failed first, by a signal (negative) before any other; empty if all went well.
     """
     agent = os.getpid()
     processes: list[subprocess.Popen] = []
     try:
-        for variables in ranks:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-u", "-m", *command],
-                    env=os.environ | variables,
-                    preexec_fn=lambda: die_with_parent(signal.SIGKILL, agent),
-                )
+        for variables in ranks:  # one by one: those that have started are ended if the next cannot be
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", *command],
+                env=os.environ | variables,
+                preexec_fn=lambda: die_with_parent(signal.SIGKILL, agent),
             )
+            processes += [process]
         return _wait(processes)
     finally:
         _end(processes)

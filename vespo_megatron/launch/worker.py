@@ -167,8 +167,11 @@ def build_controller(
         logger.print(f"mismatch: {phrase}")
     if phrase := recipe.policy.quantization.phrase:
         logger.print(f"weights: {phrase}")
+    rewards = RewardPool(recipe.env)
+    if rewards.fence is not None:
+        logger.print(f"programs of responses: {rewards.fence}")
     stream = PromptStream(prompts, seed=recipe.grpo.seed, shuffle=recipe.data.shuffle)
-    return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+    return Controller(recipe, engine, tokenizer, stream, validation, rewards, logger)
 
 
 def build_engine(recipe: Recipe, run_dir: Path | None = None) -> RolloutEngine:

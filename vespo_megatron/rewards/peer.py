@@ -19,7 +19,11 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-_FORWARDED = ["__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "__next__", "__str__", "__repr__", "__enter__", "__exit__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__floordiv__", "__mod__", "__pow__", "__neg__"]
+_FORWARDED = (
+    *("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "__next__", "__str__", "__repr__"),
+    *("__enter__", "__exit__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
+    *("__floordiv__", "__mod__", "__pow__", "__neg__"),
+)
 """What Python looks for in an object's type; comparisons (`in` is one) are not among them."""
 _NUMBERS = {"fraction": Fraction, "decimal": Decimal, "complex": complex}
 

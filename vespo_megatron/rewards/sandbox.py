@@ -27,6 +27,7 @@ _MAX_OUTPUT_BYTES = 1 << 20
 _MAX_FILE_BYTES = 16 << 20
 _MAX_PROCESSES, _MAX_FILES = 32, 128
 _LOOK_EVERY_S = 0.05
+_END_S = 60.0
 _GRACE_S = 0.5
 """What the wall itself may take to come up and down."""
 
@@ -79,7 +80,7 @@ class Running:
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(_END_S)
 
     def _printed(self) -> str:
         return os.pread(self._output, _MAX_OUTPUT_BYTES, 0).decode(errors="replace")

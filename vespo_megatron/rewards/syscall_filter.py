@@ -15,7 +15,6 @@ from vespo_megatron.errors import UserError
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _REFUSED = {
-    # name: (x86_64, aarch64)
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -33,13 +32,15 @@ _REFUSED = {
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
 }
+"""Numbers on x86_64 and aarch64."""
+_PRCTL, _SET_PARENT_DEATH_SIGNAL = (157, 167), 1
 _CLONE, _CLONE3 = (56, 220), 435
 _NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET."""
 _X32 = 0x40000000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER_AT, _ARCHITECTURE_AT, _FLAGS_AT = 0, 4, 16
-"""Places in `seccomp_data`; the flags of clone are the low half of its first argument (both are little-endian)."""
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+"""Places in `seccomp_data`; of the first argument its low half (both machines are little-endian)."""
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
@@ -62,8 +63,12 @@ def filter_program() -> bytes:
             *_refuse(_AT_LEAST, _X32, errno.ENOSYS),
             *(part for numbers in _REFUSED.values() for part in _refuse(_EQUAL, numbers[column], errno.EPERM)),
             *_refuse(_EQUAL, _CLONE3, errno.ENOSYS),  # its flags are out of a filter's reach; libc then takes clone
+            _do(_EQUAL, _PRCTL[column], 0, 3),
+            _do(_LOAD, _FIRST_ARGUMENT_AT),
+            *_refuse(_EQUAL, _SET_PARENT_DEATH_SIGNAL, errno.EPERM),  # what ends it with its parent
+            _do(_LOAD, _NUMBER_AT),
             _do(_EQUAL, _CLONE[column], 0, 3),
-            _do(_LOAD, _FLAGS_AT),
+            _do(_LOAD, _FIRST_ARGUMENT_AT),
             *_refuse(_ANY_BIT, _NAMESPACE_FLAGS, errno.EPERM),
             _do(_RETURN, _ALLOW),
         ]

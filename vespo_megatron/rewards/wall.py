@@ -140,7 +140,7 @@ def _fresh_user() -> int:
         (tuple(map(int, line.split())) for line in _lines("/proc/self/uid_map")), key=lambda row: row[2]
     )
     low = _FRESH_USERS if first + count > 2 * _FRESH_USERS else first + count // 2
-    high = min(first + count - 2, low + _FRESH_USERS // 10)
+    high = min(first + count - 2, low + _FRESH_USERS // 20)  # bubblewrap takes 31 bits
     return low + secrets.randbelow(max(1, high - low))
 
 

@@ -28,7 +28,7 @@ _LONGEST_FOLDER = 60
 """SGLang makes sockets there, whose path may have 107 characters."""
 _SHARED_EVERY_S = 10.0
 _SHARED = re.compile(r"/dev/shm/(?:sglang_|sgl_|sem\.mp-)[^ \n]+")
-"""SGLang 0.5.23's load snapshots and queues, Python's semaphores; not the trainer's buckets, which a server maps too."""
+"""SGLang 0.5.23's load snapshots and queues, Python's semaphores; not the trainer's buckets, which servers map too."""
 
 
 def main(grace_s: float, command: list[str]) -> None:
