@@ -35,7 +35,7 @@ if sys.argv[1] != "root":
     sys.executable, sys.prefix, sys.base_prefix = "/usr/bin/python3", "/usr", "/usr"
 wall = find_wall()
 print(wall.description, file=sys.stderr)
-print(json.dumps([(e.status, e.printed) for e in (run(p, "", Limits(3.0, 256), wall) for p in json.load(sys.stdin))]))
+print(json.dumps([(e.status, e.printed) for e in (run(p, "", Limits(float(sys.argv[2]), 256), wall) for p in json.load(sys.stdin))]))
 """
 """Runs programs and says how they ended; as nobody, whom root's own Python is closed to, with the system's."""
 
@@ -46,13 +46,13 @@ def answers(request):
     if request.param == "nobody" and (os.getuid() != 0 or not Path("/usr/bin/python3").exists()):
         pytest.skip("needs root, and a Python that nobody may run")
 
-    def ask(*programs: str) -> list[tuple[int | None, str]]:
+    def ask(*programs: str, seconds: float = 60.0) -> list[tuple[int | None, str]]:
         done = subprocess.run(
-            [sys.executable, "-c", AS_USER, request.param],
+            [sys.executable, "-c", AS_USER, request.param, str(seconds)],
             input=json.dumps(programs),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=170,
         )
         assert done.returncode == 0, done.stderr
         return [tuple(each) for each in json.loads(done.stdout)]
@@ -163,11 +163,10 @@ with open("/tmp/x", "wb") as file:
 @needs_wall
 def test_a_program_stays_within_its_bounds_and_nothing_of_it_is_left(answers):
     before = {process.pid for process in psutil.process_iter()}
-    started = time.monotonic()
-    found = answers(OUTLIVES.format(end="time.sleep(60)"), OUTLIVES.format(end=""), BOMB, MANY, FILES)
-    assert [status for status, _ in found[:4]] == [None, 0, None, None], found
-    assert found[4][0] == 1, "a file of more than its bound"
-    assert time.monotonic() - started < 90
+    late = answers(OUTLIVES.format(end="time.sleep(60)"), BOMB, seconds=2.0)
+    assert [status for status, _ in late] == [None, None]
+    found = answers(OUTLIVES.format(end=""), FILES, MANY)
+    assert [status for status, _ in found] == [0, 1, None], "ended well, its file too large, its memory too much"
     time.sleep(0.1)
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
     assert not [command for command in left if command and "/program.py" in command], left
@@ -199,7 +198,7 @@ def test_a_wall_that_does_not_work_is_passed_over_with_its_reason(monkeypatch, t
 
 
 def test_unfenced_programs_still_have_bounds():
-    assert run("print(input())", "4\n", Limits(5.0, 512), NONE).printed == "4\n"
+    assert run("print(input())", "4\n", Limits(60.0, 512), NONE).printed == "4\n"
     assert run("import time; time.sleep(60)", "", Limits(0.5, 512), NONE).status is None
 
 
@@ -247,7 +246,7 @@ def add(a, b):
     ids=["equal", "unequal", "order", "check", "call"],
 )
 def test_what_a_program_says_of_itself_earns_nothing(program, tests):
-    assert code_reward("s", f"```python\n{program}\n```", tests, {})["score"] == 0.0
+    assert code_reward("s", f"```python\n{program}\n```", tests, {}, test_timeout=20.0)["score"] == 0.0
 
 
 USES = {
@@ -280,14 +279,14 @@ USES = {
 @needs_wall
 @pytest.mark.parametrize(("program", "tests"), USES.values(), ids=USES)
 def test_what_is_right_is_still_found_right(program, tests):
-    assert code_reward("s", f"```python\n{program}\n```", {"test": tests}, {})["score"] == 1.0
+    assert code_reward("s", f"```python\n{program}\n```", {"test": tests}, {}, test_timeout=60.0)["score"] == 1.0
 
 
 @needs_wall
 def test_a_program_reads_nothing_of_its_tests():
     program = "def read(f):\n    return [f.__globals__, f.__code__]"
     tests = "try:\n    read(lambda: 0)\nexcept PermissionError:\n    pass\nelse:\n    assert False"
-    assert code_reward("s", f"```python\n{program}\n```", {"test": tests}, {})["score"] == 1.0
+    assert code_reward("s", f"```python\n{program}\n```", {"test": tests}, {}, test_timeout=60.0)["score"] == 1.0
     assert (
         code_reward(
             "s", "```python\ndef abs(x):\n    return 0\ndef f():\n    return 9\n```", ["assert abs(f() - 3) < 1"], {}
