@@ -28,6 +28,7 @@ def listening(processes) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parallel
+@pytest.mark.timeout(600)
 def test_a_run_listens_on_the_loopback_alone_and_another_user_gets_nowhere(folder):
     metrics = folder / "runs" / "bad" / "version_0" / "metrics.jsonl"
 
@@ -35,7 +36,7 @@ def test_a_run_listens_on_the_loopback_alone_and_another_user_gets_nowhere(folde
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     with started(folder) as run:
-        assert wait_until(lambda: steps() or run.poll() is not None, 150)
+        assert wait_until(lambda: steps() or run.poll() is not None, 300)
         assert run.poll() is None, (folder / "err").read_text()
         processes = of_this_run(folder)
         found = listening(processes)
@@ -45,7 +46,7 @@ def test_a_run_listens_on_the_loopback_alone_and_another_user_gets_nowhere(folde
             assert len(meeting) == 1
             attack(meeting.pop(), [process.pid for process in processes], [port for _, port in found])
         before = steps()
-        assert wait_until(lambda: steps() > before + 1 or run.poll() is not None, 60)
+        assert wait_until(lambda: steps() > before + 1 or run.poll() is not None, 120)
         assert run.poll() is None, (folder / "err").read_text()
 
 

@@ -35,7 +35,9 @@ if sys.argv[1] != "root":
     sys.executable, sys.prefix, sys.base_prefix = "/usr/bin/python3", "/usr", "/usr"
 wall = find_wall()
 print(wall.description, file=sys.stderr)
-print(json.dumps([(e.status, e.printed) for e in (run(p, "", Limits(float(sys.argv[2]), 256), wall) for p in json.load(sys.stdin))]))
+limits = Limits(float(sys.argv[2]), 256)
+ended = [run(program, "", limits, wall) for program in json.load(sys.stdin)]
+print(json.dumps([(each.status, each.printed) for each in ended]))
 """
 """Runs programs and says how they ended; as nobody, whom root's own Python is closed to, with the system's."""
 
