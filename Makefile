@@ -8,6 +8,7 @@
 #   make fuzz           ten minutes of each fuzzer (FUZZ_SECONDS)
 #   make study-smoke    a small staleness study, held to what has always held
 #   make test-slurm     jobs on a real SLURM of four virtual nodes; as root on Debian or Ubuntu, installs slurm-wlm
+#   make test-sandbox   programs against their wall; as root on Debian or Ubuntu, installs bubblewrap
 #   make test-browser   reports in headless Chromium; as root on Debian or Ubuntu, installs chromium
 #   make test-nemo      the real nemo-toolkit runs our recipes; installs it into .venv-nemo, which falls back on .venv
 #   make test-wheel     the wheel in an empty environment, by pip from an index: torch and NumPy, none of the stack
@@ -30,7 +31,7 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-browser test-nemo test-wheel test-triton test-gpu nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
+.PHONY: train test test-nightly test-slurm test-sandbox test-browser test-nemo test-wheel test-triton test-gpu nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
 .DELETE_ON_ERROR:
 
 train: example
@@ -46,6 +47,11 @@ test-slurm: example
 	command -v slurmctld >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-sandbox: $(STAMP)
+	command -v bwrap >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends bubblewrap)
+	$(BIN)/python -m pytest tests/rewards $(PYTEST_ARGS)
 
 test-browser: example
 	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -1,6 +1,6 @@
 """Bad input through the real command line: one message, status 2, within seconds, and no process left behind.
 
-Everything here is real: checkpoint, tokenizer, data, torchrun, megatron-core on two processes, SGLang.
+Everything here is real: checkpoint, tokenizer, data, megatron-core on two processes, SGLang.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_a_signal_in_the_midst_of_training_stops_everything(folder, signum, over
     with started(folder, override) as process:
         assert wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None, 150)
         assert process.poll() is None, (folder / "err").read_text()
-        assert len(of_this_run(folder)) >= 4  # the launcher, torchrun and two workers
+        assert len(of_this_run(folder)) >= 4  # the launcher, the agent and two workers
         asked = time.monotonic()
         process.send_signal(signum)
         assert process.wait(60) == status

@@ -1,6 +1,6 @@
 """The launcher: one message per failure, the right exit status, and no process left, whatever happens.
 
-Real torchrun and real processes; the trainer in them is replaced by one that does as it is told.
+Real processes; the trainer in them is replaced by one that does as it is told.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Launched:
         return self.process.returncode, output, errors
 
     def pids(self) -> set[int]:
-        """torchrun, its workers and the servers."""
+        """The agent, its workers and the servers."""
         return {int(pid) for file in self.run_dir.glob("pids_*") for pid in file.read_text().split()}
 
     def alive(self) -> set[int]:
@@ -292,7 +292,7 @@ def test_a_launcher_killed_outright_takes_everything_with_it(start):
     assert wait_until(lambda: not run.alive(), 30), run.alive()
 
 
-def test_a_killed_torchrun_takes_its_workers_with_it(start):
+def test_a_killed_agent_takes_its_workers_with_it(start):
     run = start("train")
     run.wait_until_training()
     agent = int((run.run_dir / "pids_0").read_text().split()[1])
@@ -317,9 +317,13 @@ def test_what_the_user_set_in_the_environment_stays():
     assert "GOMP_SPINCOUNT" not in launcher.agent_environment(recipe_on(1), {"OMP_WAIT_POLICY": "passive"})
 
 
-def test_gloo_keeps_to_the_loopback_unless_a_server_is_elsewhere():
-    assert launcher.agent_environment(recipe_on(1, ["http://127.0.0.1:30000"]), {})["GLOO_SOCKET_IFNAME"] == "lo"
-    assert "GLOO_SOCKET_IFNAME" not in launcher.agent_environment(recipe_on(1, ["http://10.0.0.7:30000"]), {})
+@pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_collectives_keep_to_the_loopback_unless_something_is_elsewhere(variable):
+    several = recipe_on(1).with_values({"cluster.num_nodes": 2})
+    assert launcher.agent_environment(recipe_on(1, ["http://127.0.0.1:30000"]), {})[variable] == "lo"
+    assert launcher.agent_environment(recipe_on(1), {})[variable] == "lo"
+    assert variable not in launcher.agent_environment(recipe_on(1, ["http://10.0.0.7:30000"]), {})
+    assert variable not in launcher.agent_environment(several, {})
 
 
 def test_more_processes_than_cores_still_get_a_thread():
@@ -328,5 +332,4 @@ def test_more_processes_than_cores_still_get_a_thread():
 
 def test_the_command_line_names_every_process(tmp_path):
     command = launcher.agent_command(recipe_on(3), tmp_path, "mismatch")
-    assert "--nproc-per-node=3" in command
-    assert command[-4:] == ["-m", launcher.WORKER_MODULE, str(tmp_path), "mismatch"]
+    assert command[-5:] == [str(tmp_path), "3", launcher.WORKER_MODULE, str(tmp_path), "mismatch"]

@@ -10,15 +10,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
-from scoring import score
+from scoring import needs_wall, score
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig, RewardShapingConfig
 from vespo_megatron.rewards import RewardPool
-from vespo_megatron.rewards.code import code_reward, run
+from vespo_megatron.rewards.code import code_reward
 from vespo_megatron.rewards.format import format_reward
 from vespo_megatron.rewards.remote import remote_reward
+from vespo_megatron.rewards.sandbox import Limits, run
 from vespo_megatron.rewards.shaping import overlong_penalty
+from vespo_megatron.rewards.wall import find_wall
 
 ADDS = "Here:\n```python\na, b = map(int, input().split())\nprint(a + b)\n```\nDone."
 FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -32,6 +34,7 @@ def fenced(program):
     return f"```python\n{program}\n```"
 
 
+@needs_wall
 def test_programs_functions_and_statements_are_told_right_from_wrong():
     reads = {"inputs": ["1 2\n", "30 4\n"], "outputs": ["3\n", "34"]}
     assert code(ADDS, json.dumps(reads)) == 1.0
@@ -46,6 +49,7 @@ def test_programs_functions_and_statements_are_told_right_from_wrong():
     assert code("no program", reads) == 0.0
 
 
+@needs_wall
 def test_a_program_that_leaves_before_the_statements_has_not_passed():
     assert code(fenced("import sys\ndef add(a, b):\n    return 0\nsys.exit(0)"), ["assert add(1, 2) == 3"]) == 0.0
     assert code(fenced("import os\nos._exit(0)"), ["assert False"]) == 0.0
@@ -56,12 +60,13 @@ def programs():
     deadline = time.monotonic() + 2
     while True:
         commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-        found = [command for command in commands if command[-1:] == [".program"]]
+        found = [command for command in commands if "/program.py" in command]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
 
 
+@needs_wall
 @pytest.mark.parametrize(
     "program",
     [
@@ -86,15 +91,18 @@ def test_a_hostile_program_scores_nothing_in_time_and_reaches_no_network(program
         listener.server_close()
 
 
-def test_a_program_sees_nothing_of_this_process_and_leaves_nothing_behind(tmp_path):
+@needs_wall
+def test_a_program_sees_nothing_of_this_process():
     os.environ["A_SECRET_OF_THE_RUN"] = "token"
     try:
-        status, printed = run("import os; print(os.environ.get('A_SECRET_OF_THE_RUN'), os.listdir('.'))", "", 5, 512)
+        program = "import os; print(os.environ.get('A_SECRET_OF_THE_RUN'), os.listdir('.'))"
+        ended = run(program, "", Limits(5.0, 512), find_wall())
     finally:
         del os.environ["A_SECRET_OF_THE_RUN"]
-    assert (status, printed) == (0, "None ['.program']\n")
+    assert (ended.status, ended.printed) == (0, "None []\n")
 
 
+@needs_wall
 def test_tests_of_no_known_form_are_refused():
     with pytest.raises(UserError, match="are no tests"):
         code(ADDS, {"cases": []})
@@ -171,6 +179,7 @@ def test_a_weighted_sum_logs_its_parts():
         RewardPool(EnvConfig(rewards={"exact_match": 1.0}, reward_kwargs={"math": {}}))
 
 
+@needs_wall
 def test_a_weighted_sum_with_code_runs_in_workers():
     env = EnvConfig(rewards={"code": 1.0, "format": 0.5}, reward_kwargs={"format": {"pattern": r"(?s).*Done\."}})
     (result,) = score(env, ADDS, truth={"inputs": ["1 2"], "outputs": ["3"]})

@@ -11,8 +11,10 @@ import pytest
 from vespo_megatron.cli import main
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
+from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.slurm import node_agent, submit, wait_for_servers
 from vespo_megatron.slurm.render import job_script
+from vespo_megatron.slurm.submit import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "qwen3_30b_a3b" / "mismatch" / "grpo.yaml"
@@ -94,16 +96,19 @@ def test_every_server_has_a_number_of_its_own_and_every_step_its_image():
     assert script("slurm.rollout_nodes=1", "slurm.container_image=one").count("--container-image=one") == 2
 
 
-def test_torchrun_is_told_what_the_recipe_says():
+def test_the_ranks_of_a_node_are_told_their_place_and_where_they_meet():
     recipe = load_recipe(BASE, ["slurm.rollout_nodes=1"])
-    command = node_agent.torchrun(recipe, "10.0.0.1:20001", "7.0", ["recipe.yaml", "grpo.seed=3"])
-    assert {"--nnodes=4", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.1:20001"} <= set(command)
-    assert command[command.index("vespo_megatron.cli") :] == [
-        "vespo_megatron.cli",
-        "train",
-        "recipe.yaml",
-        "grpo.seed=3",
-    ]
+    ranks = node_agent.ranks(recipe, "10.0.0.1:20001", 2)
+    assert [rank["RANK"] for rank in ranks] == [str(16 + number) for number in range(8)]
+    assert ranks[3] == {
+        "RANK": "19",
+        "WORLD_SIZE": "32",
+        "LOCAL_RANK": "3",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "20001",
+    }
+    assert node_agent.ranks(recipe, "[fd00::7]:20001", 0)[0]["MASTER_ADDR"] == "fd00::7"
 
 
 ADDRESS = """
@@ -208,3 +213,77 @@ def test_a_comparison_without_values_and_a_missing_sbatch_are_errors(tmp_path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch was not found"):
         submit.submit(submit.prepare(BASE, ["slurm.rollout_nodes=1"]))
+
+
+HOSTILE = ["$(touch {file})", "`touch {file}`", '"; touch {file}; "', "'; touch {file}; '", "a b", "-x", "a#b"]
+
+
+@pytest.mark.parametrize("key", ["exp_manager.name", "exp_manager.version", "exp_manager.exp_dir", "slurm.logs"])
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("layout", ["disaggregated", "colocated"])
+def test_nothing_that_stands_in_a_recipe_is_executed(layout, key, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the script goes
+    value = value.format(file="touched")
+    seen = run_script(recipe_script(layout, {key: value}), tmp_path)
+    assert not list(tmp_path.rglob("touched"))
+    assert "vespo_megatron.cli" in seen
+    if key == "exp_manager.version":
+        assert f"{key}={value}" in seen
+    if key == "exp_manager.name" and layout == "disaggregated":
+        assert f"{key}={value}_servers_0.0" in seen
+
+
+@pytest.mark.parametrize("key", ["account", "partition", "qos", "time"])
+@pytest.mark.parametrize("value", ["x\ntouch y", 'x" --uid=0', "x'y", "x\\", "x\ry", "x\u2028y"])
+def test_an_option_of_sbatch_stays_one(key, value):
+    with pytest.raises(UserError, match=f"slurm.{key}: is .*\n  expected: one line without quotes"):
+        recipe_script("disaggregated", {f"slurm.{key}": value})
+    assert f'#SBATCH --{key}="a b # c"\n' in recipe_script("disaggregated", {f"slurm.{key}": "a b # c"})
+
+
+def test_further_options_of_sbatch_are_a_line_each():
+    with pytest.raises(UserError, match="slurm.sbatch_options"):
+        recipe_script("disaggregated", {"slurm.sbatch_options": ["--exclusive\ntouch x"]})
+
+
+@pytest.mark.parametrize("value", ["../elsewhere", "/elsewhere", "a/../../b", "a\nb", "", "."])
+@pytest.mark.parametrize("key", ["name", "version"])
+def test_a_run_stays_within_its_folder(key, value):
+    with pytest.raises(UserError, match=f"exp_manager.{key}.*no folder within another"):
+        Recipe().with_values({f"exp_manager.{key}": value})
+
+
+def test_a_run_whose_name_has_a_folder_has_scripts_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["slurm.rollout_nodes=1", "exp_manager.name=study/a"]
+    (job,) = prepare(BASE, overrides, folder=tmp_path / "scripts")
+    assert job.name == "study_a.sbatch" and "#SBATCH --job-name=study_a\n" in job.read_text()
+
+
+def recipe_script(layout: str, values: dict) -> str:
+    nodes = {"slurm.layout": layout, "slurm.rollout_nodes": 1, "cluster.num_nodes": 1}
+    transport = {"policy.generation.sglang_cfg.weight_transport": "disk"}
+    return job_script(load_recipe(BASE).with_values(nodes | transport | values), "recipe.yaml")
+
+
+def run_script(text: str, folder: Path) -> list[str]:
+    """Run a job's script where SLURM's commands are stand-ins; every word that srun was given."""
+    programs = folder / "bin"
+    programs.mkdir()
+    seen = folder / "words"
+    for name, body in {
+        "srun": f'printf "%s\\0" "$@" >> {seen}',
+        "scontrol": 'if [[ $2 == hostnames ]]; then printf "n1\\nn2\\n"; else echo "NodeAddr=127.0.0.1 "; fi',
+        "sleep": "true",
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    text = re.sub(r"^.*-m vespo_megatron.slurm.wait_for_servers .*$", "true &", text, flags=re.MULTILINE)
+    subprocess.run(
+        ["bash", "-c", text],
+        env={"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"},
+        cwd=folder,
+        capture_output=True,
+        timeout=60,
+    )
+    return seen.read_bytes().decode().split("\0") if seen.exists() else []

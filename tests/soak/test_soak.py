@@ -69,7 +69,7 @@ def test_nothing_grows(tmp_path):
             process.kill()
     assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     lasting = {name: values for name, values in seen.items() if len(values) >= 0.8 * max(map(len, seen.values()))}
-    assert len(lasting) >= 3, f"launcher, torchrun and trainer at least: {list(lasting)}"
+    assert len(lasting) >= 3, f"launcher, agent and trainer at least: {list(lasting)}"
     for name, values in lasting.items():
         quarter = max(1, len(values) // 4)
         first, last = values[:quarter], values[-quarter:]

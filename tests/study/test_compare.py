@@ -94,11 +94,11 @@ def test_a_recipe_that_is_wrong_stops_the_study_before_anything_runs(study_file,
 
 
 @pytest.mark.parametrize("processes, alone", [(1, True), (2, False)])
-def test_a_run_of_one_process_starts_no_torchrun(processes, alone, monkeypatch):
+def test_a_run_of_one_process_starts_no_agent(processes, alone, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     recipe = Recipe().with_values({"cluster.gpus_per_node": processes})
     told = environment(recipe, cores=4)
-    # torchrun's agent counts the cores it has been given by itself.
+    # The launcher counts the cores it has been given by itself.
     assert told.get("OMP_NUM_THREADS") == ("4" if alone else None) and ("RANK" in told) is alone
 
 

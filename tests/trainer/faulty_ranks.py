@@ -1,6 +1,6 @@
 """`vespo-megatron train` whose ranks fail as the recipe's run name says.
 
-The launcher, torchrun, megatron-core and the watchdog are the real ones. As the module torchrun starts it is a worker
+The launcher, its agent, megatron-core and the watchdog are the real ones. As the module the agent starts it is a worker
 with one thing changed: at a given step and rank, in the forward of a micro-batch or before the gradients are added up.
 """
 

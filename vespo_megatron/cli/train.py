@@ -9,7 +9,7 @@ from pathlib import Path
 from vespo_megatron.cli.shared import add_recipe
 from vespo_megatron.errors import UserError
 
-HELP = "train as a recipe says: starts SGLang and torchrun, or joins torchrun"
+HELP = "train as a recipe says: starts SGLang and the ranks, or is one of them under torchrun"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

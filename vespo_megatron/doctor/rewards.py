@@ -17,16 +17,22 @@ def math() -> Iterator[Finding]:
 
 
 def code() -> Iterator[Finding]:
-    """The sandbox runs a program."""
-    from vespo_megatron.rewards.code import run
+    """Something fences the programs of responses, and lets them run."""
+    from vespo_megatron.rewards.sandbox import Limits, run
+    from vespo_megatron.rewards.wall import find_wall
 
     try:
-        status, printed = run("print(6 * 7)", "", 10.0, 512)
+        wall = find_wall()
     except UserError as error:
         yield Finding("code reward", WARN, str(error).splitlines()[0], error.fix or "")
         return
-    right = (status, printed) == (0, "42\n")
-    yield Finding("code reward", OK if right else WARN, "runs programs" if right else f"status {status}")
+    ended = run("print(6 * 7)", "", Limits(10.0, 512), wall)
+    right = (ended.status, ended.printed) == (0, "42\n")
+    yield Finding(
+        "code reward",
+        OK if right else WARN,
+        f"runs programs in {wall.description}" if right else f"status {ended.status}",
+    )
 
 
 CHECKS = [math, code]

@@ -1,1 +1,1 @@
-"""Starting a run: checks before it, torchrun, the worker that each rank is, and the commands that need one."""
+"""Starting a run: checks before it, the agent, the worker that each rank is, and the commands that need one."""

@@ -1,7 +1,7 @@
 """`vespo-megatron train` and `serve`: start what a recipe asks for, watch it, and leave nothing running.
 
-Outside torchrun: checks, run directory, SGLang servers, then torchrun with one worker per process of `cluster`. Under
-torchrun (RANK is set) this process is one of the workers and joins.
+Checks, run directory, SGLang servers, then one worker per process of `cluster`, all on this machine. Where somebody
+else has started the ranks (RANK is set: torchrun, `slurm.node_agent`), this process is one of them and joins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.devices import allocator_variables, gpu_count, trainer_variables
 from vespo_megatron.run.heartbeat import clear_heartbeats
 from vespo_megatron.run.host_threads import trainer_environment
-from vespo_megatron.run.network import interface_variables
+from vespo_megatron.run.network import LOOPBACK_VARIABLES, interface_variables, is_loopback
 from vespo_megatron.run.processes import (
     EXIT_EXPLAINED,
     TrainingFailed,
@@ -42,12 +42,11 @@ from vespo_megatron.run.stopping import StopKeeper, check_saved, clear_stop
 from vespo_megatron.run.watchdog import Watchdog, describe_death, watched
 
 WORKER_MODULE = "vespo_megatron.launch.worker"
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-"""What torchrun would tell its only process; one that is told this needs no torchrun."""
+ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
+"""What the only process of a run is told; one that is told this needs no agent."""
 _AGENT_GRACE_S = 10.0
-"""torchrun has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
+"""The agent has so long to end its workers after SIGTERM; then it is killed and the kernel ends them."""
 _POLL_S = 0.2
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def train(
@@ -192,7 +191,7 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
 
 @contextmanager
 def _agent(recipe: Recipe, run_dir: Path, work: str) -> Iterator[subprocess.Popen]:
-    """torchrun and its workers, in a session of their own; ended when the block is left, however."""
+    """The agent and its workers, in a session of their own; ended when the block is left, however."""
     process = subprocess.Popen(
         agent_command(recipe, run_dir, work), env=agent_environment(recipe, os.environ), start_new_session=True
     )
@@ -209,21 +208,14 @@ def _agent(recipe: Recipe, run_dir: Path, work: str) -> Iterator[subprocess.Pope
 
 
 def agent_command(recipe: Recipe, run_dir: Path, work: str = "train") -> list[str]:
-    """The command line of torchrun for this run: one node, the loopback interface, no restarts."""
+    """The command line of what runs the trainer processes of this run."""
     return [
         sys.executable,
         "-m",
-        "vespo_megatron.launch.torchrun_agent",
+        "vespo_megatron.launch.agent",
         str(os.getpid()),
         str(run_dir),
-        "--nnodes=1",
-        f"--nproc-per-node={recipe.cluster.gpus_per_node}",
-        "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        f"--rdzv-id={run_dir.name}",
-        "--local-addr=127.0.0.1",
-        "-m",
+        str(recipe.cluster.gpus_per_node),
         WORKER_MODULE,
         str(run_dir),
         work,
@@ -235,10 +227,9 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
     environment = trainer_environment(recipe, cores) | base
     if "OMP_WAIT_POLICY" in base and "GOMP_SPINCOUNT" not in base:
         del environment["GOMP_SPINCOUNT"]  # it would have the last word
-    hosts = {urlsplit(url).hostname for url in recipe.policy.generation.sglang_cfg.urls}
-    if hosts <= set(_LOOPBACK):
-        # gloo otherwise looks the machine's name up, which has no address in many containers.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    hosts = [urlsplit(url).hostname or "" for url in recipe.policy.generation.sglang_cfg.urls]
+    if all(map(is_loopback, hosts)) and (hosts or recipe.cluster.num_nodes == 1):
+        environment = LOOPBACK_VARIABLES | environment
     environment |= interface_variables(recipe)
     if recipe.policy.generation.backend == "sglang":
         # SGLang's workers have both, and two ends of a communicator must agree on them (SkyRL #143).
@@ -252,7 +243,7 @@ def agent_environment(recipe: Recipe, base: os._Environ | dict[str, str], cores:
 
 
 def _watch(agent: subprocess.Popen, checks: Sequence[Callable[[], None]]) -> None:
-    """Wait for torchrun; raises what one of `checks` raises: no server is left, a rank hangs, a stop took too long."""
+    """Wait for the agent; raises what one of `checks` raises: no server is left, a rank hangs, a stop took too long."""
     while agent.poll() is None:
         for check in checks:
             check()
@@ -269,7 +260,7 @@ def _failure(run_dir: Path, returncode: int) -> Exception:
         return UserError("a trainer process failed and could not note why; its message is above", where=str(run_dir))
     if found is None:
         return TrainingFailed(
-            f"a trainer process ended without a word (torchrun's status: {returncode}); see {run_dir}"
+            f"a trainer process ended without a word (the agent's status: {returncode}); see {run_dir}"
         )
     text, explained = found
     return UserError(text) if explained else TrainingFailed(text)

@@ -101,6 +101,7 @@ def check_tables(recipe: Recipe) -> None:
     _check_old_policy(recipe, PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior))
     advantage_options(recipe)
     functions.of_recipe(recipe.env)
+    functions.fence(recipe.env)
 
 
 def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:

@@ -1,7 +1,6 @@
-"""One trainer process, as torchrun starts it: `python -m vespo_megatron.launch.worker <run_dir> <work>`.
+"""One trainer process, as the agent starts it: `python -m vespo_megatron.launch.worker <run_dir> <work>`.
 
-Why a rank failed is written to `<run_dir>/errors/` for the launcher to print once. Workers end with torchrun, however
-it ends.
+Why a rank failed is written to `<run_dir>/errors/` for the launcher to print once.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.console import outlive_readers
 from vespo_megatron.run.heartbeat import Heartbeat
-from vespo_megatron.run.processes import die_with_parent, note_failure
+from vespo_megatron.run.processes import note_failure
 from vespo_megatron.run.run_directory import FINAL_HF, RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 def main(run_dir: Path, work: str = "train") -> int:
     """Train this rank's part of the run; 0, or 2 after an error that was explained, 1 after any other."""
-    die_with_parent(signal.SIGKILL)
     outlive_readers()
     try:
         run(load_recipe(run_dir / RECIPE_FILE), run_dir, work)
@@ -205,6 +202,9 @@ def build_controller(
         logger.print(f"mismatch: {phrase}")
     if phrase := recipe.policy.quantization.phrase:
         logger.print(f"weights: {phrase}")
+    rewards = RewardPool(recipe.env)
+    if rewards.fence is not None:
+        logger.print(f"programs of responses: {rewards.fence}")
     stream = PromptStream(
         prompts,
         seed=recipe.grpo.seed,
@@ -212,7 +212,7 @@ def build_controller(
         source=str(recipe.data.train.path),
         on_change=recipe.data.on_change,
     )
-    return Controller(recipe, engine, tokenizer, stream, validation, RewardPool(recipe.env), logger)
+    return Controller(recipe, engine, tokenizer, stream, validation, rewards, logger)
 
 
 def build_engine(recipe: Recipe, run_dir: Path | None = None, *, takes_over: bool = True) -> RolloutEngine:

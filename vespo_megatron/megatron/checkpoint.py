@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.checkpoint_names import is_extra_state, name_as_saved
+from vespo_megatron.megatron.checkpoint_pickles import data_only
 from vespo_megatron.megatron.optimizer_state import (
     TORCH_ADAMS,
     count_in_whole_numbers,
@@ -117,8 +118,9 @@ def _save(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
-        name_as_saved(state, folder)
-        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        with data_only():
+            name_as_saved(state, folder)
+            return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except FAILURES as error:
         raise UserError(
             f"cannot be loaded ({reason(error)})",

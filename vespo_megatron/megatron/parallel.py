@@ -13,6 +13,8 @@ import torch.distributed as dist
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import cpu_runtime
 from vespo_megatron.recipe.schema import MegatronConfig
+from vespo_megatron.run.peers import refuse_strangers
+from vespo_megatron.run.rendezvous import open_store
 
 cpu_runtime.install()
 
@@ -60,10 +62,11 @@ def pick_device(wanted: str) -> torch.device:
 def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_method: str | None = None) -> RankInfo:
     """Join the process group (unless there is one), lay out megatron-core's parallel state and seed it.
 
-    Reads RANK and WORLD_SIZE (and MASTER_ADDR, MASTER_PORT without `init_method`), as torchrun sets them.
+    Reads RANK and WORLD_SIZE, and without `init_method` where the ranks meet (`run.rendezvous`).
 
     Raises:
-        UserError: the device is the CPU, and a GPU is there that megatron-core would use.
+        UserError: the device is the CPU, and a GPU is there that megatron-core would use; the ranks cannot meet; a
+            stranger has connected.
     """
     if device.type == "cpu" and not cpu_runtime.installed():
         raise UserError(
@@ -76,11 +79,13 @@ def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=init_method,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            store=open_store(rank, world_size, config.distributed_timeout) if init_method is None else None,
+            rank=rank,
+            world_size=world_size,
             timeout=timeout,
         )
     parallel_state.initialize_model_parallel(
@@ -93,6 +98,7 @@ def initialize(config: MegatronConfig, *, seed: int, device: torch.device, init_
         distributed_timeout_minutes=max(1, round(config.distributed_timeout / 60)),
         create_gloo_process_groups=device.type == "cuda",
     )
+    refuse_strangers()  # gloo's groups have connected, and nothing that came through them was unpickled yet
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return rank_info(device)
 

@@ -14,7 +14,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import code_tests, mathematics
 from vespo_megatron.rewards.answers import accepted, after_thinking, last_boxed
-from vespo_megatron.rewards.code import code_reward
+from vespo_megatron.rewards.code import choose_wall, code_reward
 from vespo_megatron.rewards.format import format_reward
 from vespo_megatron.rewards.mathematics import math
 from vespo_megatron.rewards.remote import remote_reward
@@ -97,6 +97,18 @@ def of_recipe(env: EnvConfig) -> RewardFunction:
         return parts | {"score": total}
 
     return weighted_sum
+
+
+def fence(env: EnvConfig) -> str | None:
+    """What programs of responses are fenced by, where the recipe's reward runs any.
+
+    Raises:
+        UserError: nothing fences them here, and the recipe does not allow that.
+    """
+    if "code" not in (env.rewards or [env.reward]):
+        return None
+    arguments = env.reward_kwargs.get("code", {}) if env.rewards else env.reward_kwargs
+    return choose_wall(allow_unsafe_code=bool(arguments.get("allow_unsafe_code", False))).description
 
 
 def find(name: str) -> RewardFunction:

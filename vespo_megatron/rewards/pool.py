@@ -67,6 +67,8 @@ class RewardPool:
 
     def __init__(self, env: EnvConfig) -> None:
         self._function = functions.of_recipe(env)  # a wrong name fails here, not in a worker
+        self.fence = functions.fence(env)
+        """What programs of responses are fenced by; None where the reward runs none."""
         self._env, self._mistakes = env, Mistakes(" + ".join(env.rewards) or env.reward)
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
     return _render(
         "job.sbatch.j2",
         recipe,
+        job_name=_job_name(recipe.exp_manager.name),
         recipe_file=str(Path(recipe_file).resolve()),
         overrides=list(overrides),
         trainer_nodes=recipe.cluster.num_nodes,
@@ -62,7 +64,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         grace_s=GRACE_S,
         resumable=EXIT_RESUMABLE,
         runs=str(Path(recipe.exp_manager.exp_dir).resolve() / recipe.exp_manager.name),
-        version=recipe.exp_manager.version or "$SLURM_JOB_ID",
+        version='"$SLURM_JOB_ID"' if recipe.exp_manager.version is None else shlex.quote(recipe.exp_manager.version),
         stop_file=STOP_FILE,
         stopped_file=STOPPED_FILE,
         # A step that is not --exact has all that the job has of its nodes; bound to nothing, so do its threads.
@@ -77,8 +79,8 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
 
 def report_script(recipe: Recipe, name: str, arguments: str) -> str:
     """The batch script of what follows a comparison's runs: this command line of `vespo-megatron`."""
-    options = [*_options(recipe), f"--output={Path(recipe.slurm.logs).resolve()}/report_%j.log"]
-    return _render("report.sbatch.j2", recipe, head_options=options, name=name, arguments=arguments)
+    options = [*_options(recipe), _directive("output", f"{Path(recipe.slurm.logs).resolve()}/report_%j.log", "logs")]
+    return _render("report.sbatch.j2", recipe, head_options=options, job_name=_job_name(name), arguments=arguments)
 
 
 def _render(template: str, recipe: Recipe, **names: Any) -> str:
@@ -87,13 +89,13 @@ def _render(template: str, recipe: Recipe, **names: Any) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     inside = bool(recipe.slurm.container_image)
-    python = "python3" if inside else sys.executable
+    python = "python3" if inside else shlex.quote(sys.executable)
     return environment.get_template(template).render(
         recipe=recipe,
         config=recipe.slurm,
         folder=str(Path.cwd()),
         logs=str(Path(recipe.slurm.logs).resolve()),
-        host_python=sys.executable,
+        host_python=shlex.quote(sys.executable),
         command=f"{python} -m vespo_megatron.cli",
         node_agent=f"{python} -m vespo_megatron.slurm.node_agent",
         **names,
@@ -142,16 +144,38 @@ def _of_layout(recipe: Recipe) -> list[str]:
 def _options(recipe: Recipe) -> list[str]:
     config = recipe.slurm
     named = {"account": config.account, "qos": config.qos, "time": config.time}
-    return [f"--{name}={value}" for name, value in named.items() if value]
+    return [_directive(name, value, name) for name, value in named.items() if value]
+
+
+def _directive(option: str, value: str, key: str) -> str:
+    """What follows `#SBATCH`: a line that SLURM takes apart as a shell does, and that ends where the shell begins."""
+    if _plain(value, key) and re.fullmatch(r"[\w.,:+=@%/-]+", value):
+        return f"--{option}={value}"
+    return f'--{option}="{value}"'
+
+
+def _plain(value: str, key: str, refused: str = "\"'\\`$") -> bool:
+    """True. Raises UserError for a value that could end the directive, or its quotes."""
+    if not value.isprintable() or set(value) & set(refused):
+        raise UserError(
+            f"is {value!r}",
+            where=f"slurm.{key}",
+            expected="one line" + (" without quotes, \\, ` or $" if refused else ""),
+        )
+    return True
+
+
+def _job_name(name: str) -> str:
+    return re.sub(r"[^\w.+=@-]", "_", name, flags=re.ASCII)
 
 
 def _node_options(recipe: Recipe, partition: str | None) -> list[str]:
     config = recipe.slurm
-    options = [f"--partition={partition}"] if partition else []
+    options = [_directive("partition", partition, "partition")] if partition else []
     options.append("--exclusive" if config.cpus_per_node is None else f"--cpus-per-task={config.cpus_per_node}")
     if recipe.cluster.device != "cpu":
         options.append(f"--gpus-per-node={recipe.cluster.gpus_per_node}")
-    return [*options, *config.sbatch_options]
+    return [*options, *(option for option in config.sbatch_options if _plain(option, "sbatch_options", refused=""))]
 
 
 def _container(recipe: Recipe, image: str | None) -> list[str]:

@@ -27,13 +27,13 @@ def prepare(
     """
     check_folder(folder, "--folder")
     variants = _variants(recipe_path, overrides, compare)
-    scripts = write_jobs({recipe.exp_manager.name: recipe for recipe in variants}, folder)
+    scripts = write_jobs({_file_name(recipe): recipe for recipe in variants}, folder)
     if compare is not None:
         base = load_recipe(recipe_path, overrides)
         place, name = Path(base.exp_manager.exp_dir).resolve(), base.exp_manager.name
         runs = [f"{shlex.quote(str(place / recipe.exp_manager.name))}/*" for recipe in variants]
         arguments = f"report {' '.join(runs)} --output {shlex.quote(str(place / f'{name}_compared.html'))}"
-        scripts.append(write_report(base, f"{name}_report", arguments, folder))
+        scripts.append(write_report(base, f"{_file_name(base)}_report", arguments, folder))
     return scripts
 
 
@@ -101,6 +101,11 @@ def _variants(recipe_path: str | Path, overrides: Sequence[str], compare: str | 
         recipe = load_recipe(recipe_path, [*overrides, f"{key}={value}"])
         variants.append(recipe.with_values({"exp_manager.name": f"{recipe.exp_manager.name}_{value}"}))
     return variants
+
+
+def _file_name(recipe: Recipe) -> str:
+    """Of a run, whose name may have folders."""
+    return recipe.exp_manager.name.replace("/", "_")
 
 
 def _write(path: Path, text: str) -> Path:

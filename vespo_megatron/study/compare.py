@@ -136,7 +136,7 @@ class _Starter:
 
 
 def environment(recipe: Recipe, cores: int | None = None) -> dict[str, str]:
-    """Of a run with so many cores; None: this process's. A run of one process starts no torchrun."""
+    """Of a run with so many cores; None: this process's. A run of one process needs no agent."""
     return agent_environment(recipe, os.environ, cores) | ALONE if recipe.world_size == 1 else dict(os.environ)
 
 

@@ -1,7 +1,7 @@
 """One run of a study: a process in a session of its own, its output in a log.
 
 Runs of one trainer process are forked from a process that has imported what every run needs, which spares each of them
-some seconds; others are a `vespo-megatron train` that starts torchrun.
+some seconds; others are a `vespo-megatron train` in processes of its own.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def _watched(policy: Any, trace: _Trace) -> Iterator[None]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """torchrun's variables for a world of one; those of the caller come back."""
+    """The variables of a world of one; those of the caller come back."""
     wanted = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ |= wanted

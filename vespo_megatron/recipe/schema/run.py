@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from vespo_megatron.recipe.schema.base import Section, key
+
+
+def _within_its_folder(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name.isprintable() or path.is_absolute() or not path.parts or ".." in path.parts:
+        raise ValueError(f"is {name!r}, which is no folder within another")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_within_its_folder)]
 
 
 class CheckpointingConfig(Section):
@@ -107,6 +120,6 @@ class ExpManagerConfig(Section):
     """`exp_manager`: NeMo's run directory keys."""
 
     exp_dir: str = key("runs", "Runs are kept in <exp_dir>/<name>/<version>.")
-    name: str = key("vespo", "Of the run, and its folder.")
-    version: str | None = key(None, "None: the next free version_<n>.")
+    name: FolderName = key("vespo", "Of the run, and its folder within exp_dir.")
+    version: FolderName | None = key(None, "None: the next free version_<n>.")
     resume_if_exists: bool = key(False, "Go on from the version's newest whole checkpoint; without one, begin.")

@@ -3,16 +3,23 @@
 SGLang 0.5.23 takes a key as a flag or in a file. A flag would show in the process list, and both show in the server's
 log, where it writes its arguments. Here the key joins the arguments inside the process, and the log gets stars.
 
+Its ranks meet in a file: the TCP store that they would open listens on every address of the machine.
+
 Runs in the servers' Python environment: standard library and SGLang alone.
 """
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
+import tempfile
 from typing import Any
 
 from vespo_megatron.rollout_sglang.api_key import take_from_environment
+
+_RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""sglang/srt/distributed/bootstrap.py, `_resolve_dist_init_method`, of 0.5.23."""
 
 
 def main() -> None:
@@ -21,6 +28,8 @@ def main() -> None:
     if key:
         sys.argv += ["--api-key", key]
         _mask_in_log()
+    # In a folder that others cannot enter and that goes with the server (`server.supervisor`).
+    os.environ.setdefault(_RENDEZVOUS, f"file://{os.path.join(tempfile.mkdtemp(), 'store')}")
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

@@ -23,7 +23,7 @@ from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, l
 from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.run.devices import split, visible_gpus
 from vespo_megatron.run.host_threads import server_environment
-from vespo_megatron.run.network import interface_variables
+from vespo_megatron.run.network import LOOPBACK_VARIABLES, interface_variables, is_loopback
 
 _LOOK_EVERY_S = 0.5
 
@@ -198,7 +198,9 @@ def launch_servers(
             environment = build_environment(
                 found,
                 shape,
-                base=dict(os.environ) | interface_variables(recipe),
+                base=(LOOPBACK_VARIABLES if is_loopback(config.host) else {})
+                | dict(os.environ)
+                | interface_variables(recipe),
                 threads=server_environment(recipe),
                 tensor_parallel_size=config.tensor_parallel_size,
                 gpus=gpus[index],

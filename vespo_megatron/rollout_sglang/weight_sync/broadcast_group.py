@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.run.rendezvous import listening_store
 
 Backend = Any
 """torch's ProcessGroupGloo or ProcessGroupNCCL; its stubs know neither their collectives nor gloo's `_Options`."""
@@ -57,7 +58,7 @@ class BroadcastGroup:
 
         Raises `UserError` when the group does not stand within `timeout_s`, and whatever `failed` raises.
         """
-        store = _open_store(master_address, world_size, timeout_s)
+        store = listening_store(master_address, 0, world_size, timeout_s)
         prefixed = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
         invite(store.port)
         try:
@@ -156,23 +157,6 @@ def local_address_towards(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))
         return probe.getsockname()[0]
-
-
-def _open_store(address: str, world_size: int, timeout_s: float) -> dist.TCPStore:
-    """A store that listens on `address` alone, not on every interface."""
-    listener = socket.socket()
-    listener.bind((address, 0))
-    listener.listen(128)
-    return dist.TCPStore(
-        address,
-        listener.getsockname()[1],
-        world_size,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-        use_libuv=True,
-    )
 
 
 def _make_backend(backend: str, store: dist.Store, world_size: int, timeout_s: float, address: str) -> Backend:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import io
-import ipaddress
 import os
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -30,6 +29,7 @@ from vespo_megatron.rollout_sglang.faults import ServerFault
 from vespo_megatron.rollout_sglang.weight_sync.buckets import Bucket, Wait
 from vespo_megatron.rollout_sglang.weight_sync.servers import Servers
 from vespo_megatron.rollout_sglang.weight_sync.transport import check_shared
+from vespo_megatron.run.network import is_loopback
 
 _SHARED_MEMORY = "/dev/shm"
 _FIX = "set policy.generation.sglang_cfg.weight_transport=distributed"
@@ -50,7 +50,7 @@ class TensorTransport:
     def connect(self, servers: Servers, ranks: Sequence[int]) -> None:
         """Refuses a server that is not on loopback, or does not see this process's shared memory."""
         for client in servers.clients:
-            if not _is_loopback(client.url):
+            if not is_loopback(urlsplit(client.url).hostname or ""):
                 raise ServerFault(
                     "is not on loopback, and weight_transport tensor sends a server what it unpickles",
                     url=client.url,
@@ -136,11 +136,3 @@ def _reduce_cuda(tensor: torch.Tensor) -> Any:
     rebuild, arguments = reductions.reduce_tensor(tensor)
     uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
     return rebuild, (*arguments[:6], uuid, *arguments[7:])
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
