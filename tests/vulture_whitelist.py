@@ -22,4 +22,4 @@ _().readable, _().readinto, _().redirect_request, _().writable
 _().length_reward, _().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.
 _().allow_tf32, _().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
-_().protocol_version, _().pre_tokenizer, _().on_step_end, _().reduction, _()._tensors
+_().RuntimeModule, _().protocol_version, _().pre_tokenizer, _().on_step_end, _().reduction, _()._tensors

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from audit import math_pairs, programs, rates
+from scoring import needs_wall
 
 from vespo_megatron.rewards import code_tests, mathematics
 from vespo_megatron.rewards.code import code_reward
@@ -36,6 +37,7 @@ def test_mathematical_answers_are_judged_right_but_for_those_known():
     assert found.false_negatives < 0.04 and found.false_positives < 0.01
 
 
+@needs_wall
 def test_programs_are_judged_right_in_every_form():
     cases = programs()
 
