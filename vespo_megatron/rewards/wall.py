@@ -159,13 +159,13 @@ def _file_system() -> tuple[str, ...]:
             options += ["--ro-bind", path, path]
     for path in _NEEDED_OF_ETC:
         options += ["--ro-bind-try", path, path]
-    for place in _interpreter():
-        for parent in reversed(place.parents[:-1]):
-            options += ["--dir", str(parent)]  # bubblewrap lets nobody else into those it makes by itself
-        options += ["--ro-bind", str(place), str(place)]
     options += ["--proc", "/proc", "--dev", "/dev"]
     for path, size in (("/dev/shm", _SHARED_BYTES), (FOLDER, _FOLDER_BYTES)):
         options += ["--size", str(size), "--perms", "1777", "--tmpfs", path]
+    for place in _interpreter():  # last: it may be below a folder that was just made anew
+        for parent in reversed(place.parents[:-1]):
+            options += ["--dir", str(parent)]  # bubblewrap lets nobody else into those it makes by itself
+        options += ["--ro-bind", str(place), str(place)]
     return tuple(options)
 
 
