@@ -35,6 +35,7 @@ EXTRAS = {
         "requests",
         "safetensors",
         "scipy",
+        "sympy",
         "tensorboard",
         "tqdm",
         "transformers>=5",

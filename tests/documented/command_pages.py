@@ -32,8 +32,8 @@ KNOWN = {
         f"vespo-megatron plan {_GRID} --gpu h100-80": QUICK,
         "vespo-megatron predict examples/tiny_moe/vespo.yaml --k3 1.5e-3 --tokens 500,6000": QUICK,
         "vespo-megatron compare examples/studies/mismatch.yaml": ELSEWHERE,  # two hours
-        "srun torchrun --nnodes=$SLURM_NNODES --node-rank=$SLURM_NODEID --nproc-per-node=8 --master-addr=$HEAD "
-        "--master-port=29500 -m vespo_megatron.cli train recipe.yaml": ELSEWHERE,  # a cluster: tests/slurm
+        "srun python -m vespo_megatron.slurm.node_agent $HEAD:29500 recipe.yaml "
+        "exp_manager.version=$SLURM_JOB_ID": ELSEWHERE,  # a cluster: tests/slurm
     },
     "CONTRIBUTING.md": {"make train": ELSEWHERE, "make lint": ELSEWHERE, "make test": ELSEWHERE},
     "docs/checkpoints.md": {

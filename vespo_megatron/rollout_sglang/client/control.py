@@ -78,6 +78,8 @@ def _connect(url: SplitResult, timeout_s: float) -> socket.socket:
 
 
 def _whole(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    if response.length is None and not response.chunked:  # its headers were cut: servers always say one or the other
+        raise http.client.HTTPException("does not say where it ends")
     if (response.length or 0) > max_bytes:  # nothing is set aside for what is only claimed
         raise ReplyTooLarge(max_bytes)
     raw = bytearray()
