@@ -101,7 +101,7 @@ class FaultProxy:
             until = time.monotonic() + GIVES_UP_S
             for byte in raw:
                 file.write(bytes([byte]))
-                if self._over.wait(0.05) or time.monotonic() > until:
+                if self._over.wait(0.1) or time.monotonic() > until:
                     return
         elif fault == "doubled":
             file.write(raw + raw)
