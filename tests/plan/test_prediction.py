@@ -270,7 +270,7 @@ def test_an_engine_in_float32_is_not_warned_of(name):
 def test_recipe_check_warns_and_finds_nothing_wrong(recipe, monkeypatch, capsys):
     from vespo_megatron.launch import preflight
 
-    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(preflight, "check", lambda recipe: [])
     assert main(["recipe", "check", recipe, "loss_fn.behavior=rollout"]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{recipe}: nothing wrong found, 1 to look at\n"
