@@ -27,6 +27,8 @@ def of_all(what):
     return {f"rank {rank} {what}" for rank in RANKS}
 
 
+TAKE_OVER = {"end_weight_update"}
+"""Servers that ran before may have been left in the middle of an update."""
 RELEASE = {"release_memory weights kv_cache cuda_graph"}
 SESSION = [{"resume_memory weights"}, {"begin_weight_update"}, {"end_weight_update"}]
 TO_SERVERS = [of_all("parks parameters"), {"resume_memory kv_cache cuda_graph"}, {"generate"}]
@@ -82,7 +84,7 @@ def test_trainer_and_server_are_asked_in_turn(folder, sglang_servers, monkeypatc
             call(url, "/resume_memory_occupation", {"tags": ["weights", "kv_cache", "cuda_graph"]}, timeout_s=30)
             call(url, "/continue_generation", {}, timeout_s=30)
     lines = (tmp_path / "record").read_text().splitlines()
-    # The run begins with the servers' memory released, and ends with the trainer's own: its weights are saved.
-    assert grouped(lines) == [RELEASE, *FIRST, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]
+    # The run takes the servers over, begins with their memory released, and ends with the trainer's own: its weights are saved.
+    assert grouped(lines) == [TAKE_OVER, RELEASE, *FIRST, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]
     rows = read_metrics(folder / "runs" / "bad" / "one")
     assert [row["step"] for row in rows] == [0, 1, 2] and all(row["mismatch/k3"] < 1e-6 for row in rows[1:])
