@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from vespo_megatron.rewards.format import format_reward
 from vespo_megatron.rewards.remote import remote_reward
 from vespo_megatron.rewards.sandbox import Limits, run
 from vespo_megatron.rewards.shaping import overlong_penalty
-from vespo_megatron.rewards.wall import find_wall
+from vespo_megatron.rewards.wall import FOLDER, find_wall
 
 ADDS = "Here:\n```python\na, b = map(int, input().split())\nprint(a + b)\n```\nDone."
 FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -99,7 +101,9 @@ def test_a_program_sees_nothing_of_this_process():
         ended = run(program, "", Limits(5.0, 512), find_wall())
     finally:
         del os.environ["A_SECRET_OF_THE_RUN"]
-    assert (ended.status, ended.printed) == (0, "None []\n")
+    place = Path(sys.prefix)  # where the interpreter is below the working folder, its way there is seen
+    way = [place.relative_to(FOLDER).parts[0]] if place.is_relative_to(FOLDER) else []
+    assert (ended.status, ended.printed) == (0, f"None {way}\n")
 
 
 @needs_wall
