@@ -77,9 +77,9 @@ def test_any_bytes_are_a_recipe_or_refused(tmp_path, content):
 @example("1e-6")
 @example("${x}")
 def test_any_text_is_saved_as_it_is(tmp_path, value):
-    recipe = Recipe().with_values({"policy.model_name": "m", "exp_manager.version": value})
+    recipe = Recipe().with_values({"policy.model_name": "m", "policy.generation.sglang_cfg.python": value})
     save_recipe(recipe, tmp_path / "saved.yaml")
-    assert load_recipe(tmp_path / "saved.yaml").exp_manager.version == value
+    assert load_recipe(tmp_path / "saved.yaml").policy.generation.sglang_cfg.python == value
 
 
 @in_one_folder
@@ -92,7 +92,7 @@ def test_what_is_saved_reads_back_equal(tmp_path, data):
             "policy.megatron_cfg.optimizer.lr": data.draw(st.floats(0, exclude_min=True, allow_infinity=False)),
             "loss_fn.hyperparameters": data.draw(st.dictionaries(st.text("abc_", min_size=1), values, max_size=3)),
             "policy.generation.stop_token_ids": data.draw(st.lists(st.integers(0, 2**31))),
-            "exp_manager.version": data.draw(st.one_of(st.none(), text)),
+            "policy.generation.sglang_cfg.python": data.draw(st.one_of(st.none(), text)),
         }
     )
     save_recipe(recipe, tmp_path / "saved.yaml")

@@ -84,7 +84,7 @@ def test_trainer_and_server_are_asked_in_turn(folder, sglang_servers, monkeypatc
             call(url, "/resume_memory_occupation", {"tags": ["weights", "kv_cache", "cuda_graph"]}, timeout_s=30)
             call(url, "/continue_generation", {}, timeout_s=30)
     lines = (tmp_path / "record").read_text().splitlines()
-    # The run takes the servers over, begins with their memory released, and ends with the trainer's own: its weights are saved.
+    # The run takes the servers over, has them give their memory back, and ends with its own: its weights are saved.
     assert grouped(lines) == [TAKE_OVER, RELEASE, *FIRST, *STEP, *SAVE, *UPDATE, *STEP, *SAVE]
     rows = read_metrics(folder / "runs" / "bad" / "one")
     assert [row["step"] for row in rows] == [0, 1, 2] and all(row["mismatch/k3"] < 1e-6 for row in rows[1:])
