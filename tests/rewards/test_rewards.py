@@ -63,7 +63,7 @@ def test_a_hanging_dying_or_raising_reward_scores_nothing_and_the_next_is_scored
 
 def rows(*numbers, responses=2):
     return [
-        RewardRequest("s", "fine" if number is None else "raise", number)
+        RewardRequest("s", "fine" if number is None else "raise", "4", row=str(number))
         for number in numbers
         for _ in range(responses)
     ]

@@ -139,6 +139,7 @@ class Sampler:
             solution_str=self.text(sample),
             ground_truth=record.ground_truth,
             extra_info=record.extra_info,
+            row=record.prompt_id,
         )
 
     def text(self, sample: Sample) -> str:

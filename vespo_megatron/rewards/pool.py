@@ -43,11 +43,8 @@ class RewardRequest:
     solution_str: str
     ground_truth: Any
     extra_info: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def row(self) -> str:
-        """What it has of the row of the data that was answered, which every response to it shares."""
-        return repr((self.data_source, self.ground_truth, self.extra_info))
+    row: str = ""
+    """Names the row of the data that was answered, the same in every response to it."""
 
 
 @dataclass(frozen=True)
