@@ -226,7 +226,7 @@ def test_a_response_without_a_score_can_be_an_error_that_names_it(source, build)
 
 def test_an_evaluation_leaves_no_response_out_and_counts_those_without_a_score(build):
     controller = build(scores=lambda n: "died" if n == 0 else 1.0, env__on_unscored="drop")
-    metrics = controller.evaluate(0)
+    metrics = controller.evaluate(0)[0]
     assert metrics["eval/sums/avg@1"] == pytest.approx(5 / 6) and metrics["eval/unscored"] == 1
 
 
