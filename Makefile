@@ -51,7 +51,7 @@ test-slurm: example
 test-sandbox: $(STAMP)
 	command -v bwrap >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends bubblewrap)
-	$(BIN)/python -m pytest tests/rewards $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/rewards tests/data/test_public_sets.py tests/launch/test_preflight.py $(PYTEST_ARGS)
 
 test-browser: example
 	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

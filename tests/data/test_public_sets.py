@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from wall import needs_wall
 
 from vespo_megatron.cli import main
 from vespo_megatron.data.public.prepare import prepare
@@ -81,7 +82,9 @@ def copy(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", list(SETS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_wall] * (one.reward == "code")) for name, one in SETS.items()]
+)
 def test_a_row_becomes_a_prompt_whose_answers_are_told_apart(name, copy, tmp_path):
     path = prepare(name, tmp_path / "out", local=copy(name))
     rows = pyarrow.parquet.read_table(path).to_pylist()

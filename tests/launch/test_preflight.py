@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model_config import write_config
+from wall import needs_wall
 
 from vespo_megatron.data.prompts import load_tokenizer
 from vespo_megatron.errors import UserError
@@ -94,6 +95,7 @@ def test_ground_truths_that_cannot_be_parsed_are_named_counted_and_an_error_or_l
     assert [record.prompt_id for record in records] == [f"train/{n}" for n in (*range(8), 9)]
 
 
+@needs_wall
 def test_a_reward_judges_the_ground_truths_it_is_given(recipe):
     write_rows(recipe, [truth('{"inputs": ["1"], "outputs": []}')] * 8)
     preflight.check(recipe.with_values({"env.reward": "format"}))

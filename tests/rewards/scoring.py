@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-
-import pytest
 
 from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import RewardPool, RewardRequest
-
-needs_wall = pytest.mark.skipif(shutil.which("bwrap") is None, reason="make test-sandbox installs bubblewrap")
 
 
 def score(env: EnvConfig, *texts: str, truth: str = "4"):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from audit import math_pairs, programs, rates
-from scoring import needs_wall
+from wall import needs_wall
 
 from vespo_megatron.rewards import code_tests, mathematics
 from vespo_megatron.rewards.code import code_reward

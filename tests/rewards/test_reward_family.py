@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from scoring import needs_wall, score
+from scoring import score
+from wall import needs_wall
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import EnvConfig, RewardShapingConfig

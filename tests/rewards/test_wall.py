@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from scoring import needs_wall
+from wall import needs_wall
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.rewards import wall
