@@ -3,8 +3,7 @@
 Tokens come sorted by expert. On a GPU the products are `torch._grouped_mm`; on the host they are one `mm` per expert
 into its rows of one output (measured no slower there than `_grouped_mm` or padded `bmm`, and it pads nothing). The
 backward is written out: it keeps the input and the first product only, and adds the weights' gradients straight into
-megatron-core's `main_grad` where there is one. On a GPU that is a product per expert as well: `_grouped_mm` cannot add,
-and adding what it gives moves 12 bytes a weight once more.
+megatron-core's `main_grad` where there is one; on a GPU by a kernel of its own (`native.triton_outer`).
 """
 
 from __future__ import annotations
@@ -55,13 +54,16 @@ class _Groups:
     """Rows of a sorted tensor `like` by expert: `tokens_per_expert` int [E] on either side, `weights` [E, H, F]."""
 
     def __init__(self, tokens_per_expert: torch.Tensor, like: torch.Tensor, weights: torch.Tensor) -> None:
-        # Grouped products take bfloat16 alone, in rows of whole 16 bytes; nobody promises anything of no rows.
+        # Nobody promises anything of no rows; grouped products take bfloat16 alone, in rows of whole 16 bytes.
+        on_device = like.device.type != "cpu" and len(like) > 0
         aligned = all(size * like.element_size() % _ALIGNMENT == 0 for size in weights.shape[1:])
-        self.on_device = like.device.type != "cpu" and like.dtype is torch.bfloat16 and aligned and len(like) > 0
-        if self.on_device:
+        self.grouped = on_device and like.dtype is torch.bfloat16 and aligned
+        self.adds = on_device and like.element_size() == 2 and has_kernels(like)
+        if on_device:
             self.ends = tokens_per_expert.to(like.device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        # The forward does not wait for it, and the backward comes when it has long been there.
-        self._counts = _HostCopy(tokens_per_expert)
+        if not (self.grouped and self.adds):
+            # The forward does not wait for it, and the backward comes when it has long been there.
+            self._counts = _HostCopy(tokens_per_expert)
 
     @cached_property
     def slices(self) -> list[tuple[int, slice]]:
@@ -72,7 +74,7 @@ class _Groups:
 
     def product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """rows [T, K] by their expert's weight in [E, K, N] → [T, N]."""
-        if self.on_device:
+        if self.grouped:
             return torch._grouped_mm(rows, weights, offs=self.ends)
         result = rows.new_empty(rows.shape[0], weights.shape[2])
         for expert, here in self.slices:
@@ -81,15 +83,14 @@ class _Groups:
 
     def add_outer(self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         """total [E, M, N] += leftᵀ·right over each expert's rows, left [T, M], right [T, N]."""
-        if self.on_device and total.dtype == left.dtype:
-            total.add_(torch._grouped_mm(left.t(), right, offs=self.ends))
+        if self.adds:
+            from vespo_megatron.megatron.native import triton_outer
+
+            triton_outer.add_outer(total, left, right, self.ends)
             return
         for expert, here in self.slices:
             if total.dtype == left.dtype:
                 total[expert].addmm_(left[here].t(), right[here])
-            elif self.on_device:
-                mine = total[expert]
-                torch.addmm(mine, left[here].t(), right[here], out_dtype=total.dtype, out=mine)
             else:
                 total[expert].add_(left[here].t() @ right[here])
 
