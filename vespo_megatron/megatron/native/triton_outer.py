@@ -1,7 +1,7 @@
 """The gradients of stacked experts' weights as one Triton kernel: it adds into float32, which `_grouped_mm` cannot.
 
-A program has a tile of one expert's gradient: it reads the tile, adds that expert's rows to it in float32, and writes it
-back. Every number of the sum is read and written once, however many rows there are. Imported only where a GPU and
+A program has a tile of one expert's gradient: it reads the tile, adds that expert's rows to it in float32, and writes
+it back. Every number of the sum is read and written once, however many rows there are. Imported only where a GPU and
 Triton are.
 """
 
