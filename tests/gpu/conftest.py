@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_report import report
+from gpu_report import report as tell
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # its models, batches and pool of processes
 
@@ -49,7 +49,7 @@ def note(request):
     """`note(name=value)`: a figure for the page about GPUs, a line of $VESPO_GPU_REPORT where that is set."""
 
     def write(**figures: float) -> None:
-        report(test=request.node.name, **figures)
+        tell(test=request.node.name, **figures)
 
     return write
 
@@ -59,6 +59,12 @@ def checkpoint(tmp_path_factory):
     """(folder, transformers model) of the model that layouts are tested with."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return str(folder), make_checkpoint(folder)
+
+
+def pytest_runtest_logreport(report):
+    """A failure is told of at once: pytest tells at its end, and a part that takes too long has none."""
+    if report.failed and "/gpu/" in report.fspath:
+        tell(test=report.nodeid, failed=str(report.longrepr)[-3000:])
 
 
 def pytest_collection_modifyitems(items):

@@ -98,7 +98,7 @@ def test_the_host_reads_it_and_writes_it_back(rank_info, tiny_folder, tmp_path, 
         str(saved),
         str(tmp_path / "back"),
     ]
-    paths = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
+    paths = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
     done = subprocess.run([*command, "bfloat16"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.quantization import (
@@ -203,3 +204,21 @@ def test_a_pattern_of_one_s_own_takes_matrices_alone_and_one_that_fits_nothing_i
     assert [name for name in stream if not torch.equal(rounded[name], stream[name])] == ["lm_head.weight"]
     with pytest.raises(UserError, match="weights_pattern: 'k_proj' is found in no matrix's name"):
         list(WeightQuantizer("int3", "k_proj")(stream.items()))
+
+
+class _DividesAsAGpu(TorchFunctionMode):
+    """PyTorch's CUDA kernel multiplies by the rounded inverse of a divisor that is a plain number."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.div, torch.Tensor.__truediv__, torch.div) and not isinstance(args[1], torch.Tensor):
+            return args[0] * (1.0 / args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_device_that_multiplies_by_inverses_rounds_no_number_otherwise(scheme, dtype):
+    weight = numbers((300, 257), dtype=dtype)
+    here = fake_quantize(weight, scheme)
+    with _DividesAsAGpu():
+        assert torch.equal(fake_quantize(weight, scheme), here)

@@ -106,6 +106,7 @@ def _by_blocks(
     padded = F.pad(matrices, (0, -width % columns, 0, -height % rows))
     blocks = padded.view(len(matrices), padded.shape[1] // rows, rows, padded.shape[2] // columns, columns)
     amax = blocks.abs().amax(dim=(2, 4), keepdim=True)
-    scale = torch.where(amax == 0, 1.0, amax / largest)
+    # A GPU divides by a number as it multiplies by the rounded inverse; by a tensor it divides.
+    scale = torch.where(amax == 0, 1.0, amax / torch.full_like(amax, largest))
     result = (rounded(blocks / scale) * scale).view_as(padded)[:, :height, :width]
     return result.to(tensor.dtype).reshape(tensor.shape)
