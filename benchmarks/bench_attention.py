@@ -31,10 +31,10 @@ from vespo_megatron.megatron import cpu_runtime  # noqa: E402
 
 cpu_runtime.install()
 
-from vespo_megatron.megatron.native.attention import (  # noqa: E402
-    Pack,
+from vespo_megatron.megatron.native.attention import Pack, padded_attention  # noqa: E402
+from vespo_megatron.megatron.native.pack_attention import (  # noqa: E402
     flash_attention,
-    padded_attention,
+    pack_attention,
     takes_packs,
 )
 
@@ -96,11 +96,14 @@ def forms(lengths: list[int], device: str) -> dict[str, Attend]:
         return padded_attention(*given, pack, None)
 
     def ours(*given: torch.Tensor) -> torch.Tensor:
-        return flash_attention(*given, pack, None) if takes_packs(given[0]) else padded(*given)
+        return pack_attention(*given, pack.runs, None) if takes_packs(given[0]) else padded(*given)
 
     found: dict[str, Attend] = {"ours": ours}
     if device == "cuda":
-        found |= {"length classes": padded}
+        found |= {
+            "FlashAttention alone": lambda *given: flash_attention(*given, pack.runs.whole, None),
+            "length classes": padded,
+        }
     backends = BACKENDS if device == "cuda" else {"SDPA": None}
     return found | {name: by_sequence(lengths, backend) for name, backend in backends.items()}
 
@@ -157,32 +160,15 @@ def table(title: str, lengths: list[int], given: list[torch.Tensor], device: str
     return lines
 
 
-def cudnn_with_offsets(lengths: list[int], given: list[torch.Tensor], *, few_shapes: bool) -> str:
-    """What cuDNN's kernels would take on the pack: nothing here uses them, since each shape is compiled.
-
-    Args:
-        few_shapes: the number of sequences and the longest one are powers of two; sequences of no token are added.
-    """
-    pack = pack_of(lengths, "cuda")
-    offsets, longest = pack.offsets, pack.longest
-    if few_shapes:
-        number, longest = 1 << (len(lengths) - 1).bit_length(), 1 << (longest - 1).bit_length()
-        offsets = torch.cat([offsets, offsets[-1:].expand(number - len(lengths))])
-    fixed = (None, offsets, offsets, longest, longest, True, 0.0, True, False)
-
-    def attend(*tensors: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._cudnn_attention_forward(*tensors, *fixed)[0]
-
-    first = devices.median_seconds("cuda", step(attend, given), 1, 0)
-    took = devices.event_seconds(step(attend, given), 10)
-    ours = flash_attention(*given[:3], pack, None)
-    pairs = [(attend(*given[:3]), ours)]
-    pairs += zip(*(torch.autograd.grad(out, given[:3], given[3]) for out in (pairs[0])), strict=True)
-    apart = max(float((theirs - mine).detach().float().norm() / mine.detach().float().norm()) for theirs, mine in pairs)
-    return (
-        f"cuDNN with offsets{' of few shapes' if few_shapes else ''}: {took * 1e3:.2f} ms, the first time "
-        f"{first * 1e3:.0f} ms; {apart:.1e} from ours."
-    )
+def first_times(size: tuple[int, ...]) -> str:
+    """What the first call of a length costs, forward and backward: cuDNN plans each shape anew."""
+    took = []
+    for length in (9000, 10000, 11000, 12000):
+        given = inputs(length, *size[1:], "cuda")
+        run = step(forms([length], "cuda")["ours"], given)
+        first = devices.median_seconds("cuda", run, 1, 0)
+        took.append(first - devices.median_seconds("cuda", run, 3, 1))
+    return "The first call of a long length takes longer by " + ", ".join(f"{1e3 * each:.0f}" for each in took) + " ms."
 
 
 def rotary(given: list[torch.Tensor], device: str) -> list[str]:
@@ -225,7 +211,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write to benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     device, size = arguments.device, SIZES[arguments.device]
-    wrong = max(errors([5, 200, 1, 77, 131], size, device))
+    wrong = max(errors([5, 200, 1, *([4500] if device == "cuda" else []), 77, 131], size, device))
     given = inputs(*size, device)
     lines = [
         f"{size[0]} tokens, {size[1]} heads, {size[2]} of keys and values, {size[3]} numbers each, "
@@ -233,7 +219,7 @@ def main() -> None:
         f"Largest error of ours on a small pack, output and gradients: {wrong:.1e}.",
         *table("One sequence", [size[0]], given, device),
         *table("A long tail", long_tail(size[0]), given, device),
-        *(rotary(given, device) if device == "cuda" else []),
+        *(["", first_times(size), *rotary(given, device)] if device == "cuda" else []),
     ]
     text = "\n".join(lines)
     print(text)
@@ -241,12 +227,6 @@ def main() -> None:
         record(f"Attention on {devices.name(device)}", text)
     if not wrong < MOST_ERROR[devices.bits(device)]:
         sys.exit("ours is wrong")
-    if device == "cuda":
-        for few_shapes in (False, True):
-            try:
-                print(cudnn_with_offsets(long_tail(size[0]), given, few_shapes=few_shapes), flush=True)
-            except Exception as error:  # whatever it says: it is looked at, not used
-                print(f"cuDNN with offsets: {str(error).splitlines()[0][:200]}", flush=True)
 
 
 if __name__ == "__main__":

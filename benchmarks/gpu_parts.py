@@ -46,6 +46,7 @@ def _cards(*names: str) -> tuple[str, ...]:
 
 PARTS = (
     Part("versions", "imports, versions, and the card", ("benchmarks/gpu_versions.py",), 60),
+    _tests("train", "whole runs by the command line", *_cards("train"), seconds=170),
     _tests("waits", "no micro-batch waits for the card; checkpoints", *_cards("waits", "checkpoints")),
     _tests("updates", "updates and gradients", *_cards("updates", "policy")),
     _tests("layouts", "several ranks on one card", *_cards("layouts")),
@@ -57,7 +58,6 @@ PARTS = (
     ),
     _tests("kernels", "log-probs, losses, weights on their way", *_cards("log_probs", "losses", "weights")),
     _tests("memory", "what a trainer process takes, against `plan`", *_cards("memory", "parked_memory")),
-    _tests("train", "whole runs by the command line", *_cards("train"), seconds=170),
     _figure("slice", "a slice of Qwen3-30B-A3B: MFU", "bench_slice.py", "--layers 1 2 --steps 1", seconds=90),
     _figure("attention", "attention of packed sequences", "bench_attention.py"),
     _figure("experts", "one layer's experts", "bench_experts.py", "--size 'tiny example'"),

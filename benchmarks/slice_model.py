@@ -94,7 +94,7 @@ def make_batch(packs: int, tokens: int, vocabulary: int):
 def make_recipe(device: str, model: Path, responses: int, **more: float):
     """As the 30B's, on one device; `more` are keys of the optimizer.
 
-    Its recipes give a quarter of the vocabulary 512 MiB for logits: TP4.
+    Its recipes give a quarter of the vocabulary 1,536 MiB for logits (TP4): enough to keep those of a whole pack.
     """
     from vespo_megatron.recipe.schema import Recipe
 
@@ -102,7 +102,7 @@ def make_recipe(device: str, model: Path, responses: int, **more: float):
         {
             "policy.model_name": str(model),
             "policy.precision": "bfloat16" if device == "cuda" else "float32",
-            "policy.megatron_cfg.logprob_memory_mb": 2048 if device == "cuda" else 64,
+            "policy.megatron_cfg.logprob_memory_mb": 6144 if device == "cuda" else 64,
             "policy.sequence_packing.train_mb_tokens": pack_tokens(device),
             "policy.train_global_batch_size": responses,
             **{f"policy.megatron_cfg.optimizer.{name}": value for name, value in more.items()},
