@@ -48,7 +48,7 @@ PARTS = (
     Part("versions", "imports, versions, and the card", ("benchmarks/gpu_versions.py",), 60),
     _tests("train", "whole runs by the command line", *_cards("train"), seconds=170),
     _tests("waits", "no micro-batch waits for the card; checkpoints", *_cards("waits", "checkpoints")),
-    _tests("updates", "updates and gradients", *_cards("updates", "policy")),
+    _tests("updates", "updates and gradients, float16 and its loss scale", *_cards("updates", "policy", "float16")),
     _tests("layouts", "several ranks on one card", *_cards("layouts")),
     _tests("parity", "against transformers, routes replayed, the engine", *_cards("parity", "replay", "engine")),
     _tests(

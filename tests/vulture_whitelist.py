@@ -10,8 +10,7 @@ _()._postprocess, _().gating, _().backward_dw, _().pre_mlp_layernorm, _().core_a
 _().pad_between_seqs, _().cu_seqlens_q, _().cu_seqlens_kv, _().cu_seqlens_q_padded, _().cu_seqlens_kv_padded
 _().can_handle_sharded_objects, _().grad_scale_func, _().get_replay_topk
 _().use_precision_aware_optimizer_no_fp8_or_ds_fp8, _().force_all_reduce
-_().dispatch_preprocess, _().combine_postprocess, _()._apply_expert_bias
-_().use_precision_aware_optimizer_no_fp8_or_ds_fp8, _().force_all_reduce
+_().dispatch_preprocess, _().combine_postprocess, _()._apply_expert_bias, _().grad_scaler
 # SGLang: of a platform plugin, found by its entry point, and of what it patches (plugin/cpu_platform.py).
 _().activate, _().get_default_attention_backend, _().get_dispatch_key_name, _().is_pin_memory_available
 _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().tp_size

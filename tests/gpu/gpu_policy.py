@@ -107,7 +107,8 @@ def gradients(policy: MegatronPolicy, batches: list[MicroBatch], **options: Any)
     """Every weight's gradient of `linear_loss`, by HF name, in float32."""
     policy.compute_gradients(batches, linear_loss, everywhere=True, **options)
     stream = policy.exporter.stream(lambda parameter: parameter.main_grad)
-    return {name: tensor.float().clone() for name, tensor in stream}
+    scale = 1.0 if policy.loss_scale is None else policy.loss_scale.value
+    return {name: tensor.float() / scale for name, tensor in stream}
 
 
 def weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
@@ -116,17 +117,19 @@ def weights(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
 
 
 class Transformers:
-    """transformers' model of a folder, with every weight rounded to bfloat16 or as it is; it computes in `dtype`."""
+    """transformers' model of a folder, with every weight rounded to a dtype or as it is; it computes in `dtype`."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, *, rounded: bool) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, *, rounded: torch.dtype | None = None
+    ) -> None:
         from transformers import Qwen3MoeForCausalLM
 
         self.device, self.dtype = device, dtype
         self.model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.set_experts_implementation("eager")
         for parameter in self.model.parameters():
-            if rounded:
-                parameter.data = parameter.data.bfloat16().float()
+            if rounded is not None:
+                parameter.data = parameter.data.to(rounded).float()
             parameter.data = parameter.data.to(dtype)
         self.model.to(device)
 

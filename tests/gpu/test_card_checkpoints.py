@@ -45,7 +45,7 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_going_on_is_the_same_to_the_last_bit(precision, sharded, rank_info, tiny_folder, tmp_path):
     settings = {"optimizer.use_distributed_optimizer": sharded}

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
 
 @pytest.mark.parametrize(("tokens", "experts", "topk"), [(40, 8, 2), (1, 8, 8), (300, 128, 8), (5, 3, 1), (0, 8, 2)])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_it_is_megatron_cores(tokens, experts, topk, dtype, bound, device, host_generator, close):
     scores = torch.rand(tokens, experts, generator=host_generator)
     scores[:, experts // 2] -= 2 * (experts > topk)  # one that nobody chooses

@@ -13,7 +13,7 @@ from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.megatron import logit_tiles, logprobs
 from vespo_megatron.megatron.logit_mask import LogitMask
 
-BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SIZES = {"one row": (1, 16, 50), "odd": (37, 64, 1003), "several tiles": (300, 64, 9001)}
 
 
@@ -89,17 +89,19 @@ def test_values_and_gradients_are_those_of_a_log_softmax(size, dtype, truncated,
     assert all(error < bound for error in found.values()), found
 
 
-def test_the_weight_s_gradient_goes_into_main_grad(device, generator):
-    found = compare(SIZES["odd"], torch.bfloat16, False, device, generator, CHOSEN, fused=True)
-    assert all(error < BOUND[torch.bfloat16] for error in found.values()), found
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_weight_s_gradient_goes_into_main_grad(dtype, device, generator):
+    found = compare(SIZES["odd"], dtype, False, device, generator, CHOSEN, fused=True)
+    assert all(error < BOUND[dtype] for error in found.values()), found
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_30b_s_vocabulary(way, device, generator, note):
-    found = compare((300, 2048, 151936), torch.bfloat16, False, device, generator, WAYS[way])
+def test_the_30b_s_vocabulary(way, dtype, device, generator, note):
+    found = compare((300, 2048, 151936), dtype, False, device, generator, WAYS[way])
     note(**found)
-    assert all(error < BOUND[torch.bfloat16] for error in found.values()), found
+    assert all(error < BOUND[dtype] for error in found.values()), found
 
 
 @pytest.mark.cuda

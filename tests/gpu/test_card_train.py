@@ -52,6 +52,14 @@ RUNS = {
         "policy.router_replay.mode=R3",
         "checkpointing.save_period=4",
     ),
+    "float16": (
+        f"cluster.device={DEVICE}",
+        "policy.precision=float16",
+        f"{MEGATRON}.optimizer.initial_loss_scale={2.0**32:.0f}",  # what overflows first is skipped
+        f"{MEGATRON}.optimizer.hysteresis=1",
+        "policy.router_replay.mode=R3",
+        "grpo.max_num_steps=12",
+    ),
     "dials": (
         f"cluster.device={DEVICE}",
         "policy.precision=bfloat16",
@@ -247,6 +255,18 @@ def test_bfloat16_with_the_engines_routes(runs):
     report(name="train/bfloat16/mismatch/k3", value=max(row["mismatch/k3"] for row in rows))
     report(name="train/bfloat16/routes/agreement", value=min(row["routes/agreement"] for row in rows))
     assert all(row["mismatch/k3"] < 0.05 for row in rows)
+
+
+def test_float16_with_the_engines_routes_and_a_scale_that_overflows_first(runs):
+    rows = runs["float16"].rows("float16")
+    last = rows[-1]
+    report(name="train/float16/mismatch/k3", value=max(row["mismatch/k3"] for row in rows))
+    report(name="train/float16/loss/scale", value=last["loss/scale"])
+    assert rows[0]["loss/overflows"] == 2 and rows[0]["loss/updates"] == 0 and rows[0]["loss/grad_norm"] is None
+    assert last["loss/overflows"] == 0 and last["loss/updates"] == 2 and last["loss/grad_norm"] > 0
+    overflows = sum(row["loss/overflows"] for row in rows)
+    assert last["loss/scale"] == 2.0 ** (32 - overflows)
+    assert all(row["mismatch/k3"] < 1e-3 and row["loss/skipped_updates"] == 0 for row in rows)
 
 
 def test_recompute_reference_and_balance(runs):

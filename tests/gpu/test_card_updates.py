@@ -8,6 +8,8 @@ import pytest
 import torch
 from gpu_policy import gradients, linear_loss, make_batch, make_policy, micro_batches, weights
 
+from vespo_megatron.megatron.policy import DTYPES
+
 LR, EPS, DECAY, CLIP = 1e-3, 1e-5, 0.1, 0.5
 
 
@@ -23,7 +25,7 @@ def expected(start, steps_of_gradients, precision):
         for name, leaf in leaves.items():
             leaf.grad = step[name].float().cpu() * min(1.0, CLIP / (norm + 1e-6))
         optimizer.step()
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = DTYPES[precision]
     return {name: leaf.detach().to(dtype) for name, leaf in leaves.items()}, norm
 
 
@@ -46,7 +48,7 @@ HOW = {
     [
         *(
             pytest.param(precision, how, id=f"{name}-{precision}")
-            for precision in ("float32", "bfloat16")
+            for precision in ("float32", "bfloat16", "float16")
             for name, how in HOW.items()
         ),
         pytest.param("bfloat16", OFFLOAD, id="half of it on the host"),
@@ -65,7 +67,7 @@ def test_two_updates_are_those_of_adamw(how, precision, rank_info, tiny_folder, 
     wanted, norm = expected(start, taken, precision)
     assert result.grad_norm == pytest.approx(norm, rel=1e-3), "the norm before clipping"
     found = weights(policy)
-    bound = 5e-3 if precision == "float32" else 5e-2  # bfloat16: a change is a few of its steps
+    bound = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}[precision]  # bfloat16: a change is a few of its steps
     together = [
         torch.cat([(each[name].cpu().double() - start[name].cpu().double()).flatten() for name in start])
         for each in (found, wanted)
@@ -74,7 +76,7 @@ def test_two_updates_are_those_of_adamw(how, precision, rank_info, tiny_folder, 
     close("the change of all weights", *together, bound)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 5e-3), ("float16", 1e-3)])
 def test_recompute_gives_the_same_gradients(precision, bound, rank_info, tiny_folder, close, note):
     batch = make_batch()
     found = {}
@@ -86,16 +88,17 @@ def test_recompute_gives_the_same_gradients(precision, bound, rank_info, tiny_fo
         close(f"gradient of {name}", found[True][name], gradient, bound)
 
 
-def test_gradients_kept_in_bfloat16(rank_info, tiny_folder, close):
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2e-2), ("float16", 3e-3)])
+def test_gradients_kept_in_16_bits(precision, bound, rank_info, tiny_folder, close):
     """`grad_reduce_in_fp32: false`: what every kernel adds to is then narrower."""
     narrow = {"distributed_data_parallel_config.grad_reduce_in_fp32": False}
     wide, policy = (
-        make_policy(tiny_folder, rank_info, "bfloat16"),
-        make_policy(tiny_folder, rank_info, "bfloat16", **narrow),
+        make_policy(tiny_folder, rank_info, precision),
+        make_policy(tiny_folder, rank_info, precision, **narrow),
     )
     found, wanted = (gradients(each, micro_batches(each, make_batch())) for each in (policy, wide))
     for name, gradient in wanted.items():
-        close(f"gradient of {name}", found[name], gradient, 2e-2)
+        close(f"gradient of {name}", found[name], gradient, bound)
 
 
 def test_a_gradient_that_is_not_finite_is_seen(rank_info, tiny_folder):

@@ -67,7 +67,7 @@ def ragged_batch(seed: int = 0) -> Batch:
 def policy_config(folder: str, layout: dict[str, Any], **changes: Any) -> PolicyConfig:
     # Adam's first step is lr · g / (|g| + eps): a small eps turns the rounding of near-zero gradients into full steps.
     megatron = {"optimizer.lr": 1e-3, "optimizer.adam_eps": 1e-5, "distributed_timeout": 60.0} | layout
-    config = PolicyConfig(model_name=folder, precision="float32", **changes)
+    config = PolicyConfig(model_name=folder, **({"precision": "float32"} | changes))
     return config.with_values({f"megatron_cfg.{name}": value for name, value in megatron.items()})
 
 
@@ -102,7 +102,8 @@ def weighted_loss(log_probs: torch.Tensor, entropies: torch.Tensor, micro_batch:
 def gradients(policy: MegatronPolicy, batches: list[MicroBatch], loss, routes: RouteUse = LIVE) -> dict[str, Any]:
     """This rank's share of the loss, and every gradient with its HF name (on rank 0)."""
     reports = policy.compute_gradients(batches, loss, routes=routes, everywhere=True)
-    named = {name: tensor.clone() for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
+    scale = 1.0 if policy.loss_scale is None else policy.loss_scale.value
+    named = {name: tensor / scale for name, tensor in policy.exporter.stream(lambda parameter: parameter.main_grad)}
     share = sum(reports) if reports and policy.rank_info.tensor_rank == 0 else torch.zeros(())
     return {"loss": float(share), "gradients": named}
 
@@ -187,9 +188,9 @@ def objectives(
     return {name: gradients(policy, batches, loss_of(name)) for name in names}
 
 
-def log_probs(folder: str, layout: dict[str, Any], store: str) -> list[tuple] | None:
+def log_probs(folder: str, layout: dict[str, Any], store: str, **changes: Any) -> list[tuple] | None:
     """(layout, sample ids, [log-probs, entropies]) of each micro-batch of this (data, context) shard."""
-    policy = build(folder, layout, store)
+    policy = build(folder, layout, store, **changes)
     batches = micro_batches(policy, ragged_batch(), count=2)
     outputs = policy.log_probs(batches)
     if not policy.rank_info.reports:

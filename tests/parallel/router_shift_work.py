@@ -56,7 +56,7 @@ def two_updates(
     sliced = step.receive(batch if policy.rank_info.rank == 0 else None)
     routes = step.routes(sliced)
     after_log_probs = step.log_probs(sliced, routes)
-    results = step.updates(sliced, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
+    results = step.updates(sliced, routes, after_log_probs=after_log_probs, after_skip=lambda *_: None)
     metrics = step.reduce(results, routes, sliced)
     tables = {"R2": "trainer_routes", "R3": "engine_routes"}
     replayed = [(each, getattr(each, tables[replay])) for each in sliced.micro_batches if replay in tables]

@@ -35,6 +35,7 @@ COUNTS = """
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
     data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
+    policy.megatron_cfg.optimizer.loss_scale_window policy.megatron_cfg.optimizer.hysteresis
     guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
 """.split()
 NOT_NEGATIVE = """
@@ -53,7 +54,7 @@ NOT_NEGATIVE = """
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
-    policy.megatron_cfg.moe_z_loss_coeff
+    policy.megatron_cfg.moe_z_loss_coeff policy.megatron_cfg.optimizer.min_loss_scale
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
     policy.generation.sglang_cfg.weight_update_timeout
@@ -73,6 +74,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     f"{MEGATRON}.optimizer.adam_beta1": (-1e-300, 1.0),
     f"{MEGATRON}.optimizer.adam_beta2": (-1e-300, 1.0),
     f"{MEGATRON}.optimizer.optimizer_offload_fraction": (-1e-300, 1.0000001),
+    f"{MEGATRON}.optimizer.initial_loss_scale": (0.0, 2.0**32 + 1),
     "policy.generation.top_p": (0.0, 1.0000001),
     "policy.generation.val_top_p": (0.0, 1.0000001),
     "policy.generation.top_k": (-2, NOTHING),

@@ -138,11 +138,22 @@ def local_parameters(chunks: Sequence[torch.nn.Module], shape: ModelShape, rank_
 
 @torch.no_grad()
 def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: ModelShape, rank_info: RankInfo) -> None:
-    """Fill every parameter of this rank from a HF folder, one tensor at a time."""
+    """Fill every parameter of this rank from a HF folder, one tensor at a time.
+
+    Raises:
+        UserError: as `SafetensorsFolder`; a weight that is beyond the numbers of the model's dtype.
+    """
     files = SafetensorsFolder(folder, shape)
     for local in local_parameters(chunks, shape, rank_info):
         tensors = [files[name] for name in local.rule.names]
-        local.parameter.copy_(local.rule.shard(tensors, local.shard, local.num_shards))
+        shard, parameter = local.rule.shard(tensors, local.shard, local.num_shards), local.parameter
+        parameter.copy_(shard)
+        if parameter.dtype is torch.float16 and bool((parameter.isinf() & shard.to(parameter.device).isfinite()).any()):
+            raise UserError(
+                f"{local.rule.names[0]} reaches {shard.abs().max():.6g}; the largest number of float16 is 65504",
+                where=str(folder),
+                expected="policy.precision=bfloat16 or float32 for such weights",
+            )
 
 
 # ---- exporting ---------------------------------------------------------------------------------------------------

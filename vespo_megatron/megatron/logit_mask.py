@@ -10,7 +10,7 @@ import torch
 from vespo_megatron.data.sampling_mask import SamplingMask
 
 _NOTHING = -1e30
-"""A logit that weighs nothing. Finite, so that nothing it is multiplied by becomes NaN; every dtype holds it."""
+"""A logit that weighs nothing; in float16 its lowest number. Finite: nothing it is multiplied by becomes NaN."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,4 @@ class LogitMask:
         row = self.rows[start:stop] - rows.start
         row = torch.where((row >= 0) & (row < height), row, height)
         leaves[row, self.token_ids[start:stop] - first_id] = False
-        tile.masked_fill_(leaves[:height], _NOTHING)
+        tile.masked_fill_(leaves[:height], max(_NOTHING, torch.finfo(tile.dtype).min))

@@ -158,6 +158,7 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
         attention_dropout=0.0,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
@@ -221,7 +222,7 @@ def build_model(
             for name, parameter in model.named_parameters():
                 if ".router." in name:
                     parameter.requires_grad_(False)  # before DDP and the optimizer, which pass it over
-        chunks.append(Float16Module(config, model) if dtype is torch.bfloat16 else model)
+        chunks.append(Float16Module(config, model) if config.bf16 or config.fp16 else model)
     if not with_gradients:
         return chunks
     ddp = megatron.distributed_data_parallel_config

@@ -42,6 +42,7 @@ def build_optimizer(
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         params_dtype=dtype,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         use_precision_aware_optimizer=settings.use_precision_aware_optimizer,

@@ -14,6 +14,7 @@ import torch
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.host_weights import HostWeights, weights_of
+from vespo_megatron.megatron.loss_scale import LossScale
 from vespo_megatron.megatron.micro_batch import MicroBatch
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.optimizer import build_optimizer
@@ -36,7 +37,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class UpdateResult:
     """One optimizer update."""
 
     grad_norm: float
-    """Before clipping, over the whole model; NaN when the update was refused."""
+    """Before clipping, over the whole model; NaN when the update was not taken."""
     learning_rate: float
     succeeded: bool
     reports: list[Any]
@@ -76,6 +82,10 @@ class UpdateResult:
     """int64 [layers, experts], tokens of this rank's rows and layers; None where it is not counted."""
     router_losses: torch.Tensor | None = None
     """float32 [2, layers], `RouterLosses.values`; None where there are none."""
+    loss_scale: float | None = None
+    """What the loss was multiplied with; None but in float16."""
+    overflowed: bool = False
+    """Whether gradients overflowed at that scale: then it was not taken."""
 
 
 class MegatronPolicy:
@@ -100,6 +110,9 @@ class MegatronPolicy:
             config.megatron_cfg, self.chunks, dtype=self.dtype, total_updates=total_updates
         )
         self.memory = ParkedMemory(self.chunks, self.optimizer, rank_info.device)
+        self.loss_scale = LossScale(config.megatron_cfg.optimizer) if self.dtype is torch.float16 else None
+        if self.loss_scale is not None:
+            self.loss_scale.share(self.optimizer)
         model_config = get_model_config(self.chunks[0])
         model_config.grad_scale_func = self.optimizer.scale_loss
         self._own_gradients = OwnGradients(self.chunks)
@@ -192,6 +205,7 @@ class MegatronPolicy:
     ) -> list[Any]:
         """The gradient of Σ over all ranks and micro-batches of `loss`, in `main_grad`; returns the loss's reports.
 
+        In float16 it is multiplied with `loss_scale`, which the optimizer divides it by.
         With the distributed optimizer each data parallel rank ends with its shard of it, unless `everywhere`.
         """
         self.memory.check_here("parameters", "gradients", "optimizer")
@@ -211,8 +225,10 @@ class MegatronPolicy:
         return self._run(micro_batches, loss_function, routes, forward_only=False, force_all_reduce=everywhere)
 
     def gradient_norm(self) -> float:
-        """Norm, over the whole model, of what `compute_gradients` left; a collective."""
+        """Norm, over the whole model, of what `compute_gradients` left; a collective. Not finite after an overflow."""
         self.optimizer.prepare_grads()
+        if self.loss_scale is not None:
+            self.loss_scale.forget()
         return float(self.optimizer.get_grad_norm() or 0.0)
 
     def update(
@@ -226,7 +242,7 @@ class MegatronPolicy:
         """One optimizer update from the gradients of `micro_batches` (this data parallel rank's share).
 
         `before_step` sees the reports before any weight has changed; it may raise, or refuse the update by False,
-        which then leaves weights, optimizer and schedule as they were.
+        which then leaves weights, optimizer and schedule as they were. So does, in float16, an overflow of gradients.
         """
         with self._penalised(micro_batches):
             reports = self.compute_gradients(micro_batches, loss, routes=routes)
@@ -235,12 +251,15 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not before_step(reports):
             return UpdateResult(math.nan, learning_rate, False, reports, load, penalties)
+        scale = None if self.loss_scale is None else self.loss_scale.value
         succeeded, grad_norm, _ = self.optimizer.step()
-        self.updates_taken += 1
-        self.scheduler.step(increment=1)
+        overflowed = self.loss_scale is not None and self.loss_scale.settle()
+        self.updates_taken += int(succeeded)
+        self.scheduler.step(increment=int(succeeded))  # by 0: takes back what `scale_learning_rate` did
         if self.rank_info.device.type == "cpu":
             return_free_memory()
-        return UpdateResult(float(grad_norm or 0.0), learning_rate, bool(succeeded), reports, load, penalties)
+        norm = float(grad_norm or 0.0) if succeeded else math.nan
+        return UpdateResult(norm, learning_rate, bool(succeeded), reports, load, penalties, scale, overflowed)
 
     @property
     def needs_choices(self) -> bool:

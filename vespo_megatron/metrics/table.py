@@ -182,6 +182,8 @@ LOSS = (
     Metric("loss/learning_rate", "Of the last update.", "", LAST),
     Metric("loss/updates", "Optimizer updates that were taken.", "updates", SUM),
     Metric("loss/skipped_updates", "Updates refused for numbers that are not finite.", "updates", SUM),
+    Metric("loss/overflows", "Updates skipped for gradients that overflow float16 at their scale.", "updates", SUM),
+    Metric("loss/scale", "What the loss of the last update was multiplied with (float16).", "", LAST),
     Metric(
         "policy/entropy", "Nats per token, of the policy's own distribution.", "nats", over="tokens", title="Entropy"
     ),

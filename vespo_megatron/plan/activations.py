@@ -64,7 +64,7 @@ def layer(shape: ModelShape, recipe: Recipe, tokens: int, padding: float = PADDI
 
 def element_size(recipe: Recipe) -> int:
     """Bytes of a number in the model's dtype."""
-    return 2 if recipe.policy.precision == "bfloat16" else 4
+    return 2 if recipe.policy.in_16_bits else 4
 
 
 def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -> float:

@@ -141,8 +141,8 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 
 def optimizer_bytes(recipe: Recipe, local: Parameters) -> int:
-    """Adam's two moments in float32, and float32 weights beside bfloat16 ones."""
-    per_parameter = 12 if recipe.policy.precision == "bfloat16" else 8
+    """Adam's two moments in float32, and float32 weights beside 16-bit ones."""
+    per_parameter = 12 if recipe.policy.in_16_bits else 8
     if not recipe.policy.megatron_cfg.optimizer.use_distributed_optimizer:
         return per_parameter * local.total
     megatron = recipe.policy.megatron_cfg

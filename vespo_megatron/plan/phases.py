@@ -45,7 +45,7 @@ def phases(shape: ModelShape, recipe: Recipe, device: GPU, memory: TrainerMemory
         return []
     config = generation.sglang_cfg
     # Main weights are made with the optimizer, moments in its first step.
-    built = memory.optimizer // 3 if recipe.policy.precision == "bfloat16" else 0
+    built = memory.optimizer // 3 if recipe.policy.in_16_bits else 0
     served = parameters(shape).total * element_size(recipe) // config.tensor_parallel_size
     static = int((config.mem_fraction_static or DEFAULT_FRACTION) * device.memory_gib * _GIB)
     return [

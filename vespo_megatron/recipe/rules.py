@@ -202,6 +202,12 @@ def _off_policy_baseline(recipe: Recipe) -> Iterator[UserError]:
             where=where,
             expected="policy.router_replay.mode=none",
         )
+    if policy.precision == "float16":
+        yield UserError(
+            "takes gradients of whole responses one by one, which a loss scale of means over a mini-batch overflows",
+            where=where,
+            expected="policy.precision=bfloat16 or float32",
+        )
     if policy.megatron_cfg.virtual_pipeline_model_parallel_size:
         yield UserError(
             "runs responses one by one, and a virtual pipeline wants a micro-batch per stage",
@@ -291,6 +297,18 @@ def _optimizer(recipe: Recipe) -> Iterator[UserError]:
             "is true on a CPU",
             where=f"{where}.use_precision_aware_optimizer",
             expected="false: Transformer Engine's Adam needs CUDA",
+        )
+    if optimizer.use_precision_aware_optimizer and recipe.policy.precision == "float16":
+        yield UserError(
+            "is true with policy.precision float16: it keeps float32 weights as what bfloat16 ones lack of them",
+            where=f"{where}.use_precision_aware_optimizer",
+            fix="set it to false",
+        )
+    if optimizer.min_loss_scale > optimizer.initial_loss_scale:
+        yield UserError(
+            f"is {optimizer.min_loss_scale:g} with initial_loss_scale {optimizer.initial_loss_scale:g}",
+            where=f"{where}.min_loss_scale",
+            expected="at most initial_loss_scale",
         )
     for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
         if getattr(optimizer, name) and not sharded:

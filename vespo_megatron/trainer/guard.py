@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.errors import UserError
 from vespo_megatron.megatron import hf_weights
-from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron.policy import MegatronPolicy, UpdateResult
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.heartbeat import Heartbeat
 from vespo_megatron.run.stopping import StopRequest
@@ -49,25 +49,36 @@ class Guard:
             self.heartbeat.step = step
             self.heartbeat.enter("step")
 
-    def update_is_finite(self, reports: Sequence[Any]) -> bool:
-        """Whether this update's loss and gradients are finite on every rank; a collective."""
+    def admits(self, reports: Sequence[Any]) -> bool:
+        """Whether the optimizer may have this update: its loss and gradients are finite on every rank; a collective.
+
+        In float16 it also gets gradients that are not, which it skips and the loss scale learns from.
+        """
         self.verdict = finiteness(self.policy, reports)
         if self.verdict.finite:
             self._skipped_in_a_row = 0
-        return self.verdict.finite
+        return self.verdict.finite or (self.policy.loss_scale is not None and not self.verdict.loss)
 
-    def after_skip(self, step: int, update: int, batch: Batch | None) -> None:
+    def after_skip(self, step: int, update: int, result: UpdateResult, batch: Batch | None) -> None:
         """An update was not taken: keep what it was; a collective. Rank 0 has the whole rollout batch.
+
+        Gradients that overflow float16 are no fault, and not kept, as long as a smaller loss scale is left.
 
         Raises:
             UserError: on every rank, when there have been `guard.max_skipped_updates` in a row.
         """
-        config, verdict = self.recipe.guard, self.verdict
+        config, verdict, scale = self.recipe.guard, str(self.verdict), self.policy.loss_scale
+        if result.overflowed and scale is not None:
+            verdict = f"{verdict}, at a loss scale of {result.loss_scale:g}"
+            if not scale.is_smallest:
+                if self.rank_info.rank == 0:
+                    print(f"vespo-megatron: step {step}, update {update}: overflow: {verdict}; skipped", flush=True)
+                return
         self._skipped_in_a_row += 1
         kept = ""
         if self.run_dir is not None and self._bundles < config.max_bundles:
             self._bundles += 1
-            kept = self._keep(self.run_dir, step, update, batch, str(verdict))
+            kept = self._keep(self.run_dir, step, update, batch, verdict)
         text = f"step {step}, update {update}: not finite: {verdict}; skipped" + (f", kept in {kept}" if kept else "")
         if self.rank_info.rank == 0:
             print(f"vespo-megatron: {text}", flush=True)

@@ -140,7 +140,9 @@ class Trainer:
                 batch,
                 routes,
                 after_log_probs=after_log_probs,
-                after_skip=lambda update: self.guard.after_skip(step, update, rollout.batch if rollout else None),
+                after_skip=lambda update, result: self.guard.after_skip(
+                    step, update, result, rollout.batch if rollout else None
+                ),
             )
         with self.timers("sync_weights"):
             self.push_new_weights(step)
@@ -173,7 +175,7 @@ class Trainer:
     def _before_step(self, reports: Sequence[Any]) -> bool:
         """Between gradients and optimizer: bad samples are named, numbers that are not finite refuse the update."""
         self.objective.raise_if_bad(reports)
-        if not self.guard.update_is_finite(reports):
+        if not self.guard.admits(reports):
             return False
         scale_by_ess(self.recipe.loss_fn, self.policy, self.objective, reports)
         scale_by_staleness(self.recipe.grpo.async_grpo, self.policy, reports)

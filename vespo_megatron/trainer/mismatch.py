@@ -64,7 +64,7 @@ def measure(
         if updates:
             routes = step.routes(batch)
             after_log_probs = step.log_probs(batch, routes)
-            step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda _: None)
+            step.updates(batch, routes, after_log_probs=after_log_probs, after_skip=lambda *_: None)
             accountant.after_updates(batch.micro_batches)
             link.push_weights(version=number)
         samples = rollout.batch.samples if rollout else ()

@@ -116,13 +116,18 @@ class TrainStep:
         return needs_pass
 
     def updates(
-        self, batch: SlicedBatch, routes: StepRoutes, *, after_log_probs: bool, after_skip: Callable[[int], None]
+        self,
+        batch: SlicedBatch,
+        routes: StepRoutes,
+        *,
+        after_log_probs: bool,
+        after_skip: Callable[[int, UpdateResult], None],
     ) -> list[UpdateResult]:
         """One optimizer update per mini-batch.
 
         Args:
             after_log_probs: whether a pass over the data came before, in which routes were compared.
-            after_skip: called with the number of an update that `before_step` refused.
+            after_skip: called with the number of an update that was not taken, and what came of it.
         """
         results: list[UpdateResult] = []
         for index, (micro_batches, normalizer) in enumerate(zip(batch.mini_batches, batch.normalizers, strict=True)):
@@ -143,7 +148,7 @@ class TrainStep:
             results.append(result)
             routes.after_update(micro_batches, first=first)
             if not result.succeeded:
-                after_skip(index)
+                after_skip(index, result)
         return results
 
     def reduce(self, results: Sequence[UpdateResult], routes: StepRoutes, batch: SlicedBatch) -> dict[str, Any]:

@@ -23,8 +23,10 @@ def reduce_updates(
     results: Sequence[UpdateResult], objective: Objective, rank_info: RankInfo, scatter: Scatter
 ) -> dict[str, Any]:
     """Metrics of the updates that were taken, over all ranks; complete on rank 0, empty elsewhere. A collective."""
-    skipped = sum(not result.succeeded for result in results)
-    last_rate = results[-1].learning_rate
+    overflows = sum(result.overflowed for result in results)
+    skipped = sum(not result.succeeded for result in results) - overflows
+    last = results[-1]
+    scale = {} if last.loss_scale is None else {"loss/scale": last.loss_scale, "loss/overflows": float(overflows)}
     results = taken(results)
     merged: dict[str, float] = {}
     histograms: dict[str, Any] = {}
@@ -47,11 +49,16 @@ def reduce_updates(
         | {name: merged[name] / len(results) for name in averaged}
         | merge_rows(
             [
-                {"loss/grad_norm": result.grad_norm, "loss/grad_norm_max": result.grad_norm, "loss/updates": 1.0}
+                {
+                    "loss/grad_norm": result.grad_norm,
+                    "loss/grad_norm_max": result.grad_norm,
+                    "loss/updates": float(result.succeeded),
+                }
                 for result in results
             ]
         )
-        | {"loss/skipped_updates": float(skipped), "loss/learning_rate": last_rate, "histograms": histograms}
+        | {"loss/skipped_updates": float(skipped), "loss/learning_rate": last.learning_rate, "histograms": histograms}
+        | scale
     )
 
 

@@ -25,9 +25,16 @@ class PolicyConfig(Section):
     train_global_batch_size: int = key(256, "Responses per optimizer update: N is the rollout batch over this.", ge=1)
     train_micro_batch_size: int = key(4, "Sequences per micro-batch when sequence packing is off.", ge=1)
     max_total_sequence_length: int = key(1024, "Prompt and response together.", ge=1)
-    precision: Literal["float32", "bfloat16"] = key("bfloat16", "Numerics of weights and activations.")
+    precision: Literal["float32", "bfloat16", "float16"] = key(
+        "bfloat16", "Numerics of weights and activations; float16 trains with a loss scale (megatron_cfg.optimizer)."
+    )
     megatron_cfg: MegatronConfig = section(MegatronConfig)
     sequence_packing: SequencePackingConfig = section(SequencePackingConfig)
     router_replay: RouterReplayConfig = section(RouterReplayConfig)
     quantization: QuantizationConfig = section(QuantizationConfig)
     generation: GenerationConfig = section(GenerationConfig)
+
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether the optimizer keeps float32 weights beside those that are computed with."""
+        return self.precision != "float32"

@@ -24,6 +24,12 @@ class OptimizerConfig(Section):
         False, "Keep float32 weights and Adam's moments in host memory, and update them there (bfloat16 alone)."
     )
     optimizer_offload_fraction: float = key(0.0, "Share of it to offload.", ge=0, le=1)
+    initial_loss_scale: float = key(
+        2.0**16, "With float16: what the loss is multiplied with before the first backward.", gt=0, le=2.0**32
+    )
+    min_loss_scale: float = key(1.0, "With float16: what overflows halve it to at most.", gt=0)
+    loss_scale_window: int = key(1000, "With float16: updates in a row without an overflow that double it.", ge=1)
+    hysteresis: int = key(2, "With float16: the overflow since it was doubled last from which on they halve it.", ge=1)
 
 
 class SchedulerConfig(Section):
