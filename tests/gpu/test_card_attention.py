@@ -97,26 +97,6 @@ def test_queries_of_one_context_parallel_rank_see_what_comes_before_them(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_sequences_between_short_ones(dtype, device, host_generator, close):
-    """Long ones go alone, padded, and an answer hangs on its own sequence."""
-    layout = layout_of(5, 4200, 33, 130, 4608, 5000, 17, pad_to=14080)
-    (query, key, value), upstream = inputs(layout, 8, 1, 128, dtype, device, host_generator)
-    output = layer()(query, key, value, None, packed_seq_params=packed_seq_params(layout, device))
-    found = torch.autograd.grad(output, (query, key, value), upstream)
-    exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
-    expected = reference(*exact, layout)
-    close("value", output, expected, 1e-2)
-    for name, ours, theirs in zip(
-        ("query", "key", "value"), found, torch.autograd.grad(expected, exact, upstream.double()), strict=True
-    ):
-        close(f"gradient of {name}", ours, theirs, 2e-2)
-    alone = packed_seq_params(layout_of(4200), device)
-    again = layer()(*(each[5:4205] for each in (query, key, value)), None, packed_seq_params=alone)
-    assert torch.equal(again, output[5:4205]), "a sequence's answer hangs on its neighbours"
-
-
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_length_class_needs_the_backend_that_holds_all_scores(dtype, device, host_generator):
     """32 heads of 128 over 4 of keys, as the 30B model has them."""

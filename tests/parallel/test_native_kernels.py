@@ -76,7 +76,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
     ]
     compile_for_h100("vespo_megatron.megatron.native.triton_experts", experts, str(tmp_path))
     pointers = {"total": "*fp32", "left": "*bf16", "right": "*bf16", "ends": "*i32"}
-    tiles = {"M": 1536, "N": 2048, "TILE_M": 128, "TILE_N": 128, "TILE_ROWS": 64}
+    tiles = {"M": 1536, "N": 2048, "TILE_M": 128, "TILE_N": 128, "TILE_ROWS": 32}
     outer = [("_add_outer_kernel", pointers, tiles)]
     compile_for_h100("vespo_megatron.megatron.native.triton_outer", outer, str(tmp_path))
     types = {"x": "*bf16", "out": "*bf16", "cos": "*fp32", "sin": "*fp32", "stride_token": "i32", "stride_head": "i32"}

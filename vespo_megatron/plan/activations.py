@@ -14,8 +14,6 @@ from vespo_megatron.recipe.schema import MegatronConfig, Recipe
 
 PADDING = 1.2
 """Tokens of attention's padded batches over real tokens: assumed, between 1 (equal lengths) and 2 (the worst)."""
-ALONE = 4096
-"""Tokens from which a sequence may be computed alone (`native.pack_attention.LONG`)."""
 _FLOAT32, _INT64 = 4, 8
 
 
@@ -76,8 +74,7 @@ def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -
     held += _query_key_norms(recipe, tokens, heads, kv, dim)
     if _takes_packs(recipe):
         held += tokens * (heads + kv) * dim * element + tokens * heads * _FLOAT32  # rotated, and log-sums
-        outputs = 2 if tokens >= ALONE else 1  # a long sequence's, and all of them together
-        return held + outputs * tokens * heads * dim * element
+        return held + tokens * heads * dim * element  # outputs
     held += 4 * tokens * dim * element  # cosines and sines, for queries and for keys
     if megatron.recompute == "selective":
         held += tokens * (heads + kv) * dim * element  # queries and keys once more, rotated
@@ -93,7 +90,7 @@ def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -
 
 
 def _takes_packs(recipe: Recipe) -> bool:
-    """Whether the native attention hands packs to FlashAttention (`native.pack_attention.takes_packs`)."""
+    """Whether the native attention hands packs to FlashAttention (`native.attention.takes_packs`)."""
     on_gpu = recipe.cluster.device != "cpu" and element_size(recipe) == 2
     return on_gpu and recipe.policy.megatron_cfg.context_parallel_size == 1
 

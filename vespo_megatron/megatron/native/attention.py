@@ -3,8 +3,7 @@
 Keys and values are all-gathered over context parallel ranks (backward: reduce-scatter) and put back into packed
 order; queries stay where they are. Sequences are then run as padded batches, one per power-of-two length class, so
 padding at most doubles the work of a class and no mask of the whole pack is ever made. On a GPU, in 16 bits and without
-context parallelism, PyTorch's FlashAttention takes the pack as it is: nothing is padded, gathered or put back
-(`native.pack_attention`).
+context parallelism, PyTorch's FlashAttention takes the pack as it is: nothing is padded, gathered or put back.
 
 Source of the zigzag order: `data.layout`. megatron-core's own `DotProductAttention` asserts both features off
 (dot_product_attention.py:52,166).
@@ -26,7 +25,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
 from vespo_megatron.data.layout import SequenceLayout
-from vespo_megatron.megatron.native.pack_attention import PackRuns, pack_attention, takes_packs
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class Pack:
         self.longest = int(layout.segment_lengths.max())
         self.offsets = torch.from_numpy(layout.cu_seqlens).to(device)
         """int32 [S + 1], of the packed buffer's segments."""
-        self.runs = PackRuns.of(layout.segment_lengths, self.offsets)
 
     @cached_property
     def classes(self) -> tuple[LengthClass, ...]:
@@ -196,12 +193,26 @@ class PackedAttention(torch.nn.Module):
 
             query, key = rotate(query, *packed_seq_params.rotation), rotate(key, *packed_seq_params.rotation)
         if self.context_parallel_group.size() == 1 and takes_packs(query):
-            return pack_attention(query, key, value, packed_seq_params.pack.runs, self.softmax_scale).flatten(1)
+            return flash_attention(query, key, value, packed_seq_params.pack, self.softmax_scale).flatten(1)
         if self.context_parallel_group.size() > 1:
             both = torch.stack([key, value], dim=1)
             both = _GatherOverContextParallel.apply(both, self.context_parallel_group)
             key, value = both.index_select(0, packed_seq_params.gather_order).unbind(1)
         return padded_attention(query, key, value, packed_seq_params.pack, self.softmax_scale).flatten(1)
+
+
+def takes_packs(query: torch.Tensor) -> bool:
+    """Whether PyTorch's FlashAttention can be called with offsets on such queries."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+
+
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scale: float | None
+) -> torch.Tensor:
+    """Query [T, heads, head_dim], key and value [T, kv_heads, head_dim] → [T, heads, head_dim], of whole sequences."""
+    # positional: cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask
+    fixed = (pack.offsets, pack.offsets, pack.longest, pack.longest, 0.0, True, False)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *fixed, scale=scale)[0]
 
 
 def padded_attention(
