@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from listed_prompts import ListedPrompts
 
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS
-from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_stream import PromptStream
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.recipe.schema import Recipe
@@ -84,7 +86,7 @@ def build():
     def build(scores=lambda n: float(n % 2), spoil=lambda number, result: None, **settings):
         values = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2}
         recipe = Recipe().with_values(values | {name.replace("__", "."): value for name, value in settings.items()})
-        records = [PromptRecord(f"p{i}", (5, 6), "sums", "4", {"level": i % 3}) for i in range(64)]
+        records = ListedPrompts([PromptRecord(f"p{i}", (5, 6), "sums", "4", {"level": i % 3}) for i in range(64)])
         controller = Controller(
             recipe, Engine(spoil), Tokenizer(), PromptStream(records, seed=1), records[:6], Rewards(scores), Logger()
         )

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from listed_prompts import ListedPrompts
 
 from vespo_megatron.controller.controller import Controller
 from vespo_megatron.controller.interruptible import Interruptible
-from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_stream import PromptStream
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardResult
@@ -114,7 +116,7 @@ def build(engine, **settings):
     """Rank 0's link with a real controller; one process in place of the ranks."""
     values = {"grpo.num_prompts_per_step": 4, "grpo.num_generations_per_prompt": 2}
     recipe = Recipe().with_values(values | {name.replace("__", "."): value for name, value in settings.items()})
-    records = [PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)]
+    records = ListedPrompts([PromptRecord(f"p{i}", (5, 6), "sums", "4") for i in range(64)])
     tokenizer = SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: "text")
     logger = SimpleNamespace(log_samples=lambda *_, **__: None, log_problems=lambda *_: None)
     controller = Controller(recipe, engine, tokenizer, PromptStream(records, seed=1), records[:6], Rewards(), logger)

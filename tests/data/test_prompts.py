@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from listed_prompts import ListedPrompts
 from model_config import write_config
 
-from vespo_megatron.data.prompts import PromptRecord, PromptStream, load_prompts
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_stream import PromptStream
+from vespo_megatron.data.prompts import load_prompts
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import DatasetConfig, Recipe
 
@@ -112,7 +115,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def stream(count=10, **settings):
-    return PromptStream([PromptRecord(f"p{i}", (1,), "s", "") for i in range(count)], seed=3, **settings)
+    records = ListedPrompts([PromptRecord(f"p{i}", (1,), "s", "") for i in range(count)])
+    return PromptStream(records, seed=3, **settings)
 
 
 def test_an_epoch_holds_every_prompt_once_and_no_batch_a_prompt_twice():
@@ -132,7 +136,7 @@ def test_a_stream_continues_from_its_saved_state():
 
 def changed(record=None, **settings):
     """A stream like any other, but for one row."""
-    records = [*stream().records]
+    records = ListedPrompts(stream().records)
     records[3] = record or PromptRecord("p3", (1,), "s", "other")
     return PromptStream(records, seed=3, source="new.jsonl", **settings)
 
@@ -186,10 +190,10 @@ def test_a_chat_template_that_fails_names_row_and_reason(load, monkeypatch, erro
         load([row([{"role": "user", "content": "hi"}])])
 
 
-@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "hi"}]])
+@pytest.mark.parametrize("content", [None, 3])
 def test_without_a_template_a_message_s_content_is_text(load, monkeypatch, content):
     monkeypatch.setattr(LetterTokenizer, "chat_template", None)
-    with pytest.raises(UserError, match="row 0: the prompt is .*\n.*text as every message's content"):
+    with pytest.raises(UserError, match="row 0: a message is .*\n.*text, or parts of text, as every message's content"):
         load([row([{"role": "user", "content": content}])])
 
 

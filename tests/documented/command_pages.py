@@ -40,6 +40,10 @@ KNOWN = {
         "vespo-megatron train recipe.yaml checkpointing.save_period=10 exp_manager.version=main "
         "exp_manager.resume_if_exists=true": ELSEWHERE,  # tests/launch/test_stop_and_resume.py
     },
+    "docs/data.md": {
+        "vespo-megatron data show examples/tiny_moe/vespo.yaml --row 3": QUICK,
+        "vespo-megatron data stats examples/tiny_moe/vespo.yaml": QUICK,
+    },
     "docs/guide.md": {
         "git clone … && cd vespo_megatron": ELSEWHERE,
         "python3.11 -m venv .venv && . .venv/bin/activate": ELSEWHERE,

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from vespo_megatron.data.prompts import load_prompts, load_tokenizer
+from vespo_megatron.data.template import load_tokenizer
+from vespo_megatron.launch.prompts import load_run_prompts
 from vespo_megatron.launch.worker import build_controller
 from vespo_megatron.megatron import parallel
 from vespo_megatron.megatron.policy import MegatronPolicy
@@ -36,7 +37,7 @@ def measured(
         controller = None
         if rank_info.rank == 0:
             tokenizer = load_tokenizer(recipe)
-            prompts = load_prompts(recipe.data.train, recipe, tokenizer)
+            prompts = load_run_prompts(recipe, tokenizer)
             controller = build_controller(recipe, folder, rank_info, tokenizer, prompts)
         try:
             measure(recipe, MegatronPolicy(recipe.policy, rank_info), controller, folder)

@@ -34,13 +34,14 @@ COUNTS = """
     policy.generation.sglang_cfg.num_servers policy.generation.sglang_cfg.tensor_parallel_size
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
+    data.train.num_samples data.validation.num_samples data.num_workers data.shuffle_buffer
     data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
     policy.megatron_cfg.optimizer.loss_scale_window policy.megatron_cfg.optimizer.hysteresis
     guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
-    loss_fn.expected_k3
+    data.train.temperature data.validation.temperature
     grpo.val_period grpo.seed grpo.advantage_clip_high loss_fn.reference_policy_kl_penalty loss_fn.entropy_coefficient
     loss_fn.expected_k3
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
@@ -58,6 +59,7 @@ POSITIVE = """
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
     policy.generation.sglang_cfg.weight_update_timeout
+    data.train.weight data.validation.weight
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()
 # Key → the largest value that is too low and the smallest that is too high; stated here and nowhere taken from.
@@ -67,6 +69,8 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
     "grpo.advantage_clip_low": (-1000.001, 1e-300),
     "loss_fn.ess_base": (0.0, 1.0000001),
+    "data.train.top_p": (0.0, 1.0000001),
+    "data.validation.top_p": (0.0, 1.0000001),
     "loss_fn.router_shift.floor": (0.0, 1.0000001),
     "guard.length_drop": (0.0, 1.0000001),
     "guard.truncated_share": (0.0, 1.0000001),

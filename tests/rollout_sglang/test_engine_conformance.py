@@ -13,7 +13,7 @@ import pytest
 from rollout_helpers import generate, make_requests
 
 from vespo_megatron.controller.sampler import to_sample
-from vespo_megatron.data.prompts import PromptRecord
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.conversation import Conversation

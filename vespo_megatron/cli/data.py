@@ -1,10 +1,13 @@
-"""`vespo-megatron data`: public problem sets."""
+"""`vespo-megatron data`: public problem sets, and what a recipe's prompts are."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "public problem sets"
+from vespo_megatron.cli.numbers import whole_number
+from vespo_megatron.cli.shared import add_recipe
+
+HELP = "public problem sets, and what a recipe's prompts are"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--revision", help="commit or tag on the hub (default the newest)")
     prepare.add_argument("--force", action="store_true", help="make it anew")
     prepare.set_defaults(action=_prepare)
+    show = actions.add_parser("show", help="one prompt of a recipe, as the model sees it")
+    add_recipe(show)
+    show.add_argument("--row", type=whole_number(0), default=0, metavar="N", help="its number in the set (default 0)")
+    show.add_argument("--set", metavar="NAME", help="the set's name, or its file's (default the first of training)")
+    show.set_defaults(action=_show)
+    stats = actions.add_parser(
+        "stats", help="rows, sources, lengths, duplicates of every set, and what cannot be scored"
+    )
+    add_recipe(stats)
+    stats.set_defaults(action=_statistics)
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -34,3 +47,17 @@ def _prepare(parsed: argparse.Namespace) -> None:
         print(
             prepare(name, parsed.output, local=parsed.local, revision=parsed.revision, force=parsed.force), flush=True
         )
+
+
+def _show(parsed: argparse.Namespace) -> None:
+    from vespo_megatron.launch.data_report import show
+    from vespo_megatron.recipe.loader import load_recipe
+
+    print(show(load_recipe(parsed.recipe, parsed.overrides), parsed.row, parsed.set))
+
+
+def _statistics(parsed: argparse.Namespace) -> None:
+    from vespo_megatron.launch.data_report import statistics
+    from vespo_megatron.recipe.loader import load_recipe
+
+    print(statistics(load_recipe(parsed.recipe, parsed.overrides)))

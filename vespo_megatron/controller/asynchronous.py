@@ -18,7 +18,7 @@ from vespo_megatron.controller.sampler import Sampler, describe, left_out, reque
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.data.batch import Batch
-from vespo_megatron.data.prompts import PromptRecord
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.conversation import Conversation
@@ -220,8 +220,8 @@ class AsynchronousSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; what was under way then is drawn again."""
         self.parts.resume_prompts(state["prompts"])
-        records = {record.prompt_id: record for record in self.parts.prompts.records}
         under_way = self.buffer.load_state_dict(state["buffer"])
+        records = self.parts.prompts.find(group.prompt_id for group in under_way)
         for group in under_way:
             if group.prompt_id not in records:  # of other data, which `data.on_change` has let go
                 self.buffer.abort(group)

@@ -10,7 +10,8 @@ from vespo_megatron.controller.asynchronous import AsynchronousSource
 from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.parts import BatchSource, Evaluations, Parts, Rollout
 from vespo_megatron.controller.synchronous import SynchronousSource
-from vespo_megatron.data.prompts import PromptRecord, PromptStream
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_stream import Prompts
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
@@ -31,7 +32,7 @@ class Controller:
         recipe: Recipe,
         engine: RolloutEngine,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: PromptStream,
+        prompts: Prompts,
         validation: Sequence[PromptRecord],
         rewards: RewardPool,
         logger: RunLogger,
@@ -56,7 +57,7 @@ class Controller:
         Raises:
             UserError: no routes, or another number of layers or experts per token.
         """
-        record = self.parts.prompts.records[0]
+        record = self.parts.prompts.first()
         sampling = replace(self.source.sampler.training, max_new_tokens=2)
         request = GenerationRequest("probe", tuple(record.prompt_ids), sampling)
         routes = self.parts.thread.run(self.engine.generate([request]))[0].routes

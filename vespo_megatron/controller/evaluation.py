@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vespo_megatron.controller.sampler import Sampler
-from vespo_megatron.data.prompts import PromptRecord
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
+from vespo_megatron.recipe.schema import SetConfig
 from vespo_megatron.rewards.answers import last_boxed
 from vespo_megatron.run.records import LoggedSample
 
@@ -19,13 +20,29 @@ if TYPE_CHECKING:
 
 async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float]:
     """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
-    schedule = parts.recipe.grpo
-    records = list(parts.validation)[: schedule.max_val_samples]
-    problems, samples = await draw_problems(
-        sampler, records, schedule.val_num_generations, greedy=schedule.val_greedy, group_by=parts.recipe.data.group_by
-    )
+    schedule, data = parts.recipe.grpo, parts.recipe.data
+    records = list(parts.validation[: schedule.max_val_samples])
+    sets: dict[str, list[PromptRecord]] = {}
+    for record in records:
+        sets.setdefault(record.set_name, []).append(record)
+    problems, samples, shown = [], [], []
+    for name, members in sets.items():
+        config = data.validation.given.get(name, SetConfig())
+        repeats = config.num_samples or schedule.val_num_generations
+        solved, drawn = await draw_problems(
+            sampler,
+            members,
+            repeats,
+            greedy=schedule.val_greedy,
+            group_by=data.group_by,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        problems += solved
+        samples += drawn
+        shown += drawn[:: max(1, repeats)]
+    shown = shown[: parts.recipe.logger.num_val_samples_to_print]
     by_id = {record.prompt_id: record for record in records}
-    shown = samples[:: max(1, schedule.val_num_generations)][: parts.recipe.logger.num_val_samples_to_print]
     parts.logger.log_samples(
         step, [_readable(sampler, by_id[each.prompt_id], each) for each in shown], name="validation"
     )
@@ -52,6 +69,8 @@ async def draw_problems(
     *,
     greedy: bool = False,
     group_by: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
 ) -> tuple[list[Problem], list[Sample]]:
     """Each prompt answered `repeats` times under the recipe's evaluation sampling, scored by its reward.
 
@@ -61,8 +80,10 @@ async def draw_problems(
         label: the requests' names begin with it.
         greedy: whether each is answered once more at temperature 0; not among the samples that are returned.
         group_by: entry of `extra_info` that is the problem's group.
+        temperature, top_p: in place of the recipe's.
     """
-    samples = (await sampler.sample(records, repeats, label, evaluation=True)).samples
+    drawn = await sampler.sample(records, repeats, label, evaluation=True, temperature=temperature, top_p=top_p)
+    samples = drawn.samples
     answered: dict[str, list[Sample]] = {}
     for sample in samples:
         answered.setdefault(sample.prompt_id, []).append(sample)
@@ -87,7 +108,7 @@ def _problem(
 ) -> Problem:
     return Problem(
         prompt_id=record.prompt_id,
-        data_source=record.data_source,
+        data_source=record.set_name or record.data_source,
         ground_truth=record.ground_truth,
         rewards=tuple(float(sample.reward) for sample in samples),
         answers=tuple(_answer(sampler.text(sample)) for sample in samples),

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
-from vespo_megatron.data.prompts import PromptRecord
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vespo_megatron.data.prompts import PromptRecord
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.data.stop_tokens import stop_tokens
 from vespo_megatron.errors import UserError
@@ -73,19 +73,27 @@ class Sampler:
         *,
         evaluation: bool = False,
         greedy: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> Drawn:
         """`repeats` scored samples per prompt, without those that are unusable.
 
         Args:
             evaluation: drawn as the recipe evaluates, not as it trains.
             greedy: whatever else, at temperature 0.
+            temperature, top_p: in place of the recipe's.
 
         Raises:
             UserError: a response's numbers are not finite, or its score did not come, where the recipe says error.
         """
         requests, owners = [], []
         sampling = self.evaluation if evaluation else self.training
-        sampling = replace(sampling, temperature=0.0) if greedy else sampling
+        temperature = 0.0 if greedy else temperature
+        sampling = replace(
+            sampling,
+            temperature=sampling.temperature if temperature is None else temperature,
+            top_p=sampling.top_p if top_p is None else top_p,
+        )
         for record in records:
             for index in range(repeats):
                 name = f"{label}/{record.prompt_id}/{index}"
@@ -140,6 +148,7 @@ class Sampler:
             ground_truth=record.ground_truth,
             extra_info=record.extra_info,
             row=record.prompt_id,
+            reward=record.reward,
         )
 
     def text(self, sample: Sample) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from vespo_megatron.controller.evaluation import draw_problems
 from vespo_megatron.controller.sampler import Sampler
-from vespo_megatron.data.prompts import PromptRecord, load_tokenizer
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.template import load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
@@ -24,7 +26,7 @@ from vespo_megatron.launch.prompts import load_usable
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
-from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, QuantizationConfig, Recipe
+from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, QuantizationConfig, Recipe, SetConfig
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
@@ -77,11 +79,11 @@ def evaluate(
         preflight.check_model(recipe.policy.model_name)
         records, tokenizer = _problems(recipe, data)
         save_recipe(recipe, folder / RECIPE_FILE)
-        rewards = RewardPool(recipe.env)
+        rewards = RewardPool(recipe.env, recipe.data.reward_choices)
         stack.callback(rewards.close)
         engine = _engine(recipe, folder, stack)
         sampler = Sampler(recipe, tokenizer, rewards, engine.generate)
-        problems = asyncio.run(_draw(sampler, records, repeats or {}, recipe.grpo.val_num_generations))
+        problems = asyncio.run(_draw(sampler, records, repeats or {}, recipe))
     return folder, _write(problems, folder)
 
 
@@ -99,16 +101,16 @@ def parse_repeats(texts: Sequence[str]) -> dict[str, int]:
 def _problems(recipe: Recipe, data: Sequence[str]) -> tuple[list[PromptRecord], PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(recipe)
     sets = [DatasetConfig(path=path) for path in data] or [recipe.data.validation]
-    if not sets[0].path:
+    if not sets[0].given:
         raise UserError("has no value", where="data.validation.path", fix="name problem sets: --data FILE …")
-    records = []
+    records: list[PromptRecord] = []
     for number, dataset in enumerate(sets):
-        loaded, left_out = load_usable(dataset, recipe, tokenizer)
-        loaded = loaded[: recipe.grpo.max_val_samples if not data else None]
-        if left_out:
-            print(left_out, file=sys.stderr)
+        loaded, notes = load_usable(dataset, recipe, tokenizer)
+        for note in notes:
+            print(note, file=sys.stderr)
         # Two files may have the same name.
-        records += [replace(record, prompt_id=f"{number}/{record.prompt_id}") for record in loaded]
+        chosen = loaded[: recipe.grpo.max_val_samples if not data else None]
+        records += [replace(record, prompt_id=f"{number}/{record.prompt_id}") for record in chosen]
     return records, tokenizer
 
 
@@ -123,18 +125,24 @@ def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
 
 
 async def _draw(
-    sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapping[str, int], default: int
+    sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapping[str, int], recipe: Recipe
 ) -> list[Problem]:
-    """All sets at a time; `repeats` is theirs."""
+    """All sets at a time; `repeats` is theirs, before what the recipe says of a set."""
     sets: dict[str, list[PromptRecord]] = {}
     for record in records:
-        sets.setdefault(record.data_source, []).append(record)
+        sets.setdefault(record.set_name or record.data_source, []).append(record)
     if unknown := set(repeats) - {"", *sets}:
         raise UserError(f"{min(unknown)!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
-    number = {name: repeats.get(name, repeats.get("", default)) for name in sets}
-    answers = await asyncio.gather(
-        *(draw_problems(sampler, members, number[name], "eval") for name, members in sets.items())
-    )
+    given = recipe.data.validation.given
+
+    def draw(name: str, members: list[PromptRecord]) -> Awaitable[tuple[list[Problem], list[Sample]]]:
+        config = given.get(members[0].set_name, SetConfig())
+        default = repeats.get("", config.num_samples or recipe.grpo.val_num_generations)
+        return draw_problems(
+            sampler, members, repeats.get(name, default), "eval", temperature=config.temperature, top_p=config.top_p
+        )
+
+    answers = await asyncio.gather(*(draw(name, members) for name, members in sets.items()))
     return [problem for problems, _ in answers for problem in problems]
 
 

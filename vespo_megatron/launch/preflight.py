@@ -55,16 +55,18 @@ def check_model(model_folder: str) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """The data files exist; their content is looked at later. Raises UserError naming key and file."""
-    for name in ("train", "validation"):
-        path = getattr(recipe.data, name).path
-        if path and not Path(path).is_file():
-            raise UserError(
-                f"{path} does not exist",
-                where=f"data.{name}.path",
-                expected="a parquet or JSONL file",
-                fix="prepare the data first; relative paths start at the current directory",
-            )
+    """What data keys name is there; its content is looked at later. Raises UserError naming key and place."""
+    from vespo_megatron.data.reading import missing
+
+    for split in ("train", "validation"):
+        for name, config in getattr(recipe.data, split).given.items():
+            key = f"data.{split}.sets.{name}" if name else f"data.{split}"
+            if (place := missing(config)) is not None:
+                raise UserError(
+                    f"{place} does not exist",
+                    where=f"{key}.path",
+                    expected="a file, a folder, a pattern that files fit, or a set on the hub",
+                )
 
 
 def check_ports(recipe: Recipe) -> None:
@@ -82,7 +84,8 @@ def check_temporary_folder(recipe: Recipe) -> None:
     from vespo_megatron.rewards import functions
 
     folder = tempfile.gettempdir()
-    has_sockets = recipe.policy.generation.backend == "sglang" or not functions.is_inline(recipe.env)
+    has_workers = not functions.is_inline(recipe.env, recipe.data.reward_choices)
+    has_sockets = recipe.policy.generation.backend == "sglang" or has_workers
     if has_sockets and len(os.fsencode(folder)) > _LONGEST_TEMPORARY_FOLDER:
         raise UserError(
             f"is {folder}",
@@ -101,7 +104,10 @@ def check_tables(recipe: Recipe) -> None:
     _check_old_policy(recipe, PolicyLossConfig.from_recipe(recipe.loss_fn, recipe.behavior))
     advantage_options(recipe)
     functions.of_recipe(recipe.env)
-    functions.fence(recipe.env)
+    choices = recipe.data.reward_choices
+    for choice in choices:
+        functions.chosen(choice)
+    functions.fence(recipe.env, choices)
 
 
 def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:
@@ -122,18 +128,14 @@ def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:
 
 def check_prompts(recipe: Recipe) -> list[str]:
     """Every prompt of every split loads, tokenises, fits and can be scored. Imports transformers and datasets."""
-    from vespo_megatron.data.prompts import load_tokenizer
-    from vespo_megatron.launch.prompts import load_usable
+    from vespo_megatron.data.template import load_tokenizer
+    from vespo_megatron.launch.prompts import load_run_prompts
 
-    tokenizer = load_tokenizer(recipe)
-    records, left_out = load_usable(recipe.data.train, recipe, tokenizer)
-    notes = [left_out]
-    if recipe.data.validation.path:
-        notes.append(load_usable(recipe.data.validation, recipe, tokenizer)[1])
-    if len(records) < recipe.grpo.num_prompts_per_step:
+    prompts = load_run_prompts(recipe, load_tokenizer(recipe))
+    if prompts.count is not None and prompts.count < recipe.grpo.num_prompts_per_step:
         raise UserError(
-            f"is {recipe.grpo.num_prompts_per_step}, but {recipe.data.train.path} has {len(records)} prompts",
+            f"is {recipe.grpo.num_prompts_per_step}, but data.train has {prompts.count} prompts",
             where="grpo.num_prompts_per_step",
-            fix=f"lower it to {len(records)}, or bring more prompts",
+            fix=f"lower it to {prompts.count}, or bring more prompts",
         )
-    return [note for note in notes if note]
+    return prompts.notes

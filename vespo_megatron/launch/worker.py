@@ -10,7 +10,6 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from vespo_megatron.controller.controller import Controller
-    from vespo_megatron.data.prompts import PromptRecord
+    from vespo_megatron.launch.prompts import RunPrompts
     from vespo_megatron.megatron.parallel import RankInfo
     from vespo_megatron.rollout_sglang.engine import RolloutEngine
     from vespo_megatron.trainer.loop import Trainer
@@ -61,8 +60,8 @@ def run(recipe: Recipe, run_dir: Path, work: str = "train") -> None:
 
 
 def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbeat: Heartbeat) -> None:
-    from vespo_megatron.data.prompts import load_tokenizer
-    from vespo_megatron.launch.prompts import load_usable
+    from vespo_megatron.data.template import load_tokenizer
+    from vespo_megatron.launch.prompts import load_run_prompts
     from vespo_megatron.megatron.policy import MegatronPolicy
     from vespo_megatron.trainer.checkpoint import Checkpointer
     from vespo_megatron.trainer.guard import Guard
@@ -70,8 +69,8 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
     from vespo_megatron.trainer.mismatch import measure
 
     tokenizer = load_tokenizer(recipe) if rank_info.rank == 0 else None
-    prompts, left_out = load_usable(recipe.data.train, recipe, tokenizer) if tokenizer is not None else ([], "")
-    recipe = limit_steps(recipe, len(prompts), rank_info)
+    prompts = load_run_prompts(recipe, tokenizer) if tokenizer is not None else None
+    recipe = limit_steps(recipe, prompts.count if prompts else None, rank_info)
     engine = take_devices(recipe, run_dir, rank_info)
     policy = MegatronPolicy(recipe.policy, rank_info, total_updates=recipe.grpo.max_num_steps * recipe.num_mini_batches)
     checkpointer = (
@@ -82,11 +81,9 @@ def _run(recipe: Recipe, run_dir: Path, rank_info: RankInfo, work: str, heartbea
     resumed = checkpointer.find() if checkpointer and recipe.exp_manager.resume_if_exists else None
     controller = (
         build_controller(recipe, run_dir, rank_info, tokenizer, prompts, resumed.step if resumed else 0, engine)
-        if tokenizer is not None
+        if tokenizer is not None and prompts is not None
         else None
     )
-    if controller is not None and left_out:
-        controller.logger.print(left_out)
     try:
         if work != "train":
             measure(recipe, policy, controller, run_dir, updates=work == "mismatch-updates")
@@ -147,16 +144,19 @@ def take_devices(recipe: Recipe, run_dir: Path, rank_info: RankInfo) -> RolloutE
     return engine
 
 
-def limit_steps(recipe: Recipe, num_prompts: int, rank_info: RankInfo) -> Recipe:
+def limit_steps(recipe: Recipe, num_prompts: int | None, rank_info: RankInfo) -> Recipe:
     """The recipe with `grpo.max_num_steps` at most what `max_num_epochs` passes over the prompts give; a collective.
 
-    Rank 0 says how many prompts there are. Dynamic sampling draws more than a step trains on, and passes on sooner.
+    Rank 0 says how many prompts there are, if that is known. Dynamic sampling draws more than a step trains on, and
+    passes on sooner.
     """
     import torch
     import torch.distributed as dist
 
     schedule = recipe.grpo
-    steps = min(schedule.max_num_steps, schedule.max_num_epochs * num_prompts // schedule.num_prompts_per_step)
+    steps = schedule.max_num_steps
+    if num_prompts is not None:
+        steps = min(steps, schedule.max_num_epochs * num_prompts // schedule.num_prompts_per_step)
     agreed = torch.tensor([max(1, steps)], device=rank_info.device)
     dist.broadcast(agreed, src=0)
     return recipe.with_values({"grpo.max_num_steps": int(agreed.item())})
@@ -167,21 +167,17 @@ def build_controller(
     run_dir: Path,
     rank_info: RankInfo,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[PromptRecord],
+    prompts: RunPrompts,
     start_step: int = 0,
     engine: RolloutEngine | None = None,
 ) -> Controller:
     """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
-    from vespo_megatron.data.prompts import PromptStream
     from vespo_megatron.data.stop_tokens import describe_stop_tokens
-    from vespo_megatron.launch.prompts import load_usable
     from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
 
-    has_validation = bool(recipe.data.validation.path)
-    validation, left_out = load_usable(recipe.data.validation, recipe, tokenizer) if has_validation else ([], "")
     logger = RunLogger(
         run_dir,
         total_steps=recipe.grpo.max_num_steps,
@@ -189,8 +185,8 @@ def build_controller(
         progress=recipe.logger.progress,
         start_step=start_step,
     )
-    if left_out:
-        logger.print(left_out)
+    for note in prompts.notes:
+        logger.print(note)
     if start_step:
         logger.print(f"resuming after step {start_step}")
     engine = engine or build_engine(recipe)
@@ -202,17 +198,10 @@ def build_controller(
         logger.print(f"mismatch: {phrase}")
     if phrase := recipe.policy.quantization.phrase:
         logger.print(f"weights: {phrase}")
-    rewards = RewardPool(recipe.env)
+    rewards = RewardPool(recipe.env, recipe.data.reward_choices)
     if rewards.fence is not None:
         logger.print(f"programs of responses: {rewards.fence}")
-    stream = PromptStream(
-        prompts,
-        seed=recipe.grpo.seed,
-        shuffle=recipe.data.shuffle,
-        source=str(recipe.data.train.path),
-        on_change=recipe.data.on_change,
-    )
-    return Controller(recipe, engine, tokenizer, stream, validation, rewards, logger)
+    return Controller(recipe, engine, tokenizer, prompts.train, prompts.validation, rewards, logger)
 
 
 def build_engine(recipe: Recipe, run_dir: Path | None = None, *, takes_over: bool = True) -> RolloutEngine:

@@ -158,8 +158,7 @@ def _lengths(recipe: Recipe) -> Iterator[UserError]:
 
 def _training(recipe: Recipe) -> Iterator[UserError]:
     loss = recipe.loss_fn
-    if not recipe.data.train.path:
-        yield UserError("has no value", where="data.train.path", expected="a parquet or JSONL file in veRL's schema")
+    yield from _sets(recipe)
     if recipe.grpo.num_generations_per_prompt == 1 and recipe.grpo.advantage_estimator == "auto":
         yield UserError(
             "is 1: a group of one response has no advantage over its own mean, and nothing would be learned",
@@ -177,6 +176,35 @@ def _training(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(
             "has no value", where="loss_fn.aggregation_length", expected="the constant length token-sum-norm divides by"
         )
+
+
+def _sets(recipe: Recipe) -> Iterator[UserError]:
+    train = recipe.data.train
+    if not train.given:
+        yield UserError("has no value", where="data.train.path", expected="a parquet or JSONL file in veRL's schema")
+    for split, config in (("train", train), ("validation", recipe.data.validation)):
+        where = f"data.{split}"
+        if config.sets and config.path:
+            yield UserError("is there beside data." + split + ".sets", where=f"{where}.path", fix="keep one of them")
+        for name, each in config.sets.items():
+            if not each.path:
+                yield UserError("has no value", where=f"{where}.sets.{name}.path", expected="where the set is")
+            if not name or "/" in name:
+                yield UserError(f"has a set {name!r}", where=f"{where}.sets", expected="names without /")
+            if split == "validation" and each.weight is not None:
+                yield UserError("is for training", where=f"{where}.sets.{name}.weight", fix="leave it out")
+            if split == "train" and (each.num_samples, each.temperature, each.top_p) != (None, None, None):
+                yield UserError(
+                    "has num_samples, temperature or top_p, which are for validation", where=f"{where}.sets.{name}"
+                )
+    if recipe.data.validation.streaming:
+        yield UserError("is for training", where="data.validation.streaming", fix="leave it out")
+    if train.streaming and any(each.max_samples for each in train.given.values()):
+        yield UserError(
+            "has no end to draw from: max_samples is given", where="data.train.streaming", fix="leave one out"
+        )
+    if recipe.env.reward_by_source and recipe.env.rewards:
+        yield UserError("is there beside env.rewards", where="env.reward_by_source", fix="keep one of them")
 
 
 def _off_policy_baseline(recipe: Recipe) -> Iterator[UserError]:

@@ -5,9 +5,11 @@ A dict must hold `score`; its other numbers are logged as parts of the reward.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
-from collections.abc import Callable, Mapping
-from functools import partial
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from typing import Any
 
 from vespo_megatron.errors import UserError
@@ -58,17 +60,40 @@ INLINE = {"exact_match", "format"}
 """Too quick and too plain to need a process of their own."""
 
 
-def is_inline(env: EnvConfig) -> bool:
-    """Whether the recipe's rewards are all scored where they are asked for, without workers."""
-    return set(env.rewards or [env.reward]) <= INLINE
+def names_of(env: EnvConfig, choices: Iterable[str] = ()) -> set[str]:
+    """The rewards that a run asks, those of `choices` (`SetConfig.reward_choice`) among them."""
+    by_source = {choice.reward for choice in env.reward_by_source.values()}
+    own = by_source or set(env.rewards) or {env.reward}
+    return own | {choice.partition(" ")[0] for choice in choices if choice}
+
+
+def is_inline(env: EnvConfig, choices: Iterable[str] = ()) -> bool:
+    """Whether the rewards are all scored where they are asked for, without workers."""
+    return names_of(env, choices) <= INLINE
+
+
+@cache
+def chosen(choice: str) -> RewardFunction:
+    """The reward of a `SetConfig.reward_choice`. Raises `UserError` where there is none such."""
+    name, _, arguments = choice.partition(" ")
+    return partial(find(name), **json.loads(arguments or "{}"))
+
+
+def pattern_of(env: EnvConfig, data_source: str) -> str | None:
+    """The first pattern of `env.reward_by_source` that a source matches."""
+    return next((each for each in env.reward_by_source if fnmatch.fnmatchcase(data_source, each)), None)
 
 
 def of_recipe(env: EnvConfig) -> RewardFunction:
-    """The recipe's reward: one function with its arguments, or the weighted sum of several, each logged as a part.
+    """The recipe's reward: a function with its arguments, a weighted sum of several, or one for each data source.
+
+    Of a sum each term is logged as a part.
 
     Raises:
         UserError: there is no such reward, or arguments for one that is not used.
     """
+    if env.reward_by_source:
+        return _by_source(env)
     if not env.rewards:
         return partial(find(env.reward), **env.reward_kwargs)
     unused = sorted(set(env.reward_kwargs) - set(env.rewards))
@@ -99,16 +124,38 @@ def of_recipe(env: EnvConfig) -> RewardFunction:
     return weighted_sum
 
 
-def fence(env: EnvConfig) -> str | None:
+def _by_source(env: EnvConfig) -> RewardFunction:
+    functions = {
+        pattern: partial(find(choice.reward), **choice.reward_kwargs)
+        for pattern, choice in env.reward_by_source.items()
+    }
+
+    def of_its_source(data_source: str, *arguments: Any) -> float | Mapping[str, float]:
+        pattern = pattern_of(env, data_source)
+        if pattern is None:
+            raise UserError(f"no pattern matches {data_source!r}", where="env.reward_by_source")
+        return functions[pattern](data_source, *arguments)
+
+    return of_its_source
+
+
+def fence(env: EnvConfig, choices: Iterable[str] = ()) -> str | None:
     """What programs of responses are fenced by, where the recipe's reward runs any.
 
     Raises:
         UserError: nothing fences them here, and the recipe does not allow that.
     """
-    if "code" not in (env.rewards or [env.reward]):
+    of_sets = [choice.partition(" ") for choice in choices]
+    arguments = [json.loads(text or "{}") for name, _, text in of_sets if name == "code"]
+    if env.reward_by_source:
+        arguments += [each.reward_kwargs for each in env.reward_by_source.values() if each.reward == "code"]
+    elif "code" in env.rewards:
+        arguments.append(env.reward_kwargs.get("code", {}))
+    elif not env.rewards and env.reward == "code":
+        arguments.append(env.reward_kwargs)
+    if not arguments:
         return None
-    arguments = env.reward_kwargs.get("code", {}) if env.rewards else env.reward_kwargs
-    return choose_wall(allow_unsafe_code=bool(arguments.get("allow_unsafe_code", False))).description
+    return choose_wall(allow_unsafe_code=all(each.get("allow_unsafe_code", False) for each in arguments)).description
 
 
 def find(name: str) -> RewardFunction:

@@ -13,7 +13,7 @@ import queue
 import signal
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,6 +45,8 @@ class RewardRequest:
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     row: str = ""
     """Names the row of the data that was answered, the same in every response to it."""
+    reward: str = ""
+    """The reward of its set (`SetConfig.reward_choice`); empty: the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,26 @@ class RewardResult:
 
 
 class RewardPool:
-    """Scores responses in `env.num_workers` processes, each score within `env.timeout` seconds."""
+    """Scores responses in `env.num_workers` processes, each score within `env.timeout` seconds.
 
-    def __init__(self, env: EnvConfig) -> None:
+    Args:
+        choices: rewards of single sets (`SetConfig.reward_choice`).
+
+    Raises:
+        UserError: there is no such reward, or nothing that fences programs.
+    """
+
+    def __init__(self, env: EnvConfig, choices: Collection[str] = ()) -> None:
         self._function = functions.of_recipe(env)  # a wrong name fails here, not in a worker
-        self.fence = functions.fence(env)
+        for choice in choices:
+            functions.chosen(choice)
+        self.fence = functions.fence(env, choices)
         """What programs of responses are fenced by; None where the reward runs none."""
-        self._env, self._mistakes = env, Mistakes(" + ".join(env.rewards) or env.reward)
+        self._env, self._mistakes = env, Mistakes(" + ".join(sorted(functions.names_of(env, choices))))
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: list[_Worker] = []
         self._threads: ThreadPoolExecutor | None = None
-        if not functions.is_inline(env):
+        if not functions.is_inline(env, choices):
             self._threads = ThreadPoolExecutor(max_workers=env.num_workers, thread_name_prefix="reward")
             self._all = [_Worker(env) for _ in range(env.num_workers)]
             for worker in self._all:
@@ -201,6 +212,7 @@ def _serve(connection: Connection, env: EnvConfig) -> None:
 
 def _score(function: functions.RewardFunction, request: RewardRequest) -> RewardResult:
     try:
+        function = functions.chosen(request.reward) if request.reward else function
         answer = function(request.data_source, request.solution_str, request.ground_truth, dict(request.extra_info))
         parts = {}
         if isinstance(answer, Mapping):

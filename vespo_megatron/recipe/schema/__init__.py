@@ -6,7 +6,7 @@ prompts. What several keys may not ask for together is in `recipe.rules`.
 """
 
 from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
-from vespo_megatron.recipe.schema.data import DataConfig, DatasetConfig, EnvConfig
+from vespo_megatron.recipe.schema.data import DataConfig, DatasetConfig, EnvConfig, RewardChoice, SetConfig
 from vespo_megatron.recipe.schema.generation import MAX_SAMPLING_MASK_TOKENS, GenerationConfig, SGLangConfig
 from vespo_megatron.recipe.schema.loop import (
     AsyncGRPOConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "PolicyConfig",
     "QuantizationConfig",
     "Recipe",
+    "RewardChoice",
     "RewardShapingConfig",
     "RouterReplayConfig",
     "RouterShiftConfig",
@@ -65,6 +66,7 @@ __all__ = [
     "SchedulerConfig",
     "Section",
     "SequencePackingConfig",
+    "SetConfig",
     "SlurmConfig",
     "TokenizerConfig",
     "key",

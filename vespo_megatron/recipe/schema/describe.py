@@ -21,6 +21,15 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def sections_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that each entry of a mapping with free names is, None for anything else."""
+    from pydantic import BaseModel
+
+    arguments = get_args(field.annotation) if is_free(field) else ()
+    inner = arguments[1] if len(arguments) == 2 else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+
 def is_free(field: FieldInfo) -> bool:
     """Whether it is a mapping whose keys the schema does not know."""
     return get_origin(field.annotation) is dict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
 from vespo_megatron.recipe.schema.generation import GenerationConfig
@@ -15,6 +15,10 @@ class TokenizerConfig(Section):
 
     name: str | None = key(None, "Folder or hub name; None: policy.model_name.")
     chat_template: bool = key(True, "Apply the tokenizer's chat template to prompts that are messages.", ours=True)
+    chat_template_file: str | None = key(None, "A Jinja file in place of the tokenizer's own template.", ours=True)
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "Arguments of the template, as in {enable_thinking: false} for Qwen3.", ours=True
+    )
 
 
 class PolicyConfig(Section):

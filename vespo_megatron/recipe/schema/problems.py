@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.schema.describe import expected_text, facts, keys_of, section_of
+from vespo_megatron.recipe.schema.describe import expected_text, facts, keys_of, section_of, sections_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -58,14 +58,18 @@ def _field_at(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[
     names: list[str] = []
     field: FieldInfo | None = None
     section: type[BaseModel] | None = model
-    for part in location:
+    parts = iter(map(str, location))
+    for part in parts:
         if section is None:
             break
+        names.append(part)
         if part not in section.model_fields:
-            return ".".join([*names, str(part)]), None
-        names.append(str(part))
-        field = section.model_fields[str(part)]
+            return ".".join(names), None
+        field = section.model_fields[part]
         section = section_of(field)
+        if (inner := sections_of(field)) is not None and (name := next(parts, None)) is not None:
+            names.append(name)
+            section = inner
     return ".".join(names), field
 
 
