@@ -107,6 +107,19 @@ def test_training_prompts_that_are_validation_prompts_are_counted(recipe, on):
     assert ("sums/3" in drawn) == (on == "keep") and {"words/0", "sums/0"} <= drawn
 
 
+def test_sets_that_are_read_as_they_are_needed_are_drawn_by_weight_too(recipe):
+    recipe = recipe.with_values({"data.train.streaming": True, "data.shuffle_buffer": 5})
+    prompts = load_run_prompts(recipe, byte_tokenizer())
+    assert prompts.count is None and prompts.notes[-1].startswith("the first prompt, sums/")
+    drawn = [record for _ in range(20) for record in prompts.train.take(4)]
+    state = json.loads(json.dumps(prompts.train.state_dict()))
+    assert {record.set_name for record in drawn} == {"sums", "words"}
+    again = load_run_prompts(recipe, byte_tokenizer()).train
+    assert again.load_state_dict(state)
+    assert [again.take(4) for _ in range(10)] == [prompts.train.take(4) for _ in range(10)]
+    assert again.find(["words/7"])["words/7"].ground_truth == "w7"
+
+
 def test_the_first_prompt_is_told_as_the_model_sees_it(recipe):
     note = load_run_prompts(recipe, byte_tokenizer(template("qwen3"))).notes[-1]
     assert note == "the first prompt, sums/0, 7 tokens: '0 + 1 ='"

@@ -17,7 +17,7 @@ TIMES = ("wall_time", "time/", "memory/", "throughput/", "checkpoint/")
 pytestmark = pytest.mark.timeout(1200)
 
 
-def make_run(folder, name):
+def make_run(folder, name, more=()):
     """The run directory of a recipe with everything that has state: schedule, epochs, reference, recompute pass."""
     return resume_work.make_run(
         folder,
@@ -33,6 +33,7 @@ def make_run(folder, name):
         "policy.megatron_cfg.optimizer.lr=3e-3",
         "checkpointing.save_period=1",
         "checkpointing.keep_top_k=2",
+        *more,
     )
 
 
@@ -44,11 +45,11 @@ def outcome(run_dir):
     return kept, (run_dir / "checkpoints" / "final_hf" / "model-00001.safetensors").read_bytes()
 
 
-def resume_after_kills(folder, monkeypatch, kills, seed):
+def resume_after_kills(folder, monkeypatch, kills, seed, more=()):
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.syspath_prepend(folder)
     chance = random.Random(seed)
-    whole = make_run(folder, "whole")
+    whole = make_run(folder, "whole", more)
     resume_work.finish(whole)
     expected = outcome(whole)
     assert [row["step"] for row in expected[0]] == list(range(1, STEPS + 1))
@@ -56,7 +57,7 @@ def resume_after_kills(folder, monkeypatch, kills, seed):
     hit = []
     number = 0
     while len(hit) < kills:
-        run_dir = make_run(folder, f"killed_{number}")
+        run_dir = make_run(folder, f"killed_{number}", more)
         number += 1
         moments = chance.sample(MOMENTS, k=len(MOMENTS))
         for moment in moments[: min(4, kills - len(hit))]:  # several kills in one run
@@ -75,3 +76,26 @@ def test_four_kills(folder, monkeypatch):
 @pytest.mark.nightly
 def test_twenty_kills(folder, monkeypatch):
     resume_after_kills(folder, monkeypatch, kills=20, seed=2)
+
+
+@pytest.mark.nightly
+def test_ten_kills_over_two_sets_by_weight_with_a_reward_each(folder, monkeypatch):
+    """Metrics hang on every prompt's turn: each set has epochs of its own, and rewards of its own kind."""
+    (folder / "another_reward.py").write_text(
+        "def many(data_source, solution_str, ground_truth, extra_info):\n"
+        "    return {'score': len(solution_str.split()) % 3, 'of_words': 1.0}\n"
+    )
+    for name, count in (("sums", 11), ("words", 5)):
+        rows = [
+            {"prompt": f"{n % 10} + {n // 10} =", "data_source": name, "reward_model": {"ground_truth": str(n)}}
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = (
+        "data.train.path=null",
+        f"data.train.sets.sums={{path: {folder / 'sums.jsonl'}, weight: 3}}",
+        f"data.train.sets.words={{path: {folder / 'words.jsonl'}, weight: 1, reward: 'another_reward:many'}}",
+    )
+    resume_after_kills(folder, monkeypatch, kills=10, seed=3, more=sets)
+    rows = read_metrics(folder / "runs" / "whole")
+    assert any("reward/of_words" in row for row in rows), "the second set was never drawn"

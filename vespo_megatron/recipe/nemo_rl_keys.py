@@ -130,7 +130,6 @@ MEANINGLESS: tuple[tuple[str, str], ...] = (
     ("policy.generation.colocated.*", "servers are started by sglang_cfg or given as its urls"),
     ("data.dataset_name", "prepare the set once: vespo-megatron data prepare"),
     ("data.prompt_file", "the prompt column holds the whole prompt"),
-    ("data.num_workers", "prompts are read once"),
     ("data.output_key", "the ground truth is reward_model.ground_truth"),
     ("data.*_split", "one file per split"),
     ("data.default.*", "prepare the set once: vespo-megatron data prepare"),
