@@ -128,7 +128,9 @@ def serve(arguments: list[str]) -> None:
     import torch
     from safetensors.torch import load_file
 
+    from vespo_megatron.rollout_sglang.api_key import take_from_environment
     from vespo_megatron.rollout_sglang.checksum import tensor_checksum
+    from vespo_megatron.rollout_sglang.held_port import listen_at
     from vespo_megatron.rollout_sglang.plugin.actions import MANIFEST, SEES
 
     weights = load_file(Path(flags["--model-path"]) / "model.safetensors")
@@ -184,7 +186,9 @@ def serve(arguments: list[str]) -> None:
             node.note(name, gpus[0], "dies")
             os._exit(1)
 
-    FakeServer(port=int(flags["--port"]), version="0.5.23", device="cuda", startup_time=os.getpid())
+    listener = listen_at(flags["--host"], int(flags["--port"]))
+    key = take_from_environment() or ""
+    FakeServer(listener=listener, api_key=key, version="0.5.23", device="cuda", startup_time=os.getpid())
     threading.Event().wait()
 
 

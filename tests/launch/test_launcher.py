@@ -6,7 +6,9 @@ Real processes; the trainer in them is replaced by one that does as it is told.
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,7 +61,7 @@ def train(recipe, run_dir):
             time.sleep(0.05)
         stop.note_stopped(3, "checkpoints/step_3")
         return
-    if what == "stubborn":
+    if what in ("stubborn", "outlives"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(300)
 
@@ -70,18 +72,21 @@ sys.exit(worker.main(Path(sys.argv[1])))
 DRIVER = """
 import os, sys
 from vespo_megatron import cli
+from vespo_megatron.rollout_sglang.server.ports import hold_ports
 from vespo_megatron.rollout_sglang.server.server_group import ServerGroup
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 from vespo_megatron.launch import launcher
 from vespo_megatron.launch import preflight
 
 def servers(recipe, run_dir):
-    if recipe.exp_manager.name != "server":
+    if recipe.exp_manager.name not in ("server", "outlives"):
         return contextlib.nullcontext(launcher._NoServers())
     code = "import time; time.sleep(6); raise MemoryError('out of KV cache')"
     log = run_dir / "servers" / "server_0.log"
-    group = ServerGroup([ServerProcess("http://127.0.0.1:1", [sys.executable, "-c", code], dict(os.environ), log)], [])
+    (port,) = hold_ports("127.0.0.1", 0, 1)
+    group = ServerGroup([ServerProcess(port, [sys.executable, "-c", code], dict(os.environ), log)], [])
     (run_dir / "pids_server").write_text(str(group.servers[0].process_group))
+    (run_dir / "port").write_text(str(port.number))
     return group
 
 import contextlib
@@ -200,8 +205,35 @@ def test_a_server_that_dies_ends_the_run_with_the_end_of_its_log(start):
     run = start("server")
     status, _, errors = run.finish()
     assert status == 2
-    assert "server http://127.0.0.1:1: SGLang died" in errors and "MemoryError: out of KV cache" in errors
+    assert (
+        re.search(r"server http://127\.0\.0\.1:\d+: SGLang died", errors) and "MemoryError: out of KV cache" in errors
+    )
     assert wait_until(lambda: not run.alive(), 20), run.alive()
+
+
+def test_a_server_s_port_is_held_until_the_last_worker_has_ended_though_the_launcher_was_killed(start):
+    """A worker that still is there sends its key where its server was."""
+    run = start("outlives")
+    run.wait_until_training()
+    port, server = int((run.run_dir / "port").read_text()), int((run.run_dir / "pids_server").read_text())
+    workers = {int((run.run_dir / f"pids_{rank}").read_text().split()[0]) for rank in (0, 1)}
+    run.process.kill()
+    assert wait_until(lambda: not is_running(server), 20)
+    assert workers <= run.alive() and not can_be_taken(port)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert wait_until(lambda: can_be_taken(port), 20)
+
+
+def can_be_taken(port: int) -> bool:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+        except OSError:
+            return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
-import psutil
 import pytest
 from command_line import of_this_run, started
+from listening_sockets import listening
 
 from vespo_megatron.run.processes import wait_until
 from vespo_megatron.run.rendezvous import FILE_VARIABLE
 
 NOBODY = 65534
-
-
-def listening(processes) -> set[tuple[str, int]]:
-    """(address, port) of everything that these processes take connections or datagrams on."""
-    found = set()
-    for process in processes:
-        for each in process.net_connections("inet"):
-            if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr):
-                found.add((each.laddr.ip, each.laddr.port))
-    return found
 
 
 @pytest.mark.parallel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import tempfile
 from pathlib import Path
@@ -193,4 +194,4 @@ def test_a_port_in_use_is_named_at_once(recipe, tmp_path, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert train(recipe, tmp_path, f"policy.generation.sglang_cfg.port={port}", "cluster.device=cpu") == 2
-    assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is in use by process {os.getpid()} (" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 from installed_wheel import ROOT, canonical
 from packaging.requirements import Requirement
 
-OPTIONAL = {"nemo", "sglang", "transformer_engine", "triton"}
-"""Modules that one place each imports where they are there."""
+OPTIONAL = {"nemo", "sglang", "transformer_engine", "triton", "uvicorn"}
+"""Modules that one place each imports where they are there; uvicorn is what SGLang listens with."""
 
 
 @pytest.fixture(scope="module")

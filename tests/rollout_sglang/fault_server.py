@@ -22,9 +22,13 @@ class _Http(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, *arguments):
+    def __init__(self, address, handler, listener=None):
         self.connections = set()
-        super().__init__(*arguments)
+        super().__init__(address, handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket, self.server_address = listener, listener.getsockname()
+            self.server_port = self.server_address[1]
 
     def process_request(self, request, client_address):
         self.connections.add(request)
@@ -44,6 +48,8 @@ class FaultServer:
     As there, nothing is generated while it is paused, and a weight update is open or not. `fault_proxy` has what goes
     wrong on the way.
 
+    It listens on a `port` of its own (0: a free one), or is given what it listens with.
+
     `calls` counts the requests to each path, `answered` the request ids whose answer was sent whole, and `posts` holds
     the last body of each path. `settings` join the answer of `/server_info`; `delay_s` is how long a response takes,
     `api_key` what a caller must bring.
@@ -52,7 +58,9 @@ class FaultServer:
     servers: ClassVar[dict[int, FaultServer]] = {}
     """The last one on each port."""
 
-    def __init__(self, fault: str = "", *, port: int = 0, delay_s: float = 0.0, api_key: str = "", **settings):
+    def __init__(
+        self, fault: str = "", *, port: int = 0, listener=None, delay_s: float = 0.0, api_key: str = "", **settings
+    ):
         self.fault, self.settings, self.calls = fault, settings, {}
         self.delay_s, self.api_key = delay_s, api_key
         self.answered, self.posts, self.startup_time = [], {}, next(_starts)
@@ -73,7 +81,7 @@ class FaultServer:
                 length = int(self.headers.get("Content-Length", 0))
                 server.answer(self, json.loads(self.rfile.read(length) or b"{}"))
 
-        self._http = _Http(("127.0.0.1", port), Handler)
+        self._http = _Http(("127.0.0.1", port), Handler, listener)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         FaultServer.servers[self.port] = self
         threading.Thread(target=lambda: self._http.serve_forever(0.02), daemon=True).start()

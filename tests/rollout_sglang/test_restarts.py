@@ -10,6 +10,7 @@ import time
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.server.ports import hold_ports
 from vespo_megatron.rollout_sglang.server.server_group import ServerGroup
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 
@@ -19,8 +20,8 @@ def group(tmp_path):
     """Two processes that stay, in place of SGLang."""
     command = [sys.executable, "-S", "-c", "import time; print('a server', flush=True); time.sleep(60)"]
     servers = [
-        ServerProcess(f"http://127.0.0.1:{port}", command, dict(os.environ), tmp_path / f"server_{port}.log")
-        for port in (1, 2)
+        ServerProcess(port, command, dict(os.environ), tmp_path / f"server_{number}.log")
+        for number, port in enumerate(hold_ports("127.0.0.1", 0, 2), 1)
     ]
     with ServerGroup(servers, [server.url for server in servers], max_restarts=2) as group:
         yield group
@@ -46,7 +47,7 @@ def test_a_dead_server_is_started_again_with_a_log_of_its_own(group, capsys):
     assert first.alive and first.process_group != before and second.process_group == untouched
     assert first.log.name == "server_1.restart_1.log" and first._first_log.exists()
     output = capsys.readouterr().out
-    assert "http://127.0.0.1:1 died" in output and "restart 1 of 2" in output and "server_1.log" in output
+    assert f"{first.url} died" in output and "restart 1 of 2" in output and "server_1.log" in output
     group.restart_dead()
     assert first.restarts == 1
 
@@ -69,7 +70,7 @@ def test_the_end_of_the_last_server_is_the_error(group):
     kill(second)
     with pytest.raises(UserError, match="SGLang died") as caught:
         group.restart_dead()
-    assert "127.0.0.1:2" in str(caught.value) and "server_2.log" in str(caught.value)
+    assert second.url in str(caught.value) and "server_2.log" in str(caught.value)
 
 
 def test_a_thread_tends_while_the_process_has_other_things_to_do(group):

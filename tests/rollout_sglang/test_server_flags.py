@@ -18,7 +18,7 @@ from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.server import supervisor
 from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
 from vespo_megatron.rollout_sglang.server.flags import build_flags, check_server_args
-from vespo_megatron.rollout_sglang.server.ports import choose_ports
+from vespo_megatron.rollout_sglang.server.ports import give_up, hold_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
 
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "active"}
@@ -43,7 +43,7 @@ def flag(flags, name):
 
 
 def test_flags_follow_the_recipe(recipe, shape):
-    flags = build_flags(recipe, shape, found(), port=31000, index=1)
+    flags = build_flags(recipe, shape, found(), host="127.0.0.1", port=31000, index=1)
     assert flag(flags, "--model-path") == recipe.policy.model_name
     assert flag(flags, "--dtype") == "float32"
     assert flag(flags, "--random-seed") == str(recipe.grpo.seed + 1)
@@ -54,7 +54,7 @@ def test_flags_follow_the_recipe(recipe, shape):
 
 def test_a_colocated_server_gives_back_graphs_as_well_and_has_no_segments_that_grow(recipe, shape):
     recipe = recipe.with_values({"policy.generation.sglang_cfg.colocated": True})
-    assert "--enable-memory-saver" in build_flags(recipe, shape, found("cuda"), port=31000, index=0)
+    assert "--enable-memory-saver" in build_flags(recipe, shape, found("cuda"), host="127.0.0.1", port=31000, index=0)
     settings = "max_split_size_mb:512,expandable_segments:True"
     base = {"PYTORCH_CUDA_ALLOC_CONF": settings, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     given = {"base": base, "threads": THREADS, "tensor_parallel_size": 1}
@@ -67,7 +67,7 @@ def test_a_colocated_server_gives_back_graphs_as_well_and_has_no_segments_that_g
 
 def test_on_cuda_a_server_takes_its_own_devices_and_sglangs_own_backends(recipe, shape):
     recipe = recipe.with_values({"policy.generation.sglang_cfg.tensor_parallel_size": 2})
-    flags = build_flags(recipe, shape, found("cuda"), port=31000, index=3)
+    flags = build_flags(recipe, shape, found("cuda"), host="127.0.0.1", port=31000, index=3)
     assert "--base-gpu-id" not in flags  # it sees its own ones alone, and they count from 0
     assert "--attention-backend" not in flags and "--max-total-tokens" not in flags
     given = {"base": {"PATH": "/bin"}, "threads": THREADS, "tensor_parallel_size": 2}
@@ -79,14 +79,17 @@ def test_on_cuda_a_server_takes_its_own_devices_and_sglangs_own_backends(recipe,
 def test_a_recipe_can_place_servers_itself(recipe, shape, given, index, first):
     settings = {"tensor_parallel_size": 2, "num_servers": 2, "server_args": {"base_gpu_id": given}}
     recipe = recipe.with_values({f"policy.generation.sglang_cfg.{name}": value for name, value in settings.items()})
-    assert flag(build_flags(recipe, shape, found("cuda"), port=31000, index=index), "--base-gpu-id") == first
+    assert (
+        flag(build_flags(recipe, shape, found("cuda"), host="127.0.0.1", port=31000, index=index), "--base-gpu-id")
+        == first
+    )
 
 
 def test_a_place_for_every_server_or_for_none(recipe, shape):
     settings = {"num_servers": 2, "server_args": {"base-gpu-id": [3]}}
     recipe = recipe.with_values({f"policy.generation.sglang_cfg.{name}": value for name, value in settings.items()})
     with pytest.raises(UserError, match="base-gpu-id: has 1 entries"):
-        build_flags(recipe, shape, found("cuda"), port=31000, index=0)
+        build_flags(recipe, shape, found("cuda"), host="127.0.0.1", port=31000, index=0)
 
 
 def test_further_server_args_pass_through(recipe, shape):
@@ -99,7 +102,7 @@ def test_further_server_args_pass_through(recipe, shape):
             }
         }
     )
-    flags = build_flags(recipe, shape, found(), port=1, index=0)
+    flags = build_flags(recipe, shape, found(), host="127.0.0.1", port=1, index=0)
     assert flag(flags, "--schedule-policy") == "lpm"
     assert "--disable-radix-cache" in flags and "--log" not in flags
 
@@ -114,6 +117,7 @@ def test_further_server_args_pass_through(recipe, shape):
         ("dp_size", "num_servers"),
         ("enable-eplb", "physical copies"),
         ("kv_cache_dtype", "another model"),
+        ("tokenizer_worker_num", "asks for no key"),
     ],
 )
 def test_flags_that_the_recipe_owns_or_that_break_rl_are_refused_with_the_reason(name, says):
@@ -125,7 +129,7 @@ def test_flags_that_the_recipe_owns_or_that_break_rl_are_refused_with_the_reason
 def test_a_context_the_model_has_not_is_refused(recipe, shape):
     recipe = recipe.with_values({"policy.max_total_sequence_length": 257})
     with pytest.raises(UserError, match="max_position_embeddings, 256"):
-        build_flags(recipe, shape, found(), port=1, index=0)
+        build_flags(recipe, shape, found(), host="127.0.0.1", port=1, index=0)
 
 
 def test_the_server_does_not_inherit_the_launchers_own_distributed_job(shape):
@@ -178,7 +182,9 @@ def test_a_port_in_use_is_named_before_anything_starts(recipe, tmp_path):
 
 
 def test_free_ports_are_distinct():
-    assert len(set(choose_ports("127.0.0.1", 0, 8))) == 8
+    ports = hold_ports("127.0.0.1", 0, 8)
+    assert len({port.number for port in ports}) == 8
+    give_up(ports)
 
 
 def test_urls_in_the_recipe_start_nothing(recipe, tmp_path):
@@ -212,6 +218,12 @@ def test_of_a_refused_flag_the_log_shows_the_flag_and_no_usage(tmp_path):
 
 
 # ---- processes: a stand-in for SGLang that starts a child of its own and ignores SIGTERM ----------------------------
+
+
+def a_port():
+    (port,) = hold_ports("127.0.0.1", 0, 1)
+    return port
+
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -248,10 +260,10 @@ def read_pids(path):
 
 def test_stop_leaves_nothing_of_a_server_that_ignores_sigterm(tmp_path):
     command = [sys.executable, "-c", STUBBORN, str(tmp_path / "pids")]
-    server = ServerProcess("http://127.0.0.1:1", command, dict(os.environ), tmp_path / "log")
+    server = ServerProcess(a_port(), command, dict(os.environ), tmp_path / "log")
     pids = [*read_pids(tmp_path / "pids"), server.process_group]
     server.stop()
-    assert running(pids) == []
+    wait_for(lambda: running(pids) == [], 2)
     server.stop()
 
 
@@ -262,8 +274,10 @@ def test_nothing_of_a_server_outlives_its_launcher(tmp_path, end, forks):
     launcher = f"""
 import os, sys, time
 from pathlib import Path
+from vespo_megatron.rollout_sglang.server.ports import hold_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
-ServerProcess("http://127.0.0.1:1", [sys.executable, "-c", {STUBBORN!r}, sys.argv[1] + "/pids"], dict(os.environ),
+(port,) = hold_ports("127.0.0.1", 0, 1)
+ServerProcess(port, [sys.executable, "-c", {STUBBORN!r}, sys.argv[1] + "/pids"], dict(os.environ),
               Path(sys.argv[1]) / "log")
 if {forks} and os.fork() == 0:
     time.sleep(8)
@@ -283,7 +297,7 @@ def test_nothing_of_a_server_outlives_its_supervisor(tmp_path):
         "-c",
         "import sys, time, os; open(sys.argv[1], 'w').write(f'{os.getpid()} 1'); time.sleep(600)",
     ]
-    server = ServerProcess("http://127.0.0.1:1", [*command, str(tmp_path / "pids")], dict(os.environ), tmp_path / "log")
+    server = ServerProcess(a_port(), [*command, str(tmp_path / "pids")], dict(os.environ), tmp_path / "log")
     pid, _ = read_pids(tmp_path / "pids")
     os.kill(server.process_group, signal.SIGKILL)
     wait_for(lambda: running([pid]) == [])
@@ -292,7 +306,7 @@ def test_nothing_of_a_server_outlives_its_supervisor(tmp_path):
 
 def test_a_server_that_dies_while_starting_is_noticed_at_once_and_its_log_quoted(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('ValueError: no such model')"]
-    server = ServerProcess("http://127.0.0.1:1", command, dict(os.environ), tmp_path / "log")
+    server = ServerProcess(a_port(), command, dict(os.environ), tmp_path / "log")
     start = time.monotonic()
     with pytest.raises(UserError, match="no such model") as caught:
         server.wait_ready(start + 60)
@@ -302,7 +316,7 @@ def test_a_server_that_dies_while_starting_is_noticed_at_once_and_its_log_quoted
 
 def test_a_server_that_never_answers_is_given_up_at_the_deadline(tmp_path):
     server = ServerProcess(
-        "http://127.0.0.1:1", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), tmp_path / "log"
+        a_port(), [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ), tmp_path / "log"
     )
     with pytest.raises(UserError, match="startup_timeout"):
         server.wait_ready(time.monotonic() + 0.5)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
+from listening_sockets import listening
 from rollout_helpers import Reference, generate, make_requests
 
 from vespo_megatron.errors import UserError
@@ -189,6 +190,8 @@ def test_two_ranks_hold_a_tied_model_between_them_and_nothing_of_them_is_left(re
 
         group = [p for p in psutil.process_iter() if os.getpgid(p.pid) == servers.servers[0].process_group]
         assert len(group) >= 5  # supervisor, server, two ranks, detokenizer
+        found = listening(group)  # HTTP, each rank's gloo groups and the weights', and a queue between the ranks
+        assert len(found) > 2 and {address for address, _ in found} == {"127.0.0.1"}, found
         rank = next(p for p in group if "scheduler" in " ".join(p.cmdline()))
         rank.kill()
         start = time.monotonic()

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rollout_sglang.server.ports import hold_ports
 from vespo_megatron.rollout_sglang.server.server_group import ServerGroup
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess
 from vespo_megatron.rollout_sglang.start_lock import StartLock
@@ -64,7 +65,8 @@ class Stubborn(ServerProcess):
 @pytest.fixture
 def group(tmp_path):
     command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-    server = Stubborn("http://127.0.0.1:1", command, dict(os.environ), tmp_path / "server.log")
+    (port,) = hold_ports("127.0.0.1", 0, 1)
+    server = Stubborn(port, command, dict(os.environ), tmp_path / "server.log")
     lock = StartLock(tmp_path)
     with ServerGroup([server], [server.url], max_restarts=2, start_lock=lock, start_timeout_s=20) as group:
         yield group

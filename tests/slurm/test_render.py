@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import vespo_megatron
 from vespo_megatron.cli import main
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import load_recipe
 from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.run.run_directory import READY_FILE
 from vespo_megatron.slurm import node_agent, submit, wait_for_servers
 from vespo_megatron.slurm.render import job_script
 from vespo_megatron.slurm.submit import prepare
@@ -141,12 +143,30 @@ def test_a_node_s_address_is_one_that_others_reach(given, resolved, address):
     assert done.stdout.strip() == address, done.stderr
 
 
-def test_the_gate_shows_the_servers_their_key(monkeypatch):
-    asked = []
-    monkeypatch.setenv("VESPO_SGLANG_API_KEY", "secret")
-    monkeypatch.setattr(wait_for_servers, "call", lambda url, path, **given: asked.append(given["api_key"]))
-    assert wait_for_servers.wait_for(["http://127.0.0.1:1"], 5.0) == []
-    assert asked == ["secret"]
+def test_the_gate_opens_with_the_files_of_all_servers(tmp_path):
+    files = [str(tmp_path / name) for name in ("first", "second")]
+    (tmp_path / "first").touch()
+    assert wait_for_servers.wait_for(files, 0.1, pause_s=0.01) == files[1:]
+    (tmp_path / "second").touch()
+    assert wait_for_servers.wait_for(files, 0.1, pause_s=0.01) == []
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_the_trainer_starts_when_the_servers_have_said_that_they_are_ready(tmp_path, monkeypatch, ready):
+    """And nobody asks them, with the key, while another may listen in their place."""
+    monkeypatch.chdir(tmp_path)  # where the script goes
+    values = {
+        "exp_manager.exp_dir": str(tmp_path / "runs"),
+        "exp_manager.name": "a run",
+        "policy.generation.sglang_cfg.startup_timeout": 2.0,
+    }
+    folder = tmp_path / "runs" / "a run_servers_0.0" / "7" / READY_FILE.parent
+    folder.mkdir(parents=True)
+    (folder / READY_FILE.name).touch()  # of an earlier job
+    says = f'touch "{folder}/{READY_FILE.name}"' if ready else "true"
+    serves = f"[[ $* == *' serve '* ]] && {{ {says}; exec sleep 5; }}"
+    seen = run_script(recipe_script("disaggregated", values), tmp_path, srun=serves, gate=True)
+    assert ("vespo_megatron.slurm.node_agent" in seen) == ready
 
 
 def test_a_hetjob_has_two_parts_with_their_own_nodes():
@@ -266,22 +286,31 @@ def recipe_script(layout: str, values: dict) -> str:
     return job_script(load_recipe(BASE).with_values(nodes | transport | values), "recipe.yaml")
 
 
-def run_script(text: str, folder: Path) -> list[str]:
-    """Run a job's script where SLURM's commands are stand-ins; every word that srun was given."""
+def run_script(text: str, folder: Path, *, srun: str = "true", gate: bool = False) -> list[str]:
+    """Run a job's script where SLURM's commands are stand-ins; every word that srun was given.
+
+    Without its `gate`, the servers are not waited for.
+    """
     programs = folder / "bin"
     programs.mkdir()
     seen = folder / "words"
     for name, body in {
-        "srun": f'printf "%s\\0" "$@" >> {seen}',
+        "srun": f'printf "%s\\0" "$@" >> {seen}\n{srun}',
         "scontrol": 'if [[ $2 == hostnames ]]; then printf "n1\\nn2\\n"; else echo "NodeAddr=127.0.0.1 "; fi',
-        "sleep": "true",
+        **({} if gate else {"sleep": "true"}),
     }.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
-    text = re.sub(r"^.*-m vespo_megatron.slurm.wait_for_servers .*$", "true &", text, flags=re.MULTILINE)
+    if not gate:
+        text = re.sub(r"^.*-m vespo_megatron.slurm.wait_for_servers .*$", "true &", text, flags=re.MULTILINE)
     subprocess.run(
         ["bash", "-c", text],
-        env={"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"},
+        env={
+            "PATH": f"{programs}:/usr/bin:/bin",
+            "PYTHONPATH": str(Path(vespo_megatron.__file__).parents[1]),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+        },
         cwd=folder,
         capture_output=True,
         timeout=60,

@@ -37,7 +37,7 @@ from vespo_megatron.run.processes import (
     read_failure,
     stop_on_signals,
 )
-from vespo_megatron.run.run_directory import RECIPE_FILE, changed_keys, claimed, make_run_directory
+from vespo_megatron.run.run_directory import RECIPE_FILE, changed_keys, claimed, make_run_directory, said_ready
 from vespo_megatron.run.stopping import StopKeeper, check_saved, clear_stop
 from vespo_megatron.run.watchdog import Watchdog, describe_death, watched
 
@@ -82,7 +82,7 @@ def train(
         run_dir = make_run_directory(recipe.exp_manager)
         print(f"run directory: {run_dir}", flush=True)
         with _attempt(recipe, run_dir) as (recipe, servers):
-            with _agent(recipe, run_dir, work) as agent, StopKeeper(recipe, run_dir) as stop:
+            with _agent(recipe, run_dir, work, servers.held) as agent, StopKeeper(recipe, run_dir) as stop:
                 _watch(agent, (servers.restart_dead, Watchdog.from_recipe(recipe, run_dir).check, stop.check))
             if agent.returncode != 0:
                 servers.check()  # that none is left is why the trainer failed
@@ -131,7 +131,7 @@ def serve(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     outlive_readers()
     with stop_on_signals():
         run_dir = make_run_directory(recipe.exp_manager)
-        with launch_servers(recipe, run_dir) as servers:
+        with launch_servers(recipe, run_dir) as servers, said_ready(run_dir, servers.urls):
             print(f"policy.generation.sglang_cfg.urls=[{','.join(servers.urls)}]", flush=True)
             while True:
                 servers.restart_dead()
@@ -145,6 +145,7 @@ class _NoServers:
     """Stands for servers where there are none to watch."""
 
     urls: list[str] = []  # noqa: RUF012
+    held: tuple[int, ...] = ()
 
     def restart_dead(self) -> None:
         """Nothing can have died."""
@@ -190,10 +191,17 @@ def _servers(recipe: Recipe, run_dir: Path) -> Any:
 
 
 @contextmanager
-def _agent(recipe: Recipe, run_dir: Path, work: str) -> Iterator[subprocess.Popen]:
-    """The agent and its workers, in a session of their own; ended when the block is left, however."""
+def _agent(recipe: Recipe, run_dir: Path, work: str, held: Sequence[int]) -> Iterator[subprocess.Popen]:
+    """The agent and its workers, in a session of their own; ended when the block is left, however.
+
+    It has `held`, the servers' ports, open as well: where this process is killed, nobody else gets them, and with them
+    what workers that are still there send to their servers.
+    """
     process = subprocess.Popen(
-        agent_command(recipe, run_dir, work), env=agent_environment(recipe, os.environ), start_new_session=True
+        agent_command(recipe, run_dir, work),
+        env=agent_environment(recipe, os.environ),
+        start_new_session=True,
+        pass_fds=held,
     )
     try:
         yield process

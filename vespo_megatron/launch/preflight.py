@@ -71,12 +71,12 @@ def check_files(recipe: Recipe) -> None:
 
 def check_ports(recipe: Recipe) -> None:
     """The ports that the recipe gives to SGLang servers are free. Raises UserError naming one that is not."""
-    from vespo_megatron.rollout_sglang.server.ports import choose_ports
+    from vespo_megatron.rollout_sglang.server.ports import give_up, hold_ports
 
     generation = recipe.policy.generation
     config = generation.sglang_cfg
     if generation.backend == "sglang" and config.port and not config.urls:
-        choose_ports(config.host, config.port, config.num_servers)
+        give_up(hold_ports(config.host, config.port, config.num_servers))
 
 
 def check_temporary_folder(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +19,8 @@ from vespo_megatron.recipe.schema import ExpManagerConfig, Recipe
 RECIPE_FILE = "recipe.yaml"
 FINAL_HF = Path("checkpoints") / "final_hf"
 """The policy that a run has come to, as a Hugging Face folder."""
+READY_FILE = Path("servers") / "ready"
+"""The URLs of the servers that a `vespo-megatron serve` keeps, a line each, as long as it does."""
 _SGLANG = "policy.generation.sglang_cfg"
 _MAY_CHANGE = (f"{_SGLANG}.urls", f"{_SGLANG}.weight_folder", "exp_manager.resume_if_exists", "data.on_change")
 
@@ -53,6 +55,20 @@ def make_run_directory(config: ExpManagerConfig) -> Path:
             expected="a folder that can be written",
         ) from None
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def said_ready(run_dir: Path, urls: Sequence[str]) -> Iterator[None]:
+    """Within the block `READY_FILE` is there, whole."""
+    file = run_dir / READY_FILE
+    partial = file.with_name(f".{file.name}")
+    file.parent.mkdir(exist_ok=True)
+    partial.write_text("".join(f"{url}\n" for url in urls))
+    partial.replace(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

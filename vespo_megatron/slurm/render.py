@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.processes import EXIT_RESUMABLE
+from vespo_megatron.run.run_directory import READY_FILE
 from vespo_megatron.run.stopping import STOP_FILE, STOPPED_FILE
 
 FIRST_PORT, PORT_STEP = 31000, 100
@@ -61,6 +62,7 @@ def job_script(recipe: Recipe, recipe_file: str | Path, overrides: Sequence[str]
         rollout_options=_node_options(recipe, config.rollout_partition or config.partition),
         port=recipe.policy.generation.sglang_cfg.port or FIRST_PORT,
         port_step=PORT_STEP,
+        ready_file=READY_FILE,
         grace_s=GRACE_S,
         resumable=EXIT_RESUMABLE,
         runs=str(Path(recipe.exp_manager.exp_dir).resolve() / recipe.exp_manager.name),

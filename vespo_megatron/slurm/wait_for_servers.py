@@ -1,33 +1,31 @@
-"""Wait for servers: `python -m vespo_megatron.slurm.wait_for_servers SECONDS URL…`; status 1 at the deadline."""
+"""Wait for servers: `python -m vespo_megatron.slurm.wait_for_servers SECONDS FILE…`; status 1 at the deadline.
+
+Each file is the one in which a `vespo-megatron serve` says that its servers are ready. Nothing is sent to them: until
+they listen, somebody else may, and would be shown the key.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-
-from vespo_megatron.errors import UserError
-from vespo_megatron.rollout_sglang.api_key import VARIABLE
-from vespo_megatron.rollout_sglang.client.control import call
+from collections.abc import Sequence
+from pathlib import Path
 
 _PAUSE_S = 1.0
 
 
-def wait_for(urls: list[str], seconds: float) -> list[str]:
-    """The servers that do not answer before the deadline."""
+def wait_for(files: Sequence[str], seconds: float, pause_s: float = _PAUSE_S) -> list[str]:
+    """The files that are not there at the deadline."""
     deadline = time.monotonic() + seconds
-    missing = list(urls)
-    while missing and time.monotonic() < deadline:
-        try:
-            call(missing[0], "/model_info", timeout_s=5.0, api_key=os.environ.get(VARIABLE))
-            missing.pop(0)
-        except UserError:
-            time.sleep(_PAUSE_S)
+    while missing := [file for file in files if not Path(file).exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause_s)
     return missing
 
 
 if __name__ == "__main__":
     late = wait_for(sys.argv[2:], float(sys.argv[1]))
     if late:
-        print(f"no answer in {sys.argv[1]} s: {', '.join(late)}", file=sys.stderr)
+        print(f"not there in {sys.argv[1]} s: {', '.join(late)}", file=sys.stderr)
     sys.exit(bool(late))

@@ -54,6 +54,9 @@ _REFUSED = {
     "enable-lora": "weight updates do not reach adapters",
     "enable-custom-logit-processor": "it would change the distribution that μ is reported for",
     "weight-cache-mode": "a shared weight cache cannot be updated in place",
+    "tokenizer-worker-num": "SGLang 0.5.23 then asks for no key, and finds the port in use that is held for it",
+    "enable-http2": "it finds the port in use that is held for it",
+    "grpc-port": "a second server would listen, on a port that nobody holds",
 }
 
 
@@ -70,8 +73,13 @@ def check_server_args(server_args: dict[str, Any]) -> None:
             raise UserError(f"is refused: {_REFUSED[flag]}", where=where, fix="remove it")
 
 
-def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, port: int, index: int) -> list[str]:
+def build_flags(
+    recipe: Recipe, shape: ModelShape, environment: Environment, *, host: str, port: int, index: int
+) -> list[str]:
     """Arguments after `python -m sglang.launch_server` for server number `index` on this node.
+
+    Args:
+        host: the address, in figures, that it listens on.
 
     Raises `UserError` for a flag that is refused or a context that the model does not have.
     """
@@ -81,7 +89,7 @@ def build_flags(recipe: Recipe, shape: ModelShape, environment: Environment, *, 
     dtype = recipe.policy.precision if config.dtype == "auto" else config.dtype
     flags: dict[str, Any] = {
         "model-path": recipe.policy.model_name,
-        "host": config.host,
+        "host": host,
         "port": port,
         "device": environment.device,
         "dtype": dtype,

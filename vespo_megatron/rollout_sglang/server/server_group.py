@@ -18,7 +18,7 @@ from vespo_megatron.rollout_sglang.api_key import hide_api_key
 from vespo_megatron.rollout_sglang.server.cuda_stack import check_exchange
 from vespo_megatron.rollout_sglang.server.environment import Environment, build_environment, probe_environment
 from vespo_megatron.rollout_sglang.server.flags import build_flags, check_served, check_server_args, first_gpu
-from vespo_megatron.rollout_sglang.server.ports import choose_ports
+from vespo_megatron.rollout_sglang.server.ports import give_up, hold_ports
 from vespo_megatron.rollout_sglang.server.server_process import ServerProcess, log_tail
 from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.run.devices import split, visible_gpus
@@ -53,6 +53,11 @@ class ServerGroup:
         """Servers for which the lock is held, and until when."""
         self._waiting: set[str] = set()
         self._given_up: set[str] = set()
+
+    @property
+    def held(self) -> Sequence[int]:
+        """Open files that hold the ports of servers started here."""
+        return [server.port.handle for server in self.servers]
 
     def restart_dead(self) -> None:
         """Restart servers that died. To be called every so often, by the process that started them.
@@ -98,7 +103,7 @@ class ServerGroup:
         for server, deadline in list(self._starting.items()):
             if server.alive and time.monotonic() > deadline:
                 print(f"server {server.url} was not ready within {self._start_timeout_s:g} s and is ended", flush=True)
-                server.stop()
+                server.end()
             if not server.alive or server.answers():
                 del self._starting[server]
         if self._starting:
@@ -175,16 +180,20 @@ def launch_servers(
     check_server_args(config.server_args)
     shape = read_shape(recipe.policy.model_name)
     check_served(shape, recipe.policy.model_name)
-    ports = choose_ports(config.host, config.port, config.num_servers)
-    python = config.python or sys.executable
-    found = probe_environment(python, device or recipe.cluster.device)
-    if found.device == "cuda":
-        check_exchange(python, sys.executable, config.weight_transport)
-    gpus = _gpus(recipe, found, beside_trainer)
+    ports = hold_ports(config.host, config.port, config.num_servers)
+    try:
+        python = config.python or sys.executable
+        found = probe_environment(python, device or recipe.cluster.device)
+        if found.device == "cuda":
+            check_exchange(python, sys.executable, config.weight_transport)
+        gpus = _gpus(recipe, found, beside_trainer)
+    except BaseException:
+        give_up(ports)
+        raise
     deadline = time.monotonic() + config.startup_timeout
     group = ServerGroup(
         [],
-        [],
+        [port.url for port in ports],
         # Who starts servers elsewhere does not know when the trainer is away from their devices.
         max_restarts=config.max_restarts if beside_trainer or not config.colocated else 0,
         start_lock=StartLock(run_dir) if config.colocated else None,
@@ -192,13 +201,12 @@ def launch_servers(
     )
     try:
         for index, port in enumerate(ports):
-            flags = build_flags(recipe, shape, found, port=port, index=index)
-            url = f"http://{config.host}:{port}"
+            flags = build_flags(recipe, shape, found, host=port.address, port=port.number, index=index)
             log = Path(run_dir) / "servers" / f"server_{index}.log"
             environment = build_environment(
                 found,
                 shape,
-                base=(LOOPBACK_VARIABLES if is_loopback(config.host) else {})
+                base=(LOOPBACK_VARIABLES if is_loopback(port.address) else {})
                 | dict(os.environ)
                 | interface_variables(recipe),
                 threads=server_environment(recipe),
@@ -207,12 +215,12 @@ def launch_servers(
                 gives_memory_back=config.colocated,
             )
             command = [python, "-m", "vespo_megatron.rollout_sglang.plugin.launch_sglang", *flags]
-            group.servers.append(ServerProcess(url, command, environment, log))
-            group.urls.append(url)
+            group.servers.append(ServerProcess(port, command, environment, log))
         for server in group.servers:
             server.wait_ready(deadline)
     except BaseException:
         group.stop()
+        give_up(ports)
         raise
     return group
 

@@ -15,6 +15,7 @@ from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.api_key import VARIABLE as API_KEY_VARIABLE
 from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.server import supervisor
+from vespo_megatron.rollout_sglang.server.ports import Port
 
 _GRACE_S = 1.0
 """SGLang 0.5.23 looks for SIGTERM every 5 s and then drains; what it runs is ours, and we are stopping too."""
@@ -24,13 +25,14 @@ class ServerProcess:
     """One SGLang server that this process started, and starts again on the same port after it died.
 
     Args:
+        port: where the command listens (`held_port.listen_at`); held for it until `stop`, whether it lives or not.
         command: what to run.
         environment: all of its environment variables.
         log: its output; after a restart `<stem>.restart_<n>.log` beside it.
     """
 
-    def __init__(self, url: str, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self.url, self.log = url, log
+    def __init__(self, port: Port, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.url, self.log, self.port = port.url, log, port
         self._command, self._environment, self._first_log = command, environment, log
         self.restarts = 0
         self._process = self._start()
@@ -49,7 +51,7 @@ class ServerProcess:
 
     def restart(self) -> None:
         """Start again after its end: same port, same flags, the checkpoint's weights. Returns at once."""
-        self.stop()  # its supervisor may have been killed, and have left others of its group
+        self.end()  # its supervisor may have been killed, and have left others of its group
         self.restarts += 1
         self.log = self._first_log.with_name(f"{self._first_log.stem}.restart_{self.restarts}.log")
         self._process = self._start()
@@ -101,7 +103,12 @@ class ServerProcess:
             self._process.stdin.close()
 
     def stop(self) -> None:
-        """End every process of the server's group; idempotent, bounded by the grace and 10 s."""
+        """End it for good: its port is anybody's then. Idempotent, bounded by the grace and 10 s."""
+        self.end()
+        self.port.give_up()
+
+    def end(self) -> None:
+        """End every process of the server's group; it may start again. Idempotent, bounded as `stop`."""
         self.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_S + 5)
