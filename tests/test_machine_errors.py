@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
+from command_line import of_this_run
 
 from vespo_megatron.cli import command_line
 from vespo_megatron.machine_errors import explained
@@ -21,6 +24,7 @@ from vespo_megatron.machine_errors import explained
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("[enforce fail at socket.cc:24] rv != -1. socket: Too many open files"), "ulimit -n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "ulimit -v"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "ulimit -v"),
     ],
@@ -64,3 +68,23 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(monkeypatch, capsys):
     monkeypatch.setattr(command_line.recipe, "run", stop)
     assert command_line.main(["recipe", "keys"]) == 141
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [("-n 24", "ulimit -n"), ("-n 40", "ulimit -n"), ("-n 64", "ulimit -n"), ("-v 3000000", "-v")],
+)
+def test_a_limit_of_the_shell_is_one_message_and_leaves_no_process(folder, limit, says):
+    command = f"ulimit {limit}; exec {sys.executable} -m vespo_megatron.cli train {folder / 'recipe.yaml'}"
+    one_step = " grpo.max_num_steps=1"
+    done = subprocess.run(
+        ["bash", "-c", command + one_step],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert says in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert of_this_run(folder) == []

@@ -18,9 +18,10 @@ _TO_DO = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "close programs: the machine's table of open files is full",
     errno.ENOMEM: "raise the limit of memory (ulimit -v, the container's), or run less beside it",
-    errno.EAGAIN: "raise the limit of processes (ulimit -u, the container's)",
+    errno.EAGAIN: "raise the limits of processes and of memory (ulimit -u and -v, the container's)",
 }
 _MEMORY = ("failed to map segment", "cannot allocate memory", "can't allocate memory", "bad_alloc", "bad alloc")
+_FILES = ("too many open files",)
 _THREADS = ("can't start new thread", "resource temporarily unavailable")
 
 
@@ -35,6 +36,8 @@ def explained(error: BaseException) -> UserError | None:
     text = str(error).lower()
     if isinstance(error, MemoryError) or (_is_of_a_library(error) and any(words in text for words in _MEMORY)):
         return UserError(f"not enough memory ({error or 'none is left'})", fix=_TO_DO[errno.ENOMEM])
+    if _is_of_a_library(error) and any(words in text for words in _FILES):
+        return UserError("too many open files", where="this process", fix=_TO_DO[errno.EMFILE])
     if isinstance(error, RuntimeError) and any(words in text for words in _THREADS):
         return UserError(str(error), fix=_TO_DO[errno.EAGAIN])
     return None
