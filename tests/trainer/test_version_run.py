@@ -52,3 +52,17 @@ def test_every_token_is_scored_by_the_weights_that_drew_it(layout, replay, folde
     assert max(row["staleness/lag_max"] for row in rows) == 2
     assert max(row["staleness/k3"] for row in rows) > 0.01, "the weights hardly moved"
     assert max(row["mismatch/prob_diff_max"] for row in rows) < 2e-5
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(400)
+def test_rounded_on_both_sides_too(folder):
+    """Earlier versions' weights are rounded as the engine's were."""
+    overrides = [*VERSIONS, "policy.quantization.scheme=int4", "policy.quantization.group_size=32"]
+    with started(folder, *overrides, "grpo.max_num_steps=6") as process:
+        assert process.wait(180) == 0, (folder / "err").read_text()
+    rows = [row for row in read_metrics(folder / "runs" / "bad" / "main") if row["step"]]
+    assert max(row["staleness/lag_max"] for row in rows) == 2
+    assert max(row["staleness/k3"] for row in rows) > 0.01, "the weights hardly moved"
+    assert max(row["mismatch/prob_diff_max"] for row in rows) < 2e-5
+    assert min(row["routes/agreement"] for row in rows) > 0.999
