@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,30 @@ def test_reward_alone_teaches_to_reckon_before_answering(tmp_path, capfd, monkey
     for name in ("greedy", "greedy_by/04-07_digits", "by/08-14_digits"):
         assert f"eval/running_sums/{name}: " in shown
     assert "eval/response_length_mean: " in shown
+
+
+@pytest.mark.nightly
+def test_it_learns_in_float16_about_as_in_bfloat16_and_the_engines_are_nearer(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {}
+    for precision in ("bfloat16", "float16"):
+        status = main(
+            [
+                "train",
+                "examples/tiny_moe/in_process.yaml",
+                f"policy.precision={precision}",
+                f"exp_manager.exp_dir={tmp_path / precision}",
+                "grpo.max_num_steps=8",
+                "grpo.val_period=0",
+                "policy.megatron_cfg.optimizer.lr=1e-3",
+                "checkpointing.save_hf=false",
+                "logger.tensorboard_enabled=false",
+            ]
+        )
+        assert status == 0
+        runs[precision] = read_metrics(next((tmp_path / precision).rglob("metrics.jsonl")).parent)
+    last = {precision: statistics.fmean(row["reward/mean"] for row in rows[-3:]) for precision, rows in runs.items()}
+    assert runs["float16"][0]["reward/mean"] < 0.3 and abs(last["float16"] - last["bfloat16"]) < 0.15, last
+    k3 = {precision: statistics.median(row["mismatch/k3"] for row in rows) for precision, rows in runs.items()}
+    assert k3["float16"] < k3["bfloat16"] / 10, k3
+    assert all(row["loss/overflows"] == 0 and row["loss/scale"] == 2.0**16 for row in runs["float16"])

@@ -201,9 +201,9 @@ def log_probs(folder: str, layout: dict[str, Any], store: str, **changes: Any) -
     ]
 
 
-def save_folder(folder: str, layout: dict[str, Any], store: str, target: str) -> None:
+def save_folder(folder: str, layout: dict[str, Any], store: str, target: str, **changes: Any) -> None:
     """HF → Megatron in this layout → HF, as a folder of several files."""
-    policy = build(folder, layout, store)
+    policy = build(folder, layout, store, **changes)
     hf_weights.save(policy.exporter, target, copy_from=folder, shard_bytes=64 << 10)
 
 

@@ -12,6 +12,8 @@ import torch
 from random_checkpoint import make_checkpoint
 from test_layout_parity import CP, EP, LAYOUTS, PP, SP, TP, VPP, worst
 
+from vespo_megatron.recipe.model_shape import read_shape
+
 OVERLAP = {
     "distributed_data_parallel_config.overlap_grad_reduce": True,
     "distributed_data_parallel_config.overlap_param_gather": True,
@@ -154,6 +156,17 @@ def test_a_checkpoint_goes_on_in_another_precision(workers, checkpoint, tmp_path
         float16_work.from_another_precision, 1, folder=checkpoint[0], layout={}, checkpoint=str(tmp_path)
     )
     assert answer == {"equal": True, "taken": [True, True]}
+
+
+def test_an_exported_folder_is_in_float16_and_says_so(workers, checkpoint, tmp_path):
+    from safetensors.torch import load_file
+
+    workers.run(
+        layout_work.save_folder, 1, folder=checkpoint[0], layout={}, target=str(tmp_path / "saved"), precision="float16"
+    )
+    tensors = [tensor for path in (tmp_path / "saved").glob("*.safetensors") for tensor in load_file(path).values()]
+    assert tensors and {tensor.dtype for tensor in tensors} == {torch.float16}
+    assert read_shape(tmp_path / "saved").dtype == "float16" != read_shape(checkpoint[0]).dtype
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(workers, tmp_path):

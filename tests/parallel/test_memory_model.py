@@ -33,8 +33,10 @@ def recipe_of(folder, layout, world_size, precision):
     return recipe
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, precision) for name in LAYOUTS for precision in ("float32", "bfloat16")), ("tp2_ep2", "float16")],
+)
 def test_the_model_is_within_a_tenth_of_what_is_held(name, precision, workers, sparse):
     world_size, layout = LAYOUTS[name]
     count = 2 if VPP in layout else 1  # megatron-core interleaves no fewer than there are stages

@@ -236,6 +236,21 @@ IMPOSSIBLE = {
         "use_precision_aware_optimizer",
         "needs CUDA",
     ),
+    "bfloat16's Adam in float16": (
+        {"policy__precision": "float16", M + "optimizer__use_precision_aware_optimizer": True},
+        "use_precision_aware_optimizer",
+        "set it to false",
+    ),
+    "a loss scale that begins below its least": (
+        {M + "optimizer__initial_loss_scale": 0.5},
+        "min_loss_scale",
+        "at most initial_loss_scale",
+    ),
+    "whole responses' gradients in float16": (
+        {"policy__precision": "float16", "loss_fn__off_policy_baseline": "vcpo"},
+        "off_policy_baseline",
+        "bfloat16 or float32",
+    ),
     "a state of lower precision that nobody shards": (
         {M + "optimizer__use_precision_aware_optimizer": True, M + "optimizer__use_distributed_optimizer": False},
         "use_precision_aware_optimizer",

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from checkpoint_work import save_after_two_updates, state_and_next
-from layout_work import build, micro_batches, policy_config, ragged_batch, weighted_loss
+from layout_work import build, micro_batches, ragged_batch, weighted_loss
 
-from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native, parallel
-from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native
 
 # isort: split
 from megatron.core import tensor_parallel
@@ -87,11 +86,9 @@ def made_of(folder: str, layout: dict[str, Any], store: str) -> dict[str, Any]:
     }
 
 
-def in_16_bits(folder: str, layout: dict[str, Any], store: str) -> tuple[list[torch.Tensor], float]:
-    """Log-probs of a policy in bfloat16, and the norm of its gradients."""
-    config = policy_config(folder, layout).with_values({"precision": "bfloat16"})
-    rank_info = parallel.initialize(config.megatron_cfg, seed=1, device=torch.device("cpu"), init_method=store)
-    policy = MegatronPolicy(config, rank_info)
+def in_16_bits(folder: str, layout: dict[str, Any], store: str, precision: str) -> tuple[list[torch.Tensor], float]:
+    """Log-probs of a policy in such a precision, and the norm of its gradients."""
+    policy = build(folder, layout, store, precision=precision)
     batches = micro_batches(policy, ragged_batch())
     return policy.log_probs(batches), policy.update(batches, weighted_loss).grad_norm
 

@@ -27,6 +27,7 @@ class FolderWriter:
         self._partial = folder.with_name(folder.name + ".partial")
         self._weight_map: dict[str, str] = {}
         self._pending: dict[str, torch.Tensor] = {}
+        self._dtypes: set[str] = set()
         self._filled = self._total = 0
 
     def begin(self) -> None:
@@ -40,6 +41,7 @@ class FolderWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor, on any device. Raises OSError or SafetensorError where it cannot be written."""
         self._pending[name] = tensor.cpu().contiguous().clone()
+        self._dtypes.add(str(tensor.dtype).removeprefix("torch."))
         self._filled += tensor.nbytes
         self._total += tensor.nbytes
         if self._filled >= self._shard_bytes:
@@ -49,11 +51,22 @@ class FolderWriter:
         """Write what is left and give the folder its name. Raises as `add` does."""
         if self._pending:
             self._flush()
+        self._tell_dtype()
         index = {"metadata": {"total_size": self._total}, "weight_map": self._weight_map}
         (self._partial / INDEX).write_text(json.dumps(index, indent=1))
         if self.folder.exists():
             shutil.rmtree(self.folder)
         publish_folder(self._partial, self.folder)
+
+    def _tell_dtype(self) -> None:
+        """In config.json, where whoever loads the folder looks for it: a run's precision may be another one's."""
+        path = self._partial / "config.json"
+        if len(self._dtypes) != 1 or not path.exists():
+            return
+        (dtype,), config = self._dtypes, json.loads(path.read_text())
+        changes = {key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype}
+        if changes:
+            path.write_text(json.dumps(config | changes, indent=2) + "\n")
 
     def discard(self) -> None:
         """Remove what is not finished."""

@@ -40,10 +40,9 @@ class LossScale(DynamicGradScaler):
         """What the next loss is multiplied with."""
         return self.scale.item()
 
-    @property
-    def is_smallest(self) -> bool:
-        """Whether an overflow would leave it as it is."""
-        return self.value <= self.min_scale.item()
+    def is_smallest(self, value: float) -> bool:
+        """Whether overflows at a scale of `value` have left it as it was."""
+        return value <= self.min_scale.item()
 
     def update(self, found_inf: bool) -> None:
         """What a part of the optimizer tells of its own gradients, alike on every rank; see `settle`."""

@@ -113,7 +113,7 @@ def alternatives(shape: ModelShape, recipe: Recipe) -> Iterator[Recipe]:
             continue
         if shape.num_attention_heads % tp or (shape.num_key_value_heads % tp and tp % shape.num_key_value_heads):
             continue
-        can_offload = recipe.policy.in_16_bits and mine.optimizer.use_distributed_optimizer
+        can_offload = recipe.policy.precision == "bfloat16" and mine.optimizer.use_distributed_optimizer
         for full, offload in itertools.product((False, True), (False, True) if can_offload else (False,)):
             megatron = mine.with_values(
                 {

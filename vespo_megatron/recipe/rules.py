@@ -268,7 +268,7 @@ def _layers(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(
             "is te with policy.precision float32",
             where=f"{_MEGATRON}.layer_spec",
-            expected="native, or precision=bfloat16",
+            expected="native, or precision=bfloat16 or float16",
             fix="its attention to packed sequences runs in 16 bits alone",
         )
     reason = "layer_spec native"

@@ -68,12 +68,13 @@ class Guard:
             UserError: on every rank, when there have been `guard.max_skipped_updates` in a row.
         """
         config, verdict, scale = self.recipe.guard, str(self.verdict), self.policy.loss_scale
-        if result.overflowed and scale is not None:
+        if result.overflowed and scale is not None and result.loss_scale is not None:
             verdict = f"{verdict}, at a loss scale of {result.loss_scale:g}"
-            if not scale.is_smallest:
+            if not scale.is_smallest(result.loss_scale):
                 if self.rank_info.rank == 0:
                     print(f"vespo-megatron: step {step}, update {update}: overflow: {verdict}; skipped", flush=True)
                 return
+            verdict += ", the smallest that optimizer.min_loss_scale allows"
         self._skipped_in_a_row += 1
         kept = ""
         if self.run_dir is not None and self._bundles < config.max_bundles:

@@ -83,6 +83,8 @@ def on_one_process(recipe: Recipe, folder: Path, num_samples: int) -> Recipe:
             "policy.train_micro_batch_size": 1,
             "policy.train_global_batch_size": num_samples,
             "loss_fn.on_bad_sample": "drop",  # they are what is looked for
+            # What overflows float16 at a larger scale is no fault.
+            "policy.megatron_cfg.optimizer.initial_loss_scale": recipe.policy.megatron_cfg.optimizer.min_loss_scale,
         }
         | ({"policy.model_name": str(weights)} if weights.is_dir() else {})
     )

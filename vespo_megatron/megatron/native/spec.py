@@ -50,12 +50,12 @@ def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) ->
     attention packed sequences (dot_product_attention/utils.py:428, 659 of 2.9) or context parallelism (756 of 2.11).
     """
     layers = choose_layer_spec(megatron.layer_spec, device_type)
-    if layers == "te" and dtype is not torch.bfloat16:
+    if layers == "te" and dtype not in (torch.bfloat16, torch.float16):
         if megatron.layer_spec == "te":
             raise UserError(
                 f"is te with {dtype}",
                 where="policy.megatron_cfg.layer_spec",
-                expected="policy.precision=bfloat16: its attention runs in 16 bits",
+                expected="policy.precision=bfloat16 or float16: its attention runs in 16 bits",
                 fix="set precision to bfloat16, or layer_spec to native",
             )
         layers = "native"
@@ -64,7 +64,7 @@ def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) ->
             raise UserError(
                 f"is true, but layer_spec {megatron.layer_spec} is native here",
                 where=f"policy.megatron_cfg.{name}",
-                expected="Transformer Engine's layers: a CUDA device, bfloat16, transformer-engine[pytorch,core_cu12]",
+                expected="Transformer Engine's layers: a CUDA device, 16 bits, transformer-engine[pytorch,core_cu12]",
                 fix="set it to false",
             )
     if megatron.moe_token_dispatcher_type == "flex" and not HAVE_DEEP_EP:

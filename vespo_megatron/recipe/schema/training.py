@@ -27,7 +27,7 @@ class OptimizerConfig(Section):
     initial_loss_scale: float = key(
         2.0**16, "With float16: what the loss is multiplied with before the first backward.", gt=0, le=2.0**32
     )
-    min_loss_scale: float = key(1.0, "With float16: what overflows halve it to at most.", gt=0)
+    min_loss_scale: float = key(1.0, "With float16: the smallest that overflows halve it to.", gt=0)
     loss_scale_window: int = key(1000, "With float16: updates in a row without an overflow that double it.", ge=1)
     hysteresis: int = key(2, "With float16: the overflow since it was doubled last from which on they halve it.", ge=1)
 
