@@ -91,6 +91,9 @@ class _Groups:
         for expert, here in self.slices:
             if total.dtype == left.dtype:
                 total[expert].addmm_(left[here].t(), right[here])
+            elif left.device.type != "cpu":
+                mine = total[expert]
+                torch.addmm(mine, left[here].t(), right[here], out_dtype=total.dtype, out=mine)
             else:
                 total[expert].add_(left[here].t() @ right[here])
 
