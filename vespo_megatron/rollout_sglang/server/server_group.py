@@ -52,7 +52,8 @@ class ServerGroup:
         self._starting: dict[ServerProcess, float] = {}
         """Servers for which the lock is held, and until when."""
         self._waiting: set[str] = set()
-        self._given_up: set[str] = set()
+        self._given_up: list[str] = []
+        """In the order in which they were seen dead."""
 
     @property
     def held(self) -> Sequence[int]:
@@ -77,7 +78,7 @@ class ServerGroup:
                 server.restart()
                 print(f"{told} (see {dead}); restart {server.restarts} of {self.max_restarts}", flush=True)
             else:
-                self._given_up.add(server.url)
+                self._given_up.append(server.url)
                 self.check()
                 print(f"{told} and stays down: it was restarted {server.restarts} times; see {server.log}", flush=True)
 
@@ -116,7 +117,8 @@ class ServerGroup:
         """Raise `UserError` naming the last server that died, with the end of its log, when none is left."""
         if not self.servers or any(server.alive for server in self.servers):
             return
-        server = max(self.servers, key=lambda server: server.log.stat().st_mtime)
+        last = self._given_up[-1] if self._given_up else ""
+        server = max(self.servers, key=lambda server: (server.url == last, server.log.stat().st_mtime))
         again = f" and was restarted {server.restarts} times" if server.restarts else ""
         raise UserError(
             f"SGLang died{again}:\n{log_tail(server.log)}", where=f"server {server.url}", fix=f"see {server.log}"
