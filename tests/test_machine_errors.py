@@ -73,7 +73,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(monkeypatch, capsys):
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("limit", "says"),
-    [("-n 24", "ulimit -n"), ("-n 40", "ulimit -n"), ("-n 64", "ulimit -n"), ("-v 3000000", "-v")],
+    [("-n 24", "ulimit -n"), ("-n 64", "ulimit -n"), ("-n 200", "ulimit -n"), ("-v 1000000", "ulimit -v")],
 )
 def test_a_limit_of_the_shell_is_one_message_and_leaves_no_process(folder, limit, says):
     command = f"ulimit {limit}; exec {sys.executable} -m vespo_megatron.cli train {folder / 'recipe.yaml'}"

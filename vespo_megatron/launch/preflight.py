@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from vespo_megatron.recipe.weight_files import check_safetensors, weight_files
 if TYPE_CHECKING:
     from vespo_megatron.losses import PolicyLossConfig
 
+_OPEN_FILES, _ENOUGH_OPEN_FILES = 256, 65536
 _LONGEST_TEMPORARY_FOLDER = 75
 """Characters that leave room for a socket's name below it: Linux takes 107, multiprocessing adds 32."""
 
@@ -29,6 +31,7 @@ def check(recipe: Recipe) -> list[str]:
         UserError: the first thing that is wrong.
     """
     validate(recipe)
+    check_open_files()
     check_model(recipe.policy.model_name)
     check_files(recipe)
     check_ports(recipe)
@@ -67,6 +70,29 @@ def check_files(recipe: Recipe) -> None:
                     where=f"{key}.path",
                     expected="a file, a folder, a pattern that files fit, or a set on the hub",
                 )
+
+
+def check_open_files() -> None:
+    """Room for the connections of a run's processes, which inherit this one's limit: it is raised as far as it may be.
+
+    Where there is none, libraries abort in threads of their own, and nobody can say why.
+
+    Raises:
+        UserError: fewer than `_OPEN_FILES` may be open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or hard > soft):
+        limit = _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_OPEN_FILES)
+        limit = max(soft, limit)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit != resource.RLIM_INFINITY and limit < _OPEN_FILES:
+        raise UserError(
+            f"{limit} files may be open at a time",
+            where="this process",
+            expected=f"at least {_OPEN_FILES}",
+            fix="raise the limit of open files (ulimit -n)",
+        )
 
 
 def check_ports(recipe: Recipe) -> None:
