@@ -9,6 +9,7 @@ import lzma
 
 import datasets
 import pytest
+import zstandard
 from byte_tokenizer import byte_tokenizer, template
 from model_config import write_config
 
@@ -61,6 +62,7 @@ def kinds(folder):
     for suffix, kind in (("gz", gzip), ("bz2", bz2), ("xz", lzma)):
         with kind.open(folder / f"rows.jsonl.{suffix}", "wt") as file:
             file.write(LINES)
+    (folder / "rows.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
     (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())
     rows.save_to_disk(folder / "saved")
     datasets.DatasetDict({"train": rows.select(range(3)), "all": rows}).save_to_disk(folder / "splits")
@@ -74,6 +76,7 @@ def kinds(folder):
         "gz": (folder / "rows.jsonl.gz", {}),
         "bz2": (folder / "rows.jsonl.bz2", {}),
         "xz": (folder / "rows.jsonl.xz", {}),
+        "zst": (folder / "rows.jsonl.zst", {}),
         "byte-order mark and CRLF": (folder / "bom.jsonl", {}),
         "saved": (folder / "saved", {}),
         "saved with splits": (folder / "splits", {"split": "all"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from unittest.mock import patch
 
@@ -82,11 +83,12 @@ WAYS = {"as the device has it": CHOSEN, "PyTorch's operations": lambda _: logit_
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_values_and_gradients_are_those_of_a_log_softmax(size, dtype, truncated, way, device, generator, note):
-    found = compare(SIZES[size], dtype, truncated, device, generator, WAYS[way])
+    # A single row's error is that of one rounded logit, now and then: their square mean over 32 of them.
+    draws = max(1, 32 // SIZES[size][0])
+    each = [compare(SIZES[size], dtype, truncated, device, generator, WAYS[way]) for _ in range(draws)]
+    found = {name: math.sqrt(sum(draw[name] ** 2 for draw in each) / draws) for name in each[0]}
     note(**found)
-    # A single row's gradients of log-prob and entropy may all but cancel; over many rows that evens out.
-    bound = BOUND[dtype] * (5 if size == "one row" else 1)
-    assert all(error < bound for error in found.values()), found
+    assert all(error < BOUND[dtype] for error in found.values()), found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -10,7 +10,7 @@ import numpy as np
 from vespo_megatron.data.prepare import Job, first_beyond, first_problem, lengths, prepare
 from vespo_megatron.data.prompt_set import PromptRecord, PromptSet, SeveralSets
 from vespo_megatron.data.prompt_stream import PromptStream
-from vespo_megatron.data.rows import Columns
+from vespo_megatron.data.rows import Columns, too_long
 from vespo_megatron.data.template import PromptTemplate, load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.model_shape import read_shape
@@ -35,7 +35,7 @@ def load_prompts(dataset: DatasetConfig, recipe: Recipe, tokenizer: PreTrainedTo
 
 def describe_set(config: SetConfig, name: str) -> str:
     """As errors name it."""
-    place = config.path if isinstance(config.path, str) else ", ".join(config.path or [])
+    place = ", ".join(config.places)
     return f"{name} ({place})" if name else place
 
 
@@ -43,7 +43,7 @@ def label_of(config: SetConfig, name: str) -> str:
     """What its prompt ids begin with: its name, or that of its only file or folder."""
     if name:
         return name
-    place = Path(config.path if isinstance(config.path, str) else (config.path or ["prompts"])[0])
+    place = Path(config.places[0])
     return place.name.split(".")[0] or place.stem or "prompts"
 
 
@@ -66,12 +66,7 @@ def _load(config: SetConfig, name: str, recipe: Recipe, template: PromptTemplate
     positions = np.flatnonzero(sizes <= limit)
     if len(positions) < len(table) and recipe.data.on_long_prompt == "error":
         place = int(np.argmax(sizes > limit))
-        raise UserError(
-            f"the prompt has {sizes[place]} tokens",
-            where=f"{where}, row {table[place]['row']}",
-            expected=f"at most {limit}, data.max_input_seq_length",
-            fix="raise the limit (and policy.max_total_sequence_length), or set data.on_long_prompt=drop",
-        )
+        raise too_long(int(sizes[place]), limit, f"{where}, row {table[place]['row']}")
     if not len(positions):
         raise UserError("every prompt is too long", where=where, expected=f"prompts of at most {limit} tokens")
     vocab_size = _vocab_size(recipe)

@@ -36,7 +36,7 @@ def read(config: SetConfig, where: str) -> datasets.Dataset:
     import datasets
 
     datasets.disable_progress_bars()
-    parts = [part for place in _places(config) for part in _parts(place, config, where)]
+    parts = [part for place in config.places for part in _parts(place, config, where)]
     rows = parts[0] if len(parts) == 1 else _together(parts, where)
     if len(rows) == 0:
         raise _no_rows(where)
@@ -47,7 +47,7 @@ def stream(config: SetConfig, where: str) -> tuple[datasets.IterableDataset, lis
     """The same rows, read as they are asked for, and what they are read from. Raises `UserError` as `read`."""
     import datasets
 
-    places = _places(config)
+    places = config.places
     if len(places) == 1 and _is_hub_name(places[0]):
         rows = _hub(places[0], config, streaming=True)
         return rows, [f"{places[0]}@{config.revision}"]
@@ -62,16 +62,12 @@ def stream(config: SetConfig, where: str) -> tuple[datasets.IterableDataset, lis
 
 def missing(config: SetConfig) -> str | None:
     """The first place that is surely not there; None where all are, or may be on the hub."""
-    for place in _places(config):
+    for place in config.places:
         if not (
             Path(place).exists() or _is_hub_name(place) or (glob.has_magic(place) and glob.glob(place, recursive=True))
         ):
             return place
     return None
-
-
-def _places(config: SetConfig) -> list[str]:
-    return [config.path] if isinstance(config.path, str) else list(config.path or [])
 
 
 def _parts(place: str, config: SetConfig, where: str) -> Iterator[datasets.Dataset]:

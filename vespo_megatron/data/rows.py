@@ -164,6 +164,16 @@ def _without_nothing(value: Any) -> Any:
     return value
 
 
+def too_long(tokens: int, limit: int, where: str) -> UserError:
+    """The error of a prompt of more than `limit` tokens."""
+    return UserError(
+        f"the prompt has {tokens} tokens",
+        where=where,
+        expected=f"at most {limit}, data.max_input_seq_length",
+        fix="raise the limit (and policy.max_total_sequence_length), or set data.on_long_prompt=drop",
+    )
+
+
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 _FILTER = re.compile(r"\s*([\w.]+)\s*(==|!=|<=|>=|<|>|not in|in|~)\s*(.*?)\s*")

@@ -15,7 +15,7 @@ from typing import Any
 from vespo_megatron.data.prepare import Job
 from vespo_megatron.data.prompt_set import PromptRecord, record_of
 from vespo_megatron.data.reading import stream
-from vespo_megatron.data.rows import Filter
+from vespo_megatron.data.rows import Filter, too_long
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe, SetConfig
 
@@ -23,8 +23,8 @@ from vespo_megatron.recipe.schema import Recipe, SetConfig
 class StreamedPrompts:
     """A set's prompts, epoch after epoch (`data.prompt_stream.Prompts`).
 
-    Rows that are too long, that the filter leaves out, or that cannot be used where the recipe drops such, are passed
-    over.
+    Rows that the filter leaves out are passed over, and those that are too long where the recipe drops them. Ground
+    truths are not judged before a response is scored.
 
     Raises:
         UserError: as `reading.stream`.
@@ -114,12 +114,7 @@ class StreamedPrompts:
                 raise UserError(line["problem"], where=f"{self._where}, row {number}")
             length, limit = len(line["prompt_ids"]), self._recipe.data.max_input_seq_length
             if length > limit and self._recipe.data.on_long_prompt == "error":
-                raise UserError(
-                    f"the prompt has {length} tokens",
-                    where=f"{self._where}, row {number}",
-                    expected=f"at most {limit}, data.max_input_seq_length",
-                    fix="raise the limit (and policy.max_total_sequence_length), or set data.on_long_prompt=drop",
-                )
+                raise too_long(length, limit, f"{self._where}, row {number}")
             if length <= limit:
                 records.append(record_of(line, self._label, self._name, self._reward))
         return records

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vespo_megatron.losses import PolicyLossConfig
 
 _OPEN_FILES, _ENOUGH_OPEN_FILES = 256, 65536
+"""What a run needs at least, and what the limit is raised to where it may be."""
 _LONGEST_TEMPORARY_FOLDER = 75
 """Characters that leave room for a socket's name below it: Linux takes 107, multiprocessing adds 32."""
 
@@ -81,12 +82,11 @@ def check_open_files() -> None:
         UserError: fewer than `_OPEN_FILES` may be open.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = soft
-    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or hard > soft):
-        limit = _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_OPEN_FILES)
-        limit = max(soft, limit)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit != resource.RLIM_INFINITY and limit < _OPEN_FILES:
+    if soft == resource.RLIM_INFINITY:
+        return
+    limit = max(soft, _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_OPEN_FILES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit < _OPEN_FILES:
         raise UserError(
             f"{limit} files may be open at a time",
             where="this process",

@@ -160,7 +160,7 @@ class _Worker:
             if not self._connection.poll(_START_TIMEOUT):
                 raise UserError(
                     f"did not start within {_START_TIMEOUT:.0f} s",
-                    where=f"reward {self._env.rewards or self._env.reward}",
+                    where=f"reward {' + '.join(sorted(functions.names_of(self._env)))}",
                 )
             try:
                 self._connection.recv()
@@ -170,7 +170,7 @@ class _Worker:
         if not self._ready:
             raise UserError(
                 f"ended at once, {_STARTS} times",
-                where=f"reward {self._env.rewards or self._env.reward}",
+                where=f"reward {' + '.join(sorted(functions.names_of(self._env)))}",
                 fix="run the function by hand",
             )
 

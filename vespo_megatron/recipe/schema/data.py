@@ -43,6 +43,11 @@ class SetConfig(Section):
     top_p: float | None = key(None, "Of a validation set; None: policy.generation.val_top_p.", gt=0, le=1, ours=True)
 
     @property
+    def places(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
+
+    @property
     def reward_choice(self) -> str:
         """`reward` and its arguments as JSON, in one text; empty without one."""
         return f"{self.reward} {json.dumps(self.reward_kwargs, sort_keys=True)}" if self.reward else ""
