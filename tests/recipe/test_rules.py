@@ -27,6 +27,7 @@ EP, ETP, VPP = (
 )
 SP, GPUS, GLOBAL_BATCH = M + "sequence_parallel", "cluster__gpus_per_node", "policy__train_global_batch_size"
 FIRST, LAST = M + "num_layers_in_first_pipeline_stage", M + "num_layers_in_last_pipeline_stage"
+BIAS_RATE = M + "moe_router_bias_update_rate"
 G = "policy__generation__"
 DIAL = G + "mismatch__"
 OFFLOAD = {M + "optimizer__optimizer_cpu_offload": True, M + "optimizer__optimizer_offload_fraction": 1.0}
@@ -369,8 +370,11 @@ def test_a_possible_recipe_is_let_through(values):
             {"loss_fn__router_shift__apply": "after_clip"},
             {"mlp_only_layers": [0, 1, 2, 3]},
             "loss_fn.router_shift.apply",
-            "compares routers",
+            "has no routers",
         ),
+        ({EP: 2}, {"mlp_only_layers": [0, 1, 2, 3]}, "expert_model_parallel_size", "has no routers"),
+        ({"policy__router_replay__mode": "R3"}, {"num_experts": 0}, "policy.router_replay.mode", "has no routers"),
+        ({BIAS_RATE: 0.001}, {}, "moe_router_bias_update_rate", "have no correction bias"),
         ({ETP: 3}, {}, "expert_tensor_parallel_size", "64 channels of an expert"),
         ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),
         ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),

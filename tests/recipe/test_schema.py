@@ -68,6 +68,7 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(NOT_NEGATIVE, (-1e-300, NOTHING)),
     **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
     "grpo.advantage_clip_low": (-1000.001, 1e-300),
+    "policy.megatron_cfg.moe_router_bias_update_rate": (-1e-300, 1.0000001),
     "loss_fn.ess_base": (0.0, 1.0000001),
     "data.train.top_p": (0.0, 1.0000001),
     "data.validation.top_p": (0.0, 1.0000001),

@@ -285,11 +285,11 @@ def test_pause_ends_running_requests_as_aborts_whose_tokens_are_whole(engine, re
         np.testing.assert_array_equal(np.sort(result.routes, -1), np.sort(experts[:-1], -1))
 
 
-def test_a_folder_that_is_not_a_qwen3_moe_is_refused(tmp_path):
+def test_a_folder_of_no_known_family_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         InProcessEngine(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="'llama'"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="'gpt2'"):
         InProcessEngine(tmp_path)
 
 

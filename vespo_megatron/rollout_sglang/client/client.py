@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.rollout_sglang.client.check import Check
 from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.failures import explained

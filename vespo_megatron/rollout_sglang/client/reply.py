@@ -11,7 +11,7 @@ import numpy as np
 
 from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.rollout_sglang.client.check import Check, short
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
 

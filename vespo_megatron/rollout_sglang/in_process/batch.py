@@ -11,7 +11,7 @@ from vespo_megatron.data.sample import smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.in_process.mismatch import noise_salts
-from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe
+from vespo_megatron.rollout_sglang.in_process.model import CachedDecoder
 from vespo_megatron.rollout_sglang.in_process.prefix_random import PrefixRandom
 from vespo_megatron.rollout_sglang.in_process.sampling import RowSampler
 
@@ -32,7 +32,7 @@ class Batch:
 
     def __init__(
         self,
-        model: CachedQwen3Moe,
+        model: CachedDecoder,
         requests: list[GenerationRequest],
         limits: list[int],
         *,
@@ -48,10 +48,10 @@ class Batch:
         self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
         self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
         self.sampling_mask: list[list[np.ndarray]] = [[] for _ in requests]
-        config = model.config
-        self._route_dtype = smallest_int_dtype(config.num_experts)
-        shape = (len(requests), 0, len(model.sparse_layers), config.num_experts_per_tok)
-        self.routes = np.zeros(shape, self._route_dtype)
+        shape = model.shape
+        self._route_dtype = smallest_int_dtype(shape.num_experts)
+        sizes = (len(requests), 0, shape.num_moe_layers, shape.num_experts_per_tok)
+        self.routes = np.zeros(sizes, self._route_dtype)
 
     def run(self, stopped: Callable[[], bool]) -> list[GenerationResult]:
         """Generate until every row is finished, or until `stopped()`: the rest is then an abort."""
@@ -85,7 +85,7 @@ class Batch:
             flips = None
             if random is not None:
                 random.read(tokens.cpu().numpy())
-                flips = self.model.mismatch.flips(random.states, self.model.sparse_layers)
+                flips = self.model.mismatch.flips(random.states, self.model.shape.moe_layers)
                 log_probs = self._noisy(log_probs, random, salts)
             self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), sampling_mask)
             stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
@@ -129,7 +129,7 @@ class Batch:
         reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version)
         states = reader.read_all(ids.cpu().numpy())
         last = states[np.arange(len(ids)), lengths.cpu().numpy() - 1]
-        return mismatch.flips(states, self.model.sparse_layers), PrefixRandom(last)
+        return mismatch.flips(states, self.model.shape.moe_layers), PrefixRandom(last)
 
     def _noisy(self, log_probs: torch.Tensor, random: PrefixRandom, salts: np.ndarray) -> torch.Tensor:
         """float32 [rows]: with the noise of the tokens just read, and no more than 0."""
@@ -143,7 +143,7 @@ class Batch:
         """bool [rows or 1, vocabulary]: the tokens that end a row; one row when all requests agree."""
         wanted = [request.sampling.stop_token_ids for request in self.requests]
         wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
-        table = torch.zeros(len(wanted), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        table = torch.zeros(len(wanted), self.model.shape.vocab_size, dtype=torch.bool, device=self.device)
         for row, stop_token_ids in enumerate(wanted):
             table[row, [token for token in stop_token_ids if token < table.shape[1]]] = True
         return table

@@ -1,4 +1,4 @@
-"""The in-process rollout engine: transformers' Qwen3-MoE in the trainer's own process, for fast tests and sweeps.
+"""The in-process rollout engine: transformers' models in the trainer's own process, for fast tests and sweeps.
 
 It keeps SGLang's contract (log-probs, routes, weight versions, finish reasons) and adds one thing SGLang has not: a
 response is a function of the weights, the prompt and `GenerationRequest.seed`.
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, ScoredResponse
 from vespo_megatron.rollout_sglang.in_process.batch import Batch
 from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch
-from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe, load_model, weight_views
+from vespo_megatron.rollout_sglang.in_process.model import CachedDecoder, load_model, weight_views
 from vespo_megatron.rollout_sglang.in_process.scoring import score
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
@@ -34,7 +35,7 @@ class InProcessEngine:
     """A `RolloutEngine` in this process.
 
     Args:
-        model_folder: Hugging Face folder of a Qwen3-MoE.
+        model_folder: Hugging Face folder of a model of any of `families/`.
         dtype: of weights, activations and cache; log-probs are float32 in any case.
         device: where it runs.
         max_batch_size: responses generated side by side; more requests wait their turn.
@@ -42,7 +43,7 @@ class InProcessEngine:
         return_routes: keep the experts of every token.
         mismatch: what it computes otherwise than the trainer, on purpose.
 
-    Raises `UserError` when the folder is not a Qwen3-MoE, or one this engine does not compute.
+    Raises `UserError` when the folder is another model's.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class InProcessEngine:
     ) -> None:
         import transformers
 
+        shape = read_shape(model_folder)
         model = load_model(Path(model_folder), dtype, torch.device(device))
-        config = model.config
-        self.context_length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
-        self.vocab_size = config.vocab_size
+        self.context_length = min(context_length or shape.max_position_embeddings, shape.max_position_embeddings)
+        self.vocab_size = shape.vocab_size
         self.max_batch_size = max_batch_size
         self.return_routes = return_routes
         self.weight_version = 0
         self.description = f"in-process transformers {transformers.__version__} ({device}, {str(dtype)[6:]})"
-        self._model: CachedQwen3Moe | None = CachedQwen3Moe(model, self.context_length, mismatch)
-        self._views = weight_views(model)
+        self._model: CachedDecoder | None = CachedDecoder(model, shape, self.context_length, mismatch)
+        self._views = weight_views(model, shape)
         self._generation_lock = ReadersWriterLock()
         # One thread for good: a new one per call would start its own OpenMP workers each time (three times slower).
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="in-process-engine")
@@ -131,7 +132,7 @@ class InProcessEngine:
             for name, tensor in named_tensors:
                 where = f"weight update to version {version}, tensor {name}"
                 if name not in self._views:
-                    raise UserError("unknown name", where=where, expected="a Qwen3-MoE checkpoint's name")
+                    raise UserError("unknown name", where=where, expected="a name of the model's checkpoint")
                 if name not in missing:
                     raise UserError("sent twice", where=where, expected="each tensor once")
                 view = self._views[name]
@@ -197,7 +198,7 @@ class InProcessEngine:
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._model, self._views = None, {}
 
-    def _usable_model(self) -> CachedQwen3Moe:
+    def _usable_model(self) -> CachedDecoder:
         """The model, to be asked for under the lock: an update that is under way has not failed yet."""
         if self._closed or self._model is None:
             raise UserError("is closed", where=self.description)
