@@ -374,6 +374,12 @@ def test_a_possible_recipe_is_let_through(values):
         ),
         ({EP: 2}, {"mlp_only_layers": [0, 1, 2, 3]}, "expert_model_parallel_size", "has no routers"),
         ({"policy__router_replay__mode": "R3"}, {"num_experts": 0}, "policy.router_replay.mode", "has no routers"),
+        (
+            {G + "sglang_cfg__enable_return_routed_experts": True},
+            {"num_experts": 0},
+            "sglang_cfg.enable_return_routed_experts",
+            "expected: false, or a model with routers",
+        ),
         ({BIAS_RATE: 0.001}, {}, "moe_router_bias_update_rate", "have no correction bias"),
         ({ETP: 3}, {}, "expert_tensor_parallel_size", "64 channels of an expert"),
         ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from vespo_megatron.errors import UserError
@@ -88,6 +89,10 @@ def _routers(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
     asked = {
         "loss_fn.router_shift.apply": (recipe.loss_fn.router_shift.apply, "none"),
         "policy.router_replay.mode": (recipe.policy.router_replay.mode, "none"),
+        f"{_GENERATION}.sglang_cfg.enable_return_routed_experts": (
+            recipe.policy.generation.sglang_cfg.enable_return_routed_experts,
+            False,
+        ),
         f"{_MEGATRON}.moe_aux_loss_coeff": (megatron.moe_aux_loss_coeff, 0),
         f"{_MEGATRON}.moe_z_loss_coeff": (megatron.moe_z_loss_coeff, None),
         f"{_MEGATRON}.expert_model_parallel_size": (megatron.expert_model_parallel_size, 1),
@@ -98,7 +103,7 @@ def _routers(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
             yield UserError(
                 f"is {value}, but {folder} has no routers",
                 where=where,
-                expected=f"{'null' if off is None else off}, or a model with MoE layers",
+                expected=json.dumps(off).strip('"') + ", or a model with routers",
             )
 
 

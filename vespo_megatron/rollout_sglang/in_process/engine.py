@@ -64,7 +64,7 @@ class InProcessEngine:
         self.context_length = min(context_length or shape.max_position_embeddings, shape.max_position_embeddings)
         self.vocab_size = shape.vocab_size
         self.max_batch_size = max_batch_size
-        self.return_routes = return_routes
+        self.return_routes = return_routes and shape.num_moe_layers > 0
         self.weight_version = 0
         self.description = f"in-process transformers {transformers.__version__} ({device}, {str(dtype)[6:]})"
         self._model: CachedDecoder | None = CachedDecoder(model, shape, self.context_length, mismatch)
