@@ -84,35 +84,6 @@ IMPOSSIBLE = {
         "loss_fn.router_shift.apply",
         "recompute or version",
     ),
-    "R3 of interrupted responses": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-            "policy__router_replay__on_stale_routes": "error",
-        },
-        "on_stale_routes",
-        "live or drop",
-    ),
-    "R3 without routes of one version": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-        },
-        "on_weight_update",
-        "drain",
-    ),
-    "in_place without SGLang": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            G + "backend": "in_process",
-        },
-        "on_weight_update",
-        "abort_and_continue",
-    ),
     "a cache that SGLang alone rounds": ({DIAL + "kv_cache": "fp8_e4m3"}, "mismatch.kv_cache", "backend=in_process"),
     "inputs that SGLang alone rounds": (
         {DIAL + "activations": "float16"},

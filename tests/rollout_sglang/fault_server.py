@@ -175,7 +175,7 @@ class FaultServer:
         if not self._probe:
             time.sleep(self.delay_s)
         replies = [
-            self._reply(ids, sampling["max_new_tokens"], fault)
+            self._reply(ids, sampling["max_new_tokens"], fault, body["routed_experts_start_len"])
             for ids, sampling in zip(body["input_ids"], body["sampling_params"], strict=True)
         ]
         for reply, rid in zip(replies, body["rid"], strict=True):
@@ -185,8 +185,8 @@ class FaultServer:
             self.answered += [rid.partition("#")[0] for rid in body["rid"]]
         return None
 
-    def _reply(self, ids, count, fault):
-        rows = len(ids) + count - 1
+    def _reply(self, ids, count, fault, routes_start):
+        rows = len(ids) + count - 1 - routes_start
         log_prob = float("nan") if fault == "NaN" else -1.0
         version = "3" if fault == "old weights" else str(self.settings.get("weight_version", "default"))
         meta = {

@@ -58,7 +58,7 @@ def test_results_come_in_order_with_one_number_of_each_kind_per_token(engine):
         assert result.routes.dtype == np.uint8
         assert result.routes.shape == (len(request.prompt_ids) + 9 - 1, 3, 2)
         assert (result.weight_versions == engine.weight_version).all()
-        assert result.routes_version == engine.weight_version
+        assert (result.route_versions == engine.weight_version).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

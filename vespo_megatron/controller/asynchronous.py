@@ -52,6 +52,7 @@ class AsynchronousSource:
         self._interruptions = 0
         self._bad_samples = 0
         self._unscored: Counter[str] = Counter()
+        self._stale_routes = 0
         self._unusable_in_a_row = 0
 
     async def _make_stream(self) -> RolloutStream:
@@ -72,6 +73,7 @@ class AsynchronousSource:
         self.sampler.shape_rewards(samples)
         self._bad_samples += drawn.bad
         self._unscored += drawn.unscored
+        self._stale_routes += drawn.stale
         keep = advantages_of(recipe, samples, [label] * len(samples)).keep.tolist() if samples else []
         kept = [sample for sample, good in zip(samples, keep, strict=True) if good]
         self._unusable_in_a_row = 0 if kept else self._unusable_in_a_row + 1
@@ -139,8 +141,9 @@ class AsynchronousSource:
         interruptions, self._interruptions = self._interruptions, 0
         bad, self._bad_samples = self._bad_samples, 0
         unscored, self._unscored = self._unscored, Counter()
+        stale, self._stale_routes = self._stale_routes, 0
         return {
-            **left_out(bad, unscored),
+            **left_out(bad, unscored, stale),
             "staleness/lag_mean": float(per_token.mean()) if len(per_token) else 0.0,
             "staleness/lag_max": float(per_token.max(initial=0)),
             "staleness/partial_share": float(partial),

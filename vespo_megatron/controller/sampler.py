@@ -36,6 +36,8 @@ class Drawn:
     """Responses whose numbers are not finite, left out."""
     unscored: Counter[str]
     """Of `rewards.UNSCORED`, why no score came → responses, whether they are left out or not."""
+    stale: int = 0
+    """Under R3, responses some of whose routes are, or may be, of other weights than drew their tokens."""
 
 
 class Sampler:
@@ -128,9 +130,10 @@ class Sampler:
         unscored = Counter(sample.unscored for sample in samples if sample.unscored)
         if self.recipe.env.on_unscored == "drop" and not evaluation:
             samples = [sample for sample in samples if not sample.unscored]
-        if self.recipe.policy.router_replay.mode == "R3":
-            apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
-        return Drawn(samples, bad, unscored)
+        stale = 0
+        if self.recipe.policy.router_replay.mode == "R3" and not evaluation:
+            stale = apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
+        return Drawn(samples, bad, unscored, stale)
 
     def shape_rewards(self, samples: Sequence[Sample]) -> None:
         """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
@@ -171,14 +174,14 @@ def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
         weight_versions=result.weight_versions,
         finish_reason=result.finish_reason,
         routes=result.routes,
-        routes_version=result.routes_version,
+        route_versions=result.route_versions,
         sampling_mask=result.sampling_mask,
     )
 
 
-def left_out(bad: int, unscored: Counter[str]) -> dict[str, float]:
+def left_out(bad: int, unscored: Counter[str], stale: int) -> dict[str, float]:
     """Metrics of what `Drawn` counts beside its samples."""
-    return {"rollout/bad_samples": float(bad)} | {
+    return {"rollout/bad_samples": float(bad), "rollout/stale_routes": float(stale)} | {
         f"rollout/unscored_{kind}": float(unscored[kind]) for kind in UNSCORED
     }
 

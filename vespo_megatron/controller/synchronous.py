@@ -71,7 +71,9 @@ class SynchronousSource:
             advantages.append(result.values[result.keep])
             trained.append(result.values[result.trained])
             generated += fresh
-            rounds.append(result.metrics | left_out(drawn.bad, drawn.unscored) | {"rollout/sampling_rounds": 1.0})
+            rounds.append(
+                result.metrics | left_out(drawn.bad, drawn.unscored, drawn.stale) | {"rollout/sampling_rounds": 1.0}
+            )
             if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
                 break
         else:

@@ -88,6 +88,12 @@ ADVANTAGES = (
 ROLLOUTS = (
     Metric("rollout/bad_samples", "Responses whose numbers are not finite, left out.", "responses", SUM),
     Metric(
+        "rollout/stale_routes",
+        "With R3: responses some of whose routes are, or may be, of other weights than drew their tokens.",
+        "responses",
+        SUM,
+    ),
+    Metric(
         "rollout/unscored_*",
         "Responses whose score did not come: late (timeout), the reward raised (error), its process ended (died).",
         "responses",

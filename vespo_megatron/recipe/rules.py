@@ -424,26 +424,6 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             where=f"{_GENERATION}.sglang_cfg.colocated",
             fix="set it to false, or grpo.async_grpo.enabled=false",
         )
-    if asynchronous.on_weight_update == "in_place" and generation.backend != "sglang":
-        yield UserError(
-            f"is in_place with backend {generation.backend}",
-            where="grpo.async_grpo.on_weight_update",
-            expected="abort_and_continue or drain: only SGLang changes weights under a running request",
-        )
-    replay = recipe.policy.router_replay
-    if replay.mode == "R3" and asynchronous.on_weight_update == "in_place":
-        yield UserError(
-            "is in_place: SGLang's routes of a response that crosses an update are true of no weights, and R3 has none",
-            where="grpo.async_grpo.on_weight_update",
-            expected="abort_and_continue or drain",
-        )
-    elif replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
-        yield UserError(
-            "is error, but responses that new weights interrupt have routes of the last weights only",
-            where="policy.router_replay.on_stale_routes",
-            expected="live or drop",
-            fix="or set grpo.async_grpo.on_weight_update=drain",
-        )
 
 
 def _mismatch(recipe: Recipe) -> Iterator[UserError]:
