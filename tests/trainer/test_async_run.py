@@ -97,7 +97,6 @@ def test_resumed_between_two_versions_the_weights_have_a_number_of_their_own_and
 @pytest.mark.sglang
 @pytest.mark.parametrize("mode", ["abort_and_continue", "in_place", "drain"])
 def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers):
-    replay = "none" if mode == "in_place" else "R3"
     run_dir = make_run(
         importable,
         mode,
@@ -109,8 +108,8 @@ def test_with_sglang_s_real_server_in_each_mode(mode, importable, sglang_servers
         "policy.generation.max_new_tokens=24",
         "policy.max_total_sequence_length=128",
         "policy.generation.sglang_cfg.weight_bucket_bytes=65536",
-        f"policy.router_replay.mode={replay}",
-        "policy.router_replay.on_stale_routes=live",
+        "policy.router_replay.mode=R3",
+        "policy.router_replay.on_stale_routes=error",
         "policy.generation.sglang_cfg.enable_return_routed_experts=true",
     )
     resume_work.finish(run_dir)

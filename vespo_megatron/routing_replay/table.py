@@ -119,8 +119,8 @@ def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
                 f"{sorted(set(sample.weight_versions.tolist()))}",
                 where=f"sample {sample.sample_id}",
                 expected="routes and log-probs of the same weights",
-                fix="set policy.router_replay.on_stale_routes to live or drop; the server retracted it, short of memory, and "
-                "ran it again under new weights: give its cache more",
+                fix="set policy.router_replay.on_stale_routes to live or drop; where the server was short of memory "
+                "and ran it again under new weights, give its cache more",
             )
         if on_stale_routes == "drop":
             sample.loss_mask[:] = False
