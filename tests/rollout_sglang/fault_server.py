@@ -175,18 +175,21 @@ class FaultServer:
         if not self._probe:
             time.sleep(self.delay_s)
         replies = [
-            self._reply(ids, sampling["max_new_tokens"], fault, body["routed_experts_start_len"])
+            self._reply(ids, sampling["max_new_tokens"], fault)
             for ids, sampling in zip(body["input_ids"], body["sampling_params"], strict=True)
         ]
         for reply, rid in zip(replies, body["rid"], strict=True):
             reply["meta_info"]["id"] = rid
+            if (known := body["routed_experts_start_len"]) and "routed_experts" in reply["meta_info"]:
+                routes = base64.b64decode(reply["meta_info"]["routed_experts"])[known * LAYERS * TOPK * 4 :]
+                reply["meta_info"]["routed_experts"] = base64.b64encode(routes).decode()
         self._send(handler, 200, replies[1:] if fault == "one reply less" else replies)
         if not self._probe and not handler.close_connection:
             self.answered += [rid.partition("#")[0] for rid in body["rid"]]
         return None
 
-    def _reply(self, ids, count, fault, routes_start):
-        rows = len(ids) + count - 1 - routes_start
+    def _reply(self, ids, count, fault):
+        rows = len(ids) + count - 1
         log_prob = float("nan") if fault == "NaN" else -1.0
         version = "3" if fault == "old weights" else str(self.settings.get("weight_version", "default"))
         meta = {

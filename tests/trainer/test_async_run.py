@@ -81,6 +81,8 @@ def test_resumed_between_two_versions_the_weights_have_a_number_of_their_own_and
         "grpo.async_grpo.max_staleness=1",
         "grpo.async_grpo.sync_every=2",
         "loss_fn.behavior=rollout",
+        "policy.router_replay.mode=R2",
+        "policy.megatron_cfg.optimizer.lr=3e-3",
     )
     recipe = load_recipe(run_dir / RECIPE_FILE)
     found = []
@@ -91,7 +93,27 @@ def test_resumed_between_two_versions_the_weights_have_a_number_of_their_own_and
         facts = json.loads((newest / TRAINER).read_text())
         found.append((facts["weight_version"], facts["engine_is_behind"]))
     assert found == [(1, True), (STEPS // 2 + 1, False)]
-    check(run_dir, bound=1)
+    rows = check(run_dir, bound=1)
+    # R2's routes are those of the weights that train on the batch, however old it is; the engine's are of older ones.
+    assert {row["routes/drift_agreement"] for row in rows} == {1.0}
+    assert min(row["routes/agreement"] for row in rows) < 1.0
+
+
+def test_in_place_every_route_is_replayed_and_none_is_stale(importable):
+    run_dir = make_run(
+        importable,
+        "in_place",
+        "grpo.async_grpo.on_weight_update=in_place",
+        "grpo.async_grpo.max_staleness=2",
+        "policy.megatron_cfg.optimizer.lr=3e-3",
+        "policy.router_replay.mode=R3",
+        "policy.generation.max_new_tokens=100",
+        "policy.max_total_sequence_length=128",
+    )
+    resume_work.finish(run_dir)
+    rows = check(run_dir, bound=2)
+    assert sum(row["staleness/partial_share"] for row in rows) > 0
+    assert {row["staleness/interruptions"] for row in rows} == {row["rollout/stale_routes"] for row in rows} == {0.0}
 
 
 @pytest.mark.sglang
