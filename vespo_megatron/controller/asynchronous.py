@@ -221,15 +221,21 @@ class AsynchronousSource:
         return self.parts.thread.run(state())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; what was under way then is drawn again."""
+        """Go on from `state`: what waited is trained on, what was under way then is drawn again; both are said."""
         self.parts.resume_prompts(state["prompts"])
         under_way = self.buffer.load_state_dict(state["buffer"])
         records = self.parts.prompts.find(group.prompt_id for group in under_way)
         for group in under_way:
             if group.prompt_id not in records:  # of other data, which `data.on_change` has let go
                 self.buffer.abort(group)
+                self.buffer.counts.drawn_again -= 1
             else:
                 self._resend.append((group, records[group.prompt_id]))
+        gone = len(under_way) - len(self._resend)
+        self.parts.logger.print(
+            f"rollouts of before: {self.buffer.waiting} groups wait to be trained on, {len(self._resend)} that were "
+            "under way are drawn again" + (f", {gone} of other prompts are given up" if gone else "")
+        )
         recorded = evaluated_steps(self.parts.logger.history)
         self._owed = [step for step in state.get("evaluations", ()) if step not in recorded]
 

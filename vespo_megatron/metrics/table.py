@@ -135,6 +135,12 @@ STALENESS = (
     Metric("staleness/trained", "Groups trained on since the run began.", "groups", LAST),
     Metric("staleness/aborted", "Groups given up, or without signal, since the run began.", "groups", LAST),
     Metric("staleness/expired", "Groups too old to be trained on, since the run began.", "groups", LAST),
+    Metric(
+        "staleness/drawn_again",
+        "Groups that a resume found under way, and that were sent once more, since the run began; not in the sum.",
+        "groups",
+        LAST,
+    ),
     Metric("staleness/trainer_idle_seconds", "The trainer waited for a batch.", "s", SUM),
     Metric("staleness/engine_idle_seconds", "Nothing was under way.", "s", SUM),
     Metric("staleness/versions", "Weight versions that π_old was computed under (`behavior: version`).", "", WHOLE),
