@@ -79,6 +79,22 @@ IMPOSSIBLE = {
         "staleness_threshold",
         "max_staleness",
     ),
+    "over-sampling beside training": (
+        {"grpo__oversample": 1.25, "grpo__async_grpo__enabled": True},
+        "grpo.oversample",
+        "max_staleness",
+    ),
+    "partial rollouts of which nothing is ended": ({"grpo__partial_rollouts": True}, "partial_rollouts", "oversample"),
+    "partial rollouts scored by weights that nobody has": (
+        {"grpo__partial_rollouts": True, "grpo__oversample": 2.0, "loss_fn__behavior": "version"},
+        "partial_rollouts",
+        "recompute or rollout",
+    ),
+    "a curriculum that nothing fits": (
+        {"data__curriculum__min_solved": 0.8, "data__curriculum__max_solved": 0.2},
+        "min_solved",
+        "max_solved",
+    ),
     "router shift without π_old": (
         {"loss_fn__router_shift__apply": "before_clip", "loss_fn__behavior": "rollout"},
         "loss_fn.router_shift.apply",

@@ -14,7 +14,14 @@ import numpy as np
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
-from vespo_megatron.controller.sampler import Sampler, describe, left_out, request_seed
+from vespo_megatron.controller.sampler import (
+    Sampler,
+    describe,
+    left_out,
+    partial_share,
+    request_seed,
+    solved_rates,
+)
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.data.batch import Batch
@@ -70,6 +77,7 @@ class AsynchronousSource:
         recipe, schedule = self.parts.recipe, self.parts.recipe.grpo
         drawn = await self.sampler.sample([record], schedule.num_generations_per_prompt, label)
         samples = drawn.samples
+        self.parts.prompts.report(solved_rates(samples, recipe.data.curriculum.solved_above))
         self.sampler.shape_rewards(samples)
         self._bad_samples += drawn.bad
         self._unscored += drawn.unscored
@@ -131,13 +139,13 @@ class AsynchronousSource:
             raise AssertionError(f"a lag of {oldest.max()} where {self.buffer.bound} is the bound")
         keep = np.flatnonzero(result.keep.numpy()).tolist()
         batch = Batch(samples, result.values.numpy().astype(np.float32), oldest).select(keep)
-        metrics = describe(samples) | result.metrics | self.parts.engine.metrics() | await self._staleness(samples)
+        metrics = describe(samples) | result.metrics | self.parts.prompts.metrics() | self.parts.engine.metrics()
+        metrics |= await self._staleness(samples)
         return Rollout(batch, metrics, self._ended_evaluations())
 
     async def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
         per_token, counts = self.buffer.lags(samples), self.buffer.counts
         waits = await self.stream.pop_waits()
-        partial = np.mean([len(set(sample.weight_versions.tolist())) > 1 for sample in samples])
         interruptions, self._interruptions = self._interruptions, 0
         bad, self._bad_samples = self._bad_samples, 0
         unscored, self._unscored = self._unscored, Counter()
@@ -146,7 +154,7 @@ class AsynchronousSource:
             **left_out(bad, unscored, stale),
             "staleness/lag_mean": float(per_token.mean()) if len(per_token) else 0.0,
             "staleness/lag_max": float(per_token.max(initial=0)),
-            "staleness/partial_share": float(partial),
+            "staleness/partial_share": partial_share(samples),
             "staleness/interruptions": float(interruptions),
             "staleness/under_way": float(self.buffer.under_way),
             "staleness/waiting": float(self.buffer.waiting),

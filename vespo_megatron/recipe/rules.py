@@ -43,6 +43,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
+    yield from _oversampling(recipe)
     yield from _mismatch(recipe)
     yield from _quantization(recipe)
     if recipe.policy.generation.backend == "sglang":
@@ -423,6 +424,36 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             "is true: servers that give their memory to the trainer cannot generate beside it",
             where=f"{_GENERATION}.sglang_cfg.colocated",
             fix="set it to false, or grpo.async_grpo.enabled=false",
+        )
+
+
+def _oversampling(recipe: Recipe) -> Iterator[UserError]:
+    schedule = recipe.grpo
+    if schedule.oversample > 1 and schedule.async_grpo.enabled:
+        yield UserError(
+            f"is {schedule.oversample:g} in an asynchronous run, which draws ahead as far as its staleness allows",
+            where="grpo.oversample",
+            expected="1",
+            fix="raise grpo.async_grpo.max_staleness instead",
+        )
+    if schedule.partial_rollouts and schedule.oversample == 1:
+        yield UserError(
+            "is true with grpo.oversample 1, which ends nothing",
+            where="grpo.partial_rollouts",
+            fix="raise grpo.oversample; in an asynchronous run set grpo.async_grpo.on_weight_update=abort_and_continue",
+        )
+    if schedule.partial_rollouts and recipe.behavior == "version":
+        yield UserError(
+            "is true with behavior: version, for which a synchronous run holds no earlier weights",
+            where="grpo.partial_rollouts",
+            expected="loss_fn.behavior=recompute or rollout",
+        )
+    curriculum = recipe.data.curriculum
+    if curriculum.min_solved > curriculum.max_solved:
+        yield UserError(
+            f"is {curriculum.min_solved:g}",
+            where="data.curriculum.min_solved",
+            expected=f"at most max_solved, {curriculum.max_solved:g}",
         )
 
 
