@@ -19,9 +19,9 @@ class ForwardRecorder:
         self.engine, self.seen = engine, defaultdict(list)
         model = engine._model
         self._sequences = {}
-        for name in ("new_cache", "prefill", "decode"):
-            original = getattr(model, name)
-            setattr(model, name, functools.partial(getattr(self, f"_{name}"), original))
+        model.new_cache = functools.partial(self._new_cache, model.new_cache)
+        model.prefill = functools.partial(self._prefill, model.prefill)
+        model.decode = functools.partial(self._decode, model.decode)
 
     def _new_cache(self, original, rows, capacity):
         cache = original(rows, capacity)
