@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,7 +93,7 @@ class SynchronousSource:
         if schedule.oversample == 1:
             return run(self.sampler.sample(self.parts.prompts.take(count), repeats, label)), {}
         begun, self._begun = self._begun, []
-        more = max(0, math.ceil(schedule.oversample * count) - len(begun))
+        more = max(0, schedule.groups_begun(count) - len(begun))
         records = self.parts.prompts.take(more, avoid={*have, *(group.record.prompt_id for group in begun)})
         context = self.parts.recipe.policy.max_total_sequence_length
         groups = begun + [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from vespo_megatron.recipe.schema.base import Section, key, section
@@ -105,6 +106,10 @@ class GRPOConfig(Section):
         if step == 0:
             return self.val_at_start
         return step % self.val_period == 0 or (self.val_at_end and step == self.max_num_steps)
+
+    def groups_begun(self, wanted: int) -> int:
+        """Groups that are begun for so many to train on."""
+        return math.ceil(self.oversample * wanted)
 
     @property
     def overlong(self) -> str:

@@ -66,8 +66,15 @@ def parse_reply(
     if retractions:
         extra["retractions"] = float(retractions)
     if return_routes and length > 0 and finish_reason == "abort" and meta.get("routed_experts") is None:
+        nothing = None if sampling_mask is None else SamplingMask.whole(0)
         return GenerationResult(
-            request.request_id, output_ids[:0], log_probs[:0], versions[:0], finish_reason, extra=extra
+            request.request_id,
+            output_ids[:0],
+            log_probs[:0],
+            versions[:0],
+            finish_reason,
+            sampling_mask=nothing,
+            extra=extra,
         )
     routes, route_versions = None, None
     if return_routes and length > 0:

@@ -27,6 +27,8 @@ from vespo_megatron.rollout_sglang.in_process.step_gate import StepGate
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
 _POLL_S = 0.002
+_HEARD_S = 10.0
+"""An event loop that has ended hears nothing."""
 _SCORED_AT_A_TIME = 64
 """Responses whose logits and hidden states are held at one time."""
 
@@ -94,12 +96,23 @@ class InProcessEngine:
         while self._paused.is_set() and not self._closed:
             await asyncio.sleep(_POLL_S)
         loop = asyncio.get_running_loop()
+        told = False
 
         def emit(result: GenerationResult) -> None:
+            nonlocal told
             if on_result is not None:
                 loop.call_soon_threadsafe(on_result, result)
+                told = True
 
-        results = await loop.run_in_executor(self._worker, self._generate, list(requests), emit)
+        def wait_until_heard() -> None:
+            """So that what a result leads to, a pause for instance, is there before the same step in every run."""
+            nonlocal told
+            if told:
+                told, heard = False, threading.Event()
+                loop.call_soon_threadsafe(loop.call_soon, heard.set)  # after what `on_result` has begun
+                heard.wait(_HEARD_S)
+
+        results = await loop.run_in_executor(self._worker, self._generate, list(requests), emit, wait_until_heard)
         await asyncio.sleep(0)  # lets the last scheduled on_result calls run before the caller goes on
         return results
 
@@ -216,7 +229,10 @@ class InProcessEngine:
                 raise UserError(f"token id {token}", where=where, expected=f"0 to {self.vocab_size - 1}")
 
     def _generate(
-        self, requests: list[GenerationRequest], emit: Callable[[GenerationResult], None]
+        self,
+        requests: list[GenerationRequest],
+        emit: Callable[[GenerationResult], None],
+        wait_until_heard: Callable[[], None],
     ) -> list[GenerationResult]:
         results: list[GenerationResult] = []
         with self._generation_lock.read(), self._gate.running(), torch.inference_mode():
@@ -231,7 +247,7 @@ class InProcessEngine:
                     return_routes=self.return_routes,
                     emit=emit,
                 )
-                results += batch.run(self._between_steps)
+                results += batch.run(lambda: (wait_until_heard(), self._between_steps())[1])
         return results
 
     def _between_steps(self) -> bool:
