@@ -132,6 +132,34 @@ def test_killed_at_twenty_random_moments_no_group_is_trained_twice_or_lost(mode,
     assert {row["rollout/stale_routes"] for row in rows} == {0.0} and rows[-1]["staleness/drawn_again"] > 0
 
 
+@pytest.mark.nightly
+@pytest.mark.sglang
+@pytest.mark.timeout(3000)
+def test_killed_five_times_beside_sglang_s_real_server_no_group_is_trained_twice_or_lost(importable, sglang_servers):
+    chance = random.Random(5)
+    run_dir = make_run(
+        importable,
+        "beside_sglang",
+        "policy.generation.backend=sglang",
+        f"policy.generation.sglang_cfg.urls={sglang_servers.urls}",
+        "policy.generation.sglang_cfg.enable_return_routed_experts=true",
+        "policy.generation.sglang_cfg.weight_bucket_bytes=65536",
+        "grpo.async_grpo.max_staleness=2",
+        "checkpointing.save_period=1",
+        "policy.router_replay.mode=R3",
+        "policy.generation.max_new_tokens=60",
+        "policy.max_total_sequence_length=128",
+    )
+    for number, phase in enumerate(("generate", "train", "checkpoint write", "sync_weights", "generate")):
+        process = resume_work.start(run_dir, write_groups_down)
+        assert resume_work.kill_in(run_dir, process, phase, 2 * number + 1, chance)
+    resume_work.finish(run_dir, write_groups_down)
+    rows = check(run_dir, bound=2)
+    check_groups(run_dir, STEPS)
+    assert sum(row["staleness/partial_share"] for row in rows) > 0
+    assert {row["rollout/stale_routes"] for row in rows} == {0.0}
+
+
 def test_in_place_every_route_is_replayed_and_none_is_stale(importable):
     run_dir = make_run(
         importable,
