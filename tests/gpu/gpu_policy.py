@@ -71,7 +71,7 @@ def make_batch(seed: int = 0, lengths: tuple = LENGTHS, *, routed: bool = False)
     ]
     for sample in samples if routed else ():
         order = generator.random((sample.num_tokens - 1, MOE_LAYERS, EXPERTS)).argsort(axis=-1)
-        sample.routes, sample.routes_version = order[..., :TOPK].astype(np.uint8), 0
+        sample.routes, sample.route_versions = order[..., :TOPK].astype(np.uint8), np.zeros(len(order), np.int64)
     return Batch(samples, generator.normal(0, 1, len(samples)).astype(np.float32))
 
 

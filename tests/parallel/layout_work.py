@@ -234,7 +234,7 @@ def with_random_routes(batch: Batch, seed: int = 5, layers: int = MOE_LAYERS) ->
     for sample in batch.samples:
         rows = sample.num_tokens - 1
         order = generator.random((rows, layers, NUM_EXPERTS)).argsort(axis=-1)
-        sample.routes, sample.routes_version = order[..., :TOPK].astype(np.uint8), 0
+        sample.routes, sample.route_versions = order[..., :TOPK].astype(np.uint8), np.zeros(rows, np.int64)
     return batch
 
 

@@ -80,39 +80,26 @@ IMPOSSIBLE = {
         "staleness_threshold",
         "max_staleness",
     ),
+    "over-sampling beside training": (
+        {"grpo__oversample": 1.25, "grpo__async_grpo__enabled": True},
+        "grpo.oversample",
+        "max_staleness",
+    ),
+    "partial rollouts of which nothing is ended": ({"grpo__partial_rollouts": True}, "partial_rollouts", "oversample"),
+    "partial rollouts scored by weights that nobody has": (
+        {"grpo__partial_rollouts": True, "grpo__oversample": 2.0, "loss_fn__behavior": "version"},
+        "partial_rollouts",
+        "recompute or rollout",
+    ),
+    "a curriculum that nothing fits": (
+        {"data__curriculum__min_solved": 0.8, "data__curriculum__max_solved": 0.2},
+        "min_solved",
+        "max_solved",
+    ),
     "router shift without π_old": (
         {"loss_fn__router_shift__apply": "before_clip", "loss_fn__behavior": "rollout"},
         "loss_fn.router_shift.apply",
         "recompute or version",
-    ),
-    "R3 of interrupted responses": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-            "policy__router_replay__on_stale_routes": "error",
-        },
-        "on_stale_routes",
-        "live or drop",
-    ),
-    "R3 without routes of one version": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-        },
-        "on_weight_update",
-        "drain",
-    ),
-    "in_place without SGLang": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            G + "backend": "in_process",
-        },
-        "on_weight_update",
-        "abort_and_continue",
     ),
     "a cache that SGLang alone rounds": ({DIAL + "kv_cache": "fp8_e4m3"}, "mismatch.kv_cache", "backend=in_process"),
     "inputs that SGLang alone rounds": (

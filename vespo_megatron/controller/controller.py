@@ -11,6 +11,7 @@ from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.parts import BatchSource, Evaluations, Parts, Rollout
 from vespo_megatron.controller.synchronous import SynchronousSource
 from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_source import PromptSource
 from vespo_megatron.data.prompt_stream import Prompts
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
@@ -37,9 +38,10 @@ class Controller:
         rewards: RewardPool,
         logger: RunLogger,
     ) -> None:
-        self.parts = Parts(recipe, engine, tokenizer, prompts, validation, rewards, logger, EventLoopThread())
-        source = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
-        self.source: BatchSource = source(self.parts)
+        source = PromptSource(prompts, recipe.data.curriculum)
+        self.parts = Parts(recipe, engine, tokenizer, source, validation, rewards, logger, EventLoopThread())
+        batches = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
+        self.source: BatchSource = batches(self.parts)
 
     @property
     def engine(self) -> RolloutEngine:

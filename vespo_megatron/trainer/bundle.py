@@ -25,9 +25,17 @@ from vespo_megatron.run.run_directory import RECIPE_FILE
 
 WEIGHTS = "weights"
 _FACTS, _ARRAYS = "bundle.json", "arrays.npz"
-_PER_TOKEN = ("prompt_ids", "response_ids", "behavior_log_probs", "weight_versions", "loss_mask", "routes")
+_PER_TOKEN = (
+    "prompt_ids",
+    "response_ids",
+    "behavior_log_probs",
+    "weight_versions",
+    "loss_mask",
+    "routes",
+    "route_versions",
+)
 _MASK = NAMES_ON_DISK["sampling_mask"]
-_PLAIN = ("sample_id", "prompt_id", "finish_reason", "routes_version", "reward", "reward_parts")
+_PLAIN = ("sample_id", "prompt_id", "finish_reason", "reward", "reward_parts")
 
 
 @dataclass
@@ -76,8 +84,8 @@ def read(folder: Path) -> Bundle:
         with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
             samples = [
                 Sample(
-                    **plain,
-                    **{name: arrays.get(f"{index}.{_on_disk(name)}") for name in _PER_TOKEN},
+                    **{name: arrays.get(f"{index}.{_on_disk(name)}", plain.get(_on_disk(name))) for name in _PER_TOKEN},
+                    **{name: value for name, value in plain.items() if name in _PLAIN},
                     sampling_mask=_sampling_mask(arrays, index),
                 )
                 for index, plain in enumerate(facts["samples"])

@@ -103,7 +103,7 @@ def _without_routes(batch: Batch) -> Batch:
     samples = []
     for sample in batch.samples:
         samples.append(copy.copy(sample))
-        samples[-1].routes = None
+        samples[-1].routes = samples[-1].route_versions = None
     return Batch(samples, batch.advantages, batch.lags)
 
 

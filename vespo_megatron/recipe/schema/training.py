@@ -124,7 +124,9 @@ class RouterReplayConfig(Section):
 
     mode: Literal["none", "R2", "R3"] = key("none", "R2: the trainer's own routes at θ_old; R3: the rollout engine's.")
     on_stale_routes: Literal["live", "drop", "error"] = key(
-        "error", "Routes of another weight version than the log-probs."
+        "error",
+        "The engine's routes of a token, of other weights than drew it: the router decides (live), the response is not "
+        "trained on (drop), or the run ends.",
     )
     measure_agreement: bool = key(
         True, "Compare the trainer's routes with the engine's, where it returns them.", ours=True

@@ -105,6 +105,7 @@ class SGLangClient:
                     return_routes=self.return_routes,
                     context_length=self.context_length,
                     keep_bad_numbers=self.keep_bad_numbers,
+                    sent_routes_start=body["routed_experts_start_len"],
                 )
                 for reply, request, sent_as in zip(replies, requests, body["rid"], strict=True)
             ]

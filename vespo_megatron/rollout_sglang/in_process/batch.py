@@ -23,9 +23,9 @@ class Batch:
     """Requests generated side by side, one token of each per step; every unfinished row is at the same step.
 
     Args:
-        model: holds the weights; not to change while the batch runs.
+        model: holds the weights; they change while `between_steps` runs, and at no other time.
         limits: tokens to draw at most, per request.
-        weight_version: of the model's weights, stamped on every token.
+        weight_version: of the model's weights, now: each token is stamped with those that drew it.
         return_routes: keep the experts of every token.
         emit: called with each result as its row finishes.
     """
@@ -36,7 +36,7 @@ class Batch:
         requests: list[GenerationRequest],
         limits: list[int],
         *,
-        weight_version: int,
+        weight_version: Callable[[], int],
         return_routes: bool,
         emit: Callable[[GenerationResult], None],
     ) -> None:
@@ -47,14 +47,19 @@ class Batch:
         # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
         self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
         self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
+        self.versions: list[int] = []
+        """Of each step: the weights that drew its token and ran the token before it; every row's alike."""
         self.sampling_mask: list[list[np.ndarray]] = [[] for _ in requests]
         shape = model.shape
         self._route_dtype = smallest_int_dtype(shape.num_experts)
         sizes = (len(requests), 0, shape.num_moe_layers, shape.num_experts_per_tok)
         self.routes = np.zeros(sizes, self._route_dtype)
 
-    def run(self, stopped: Callable[[], bool]) -> list[GenerationResult]:
-        """Generate until every row is finished, or until `stopped()`: the rest is then an abort."""
+    def run(self, between_steps: Callable[[], bool]) -> list[GenerationResult]:
+        """Generate until every row is finished, or until `between_steps()` is False: the rest is then an abort.
+
+        It is called before each decode step, and may change the model's weights: the cache stays as it is.
+        """
         prompts = {request.prompt_ids: None for request in self.requests}
         unique = {prompt: index for index, prompt in enumerate(prompts)}
         lengths = torch.tensor([len(prompt) for prompt in unique], device=self.device)
@@ -65,6 +70,7 @@ class Batch:
         # Requests of one group share a prompt: it is run once, and its cache rows are repeated.
         cache = self.model.new_cache(len(unique), width + min(max(self.limits), 64))
         flips, random = self._read_prompts(ids, lengths)
+        self.versions.append(self.weight_version())
         logits, prompt_routes = self.model.prefill(ids, lengths, cache, flips)
         self.prompt_routes = self._pack_routes(prompt_routes)
         self.prompt_index = [unique[request.prompt_ids] for request in self.requests]
@@ -109,11 +115,12 @@ class Batch:
                     )
                     stops = stops[keep] if len(stops) > 1 else stops
                     longest = int(positions.max())
-            if stopped():
+            if not between_steps():
                 for row in origin[alive].tolist():
                     self._finish(row, step + 1, "abort")
                 break
             longest += 1
+            self.versions.append(self.weight_version())
             logits, routes = self.model.decode(tokens, positions, longest, cache, flips)
             self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
             positions, step = positions + 1, step + 1
@@ -126,7 +133,7 @@ class Batch:
         mismatch = self.model.mismatch
         if not mismatch.is_random:
             return None, None
-        reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version)
+        reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version())
         states = reader.read_all(ids.cpu().numpy())
         last = states[np.arange(len(ids)), lengths.cpu().numpy() - 1]
         return mismatch.flips(states, self.model.shape.moe_layers), PrefixRandom(last)
@@ -166,19 +173,21 @@ class Batch:
                 self.sampling_mask[row].append(ids)
 
     def _finish(self, row: int, length: int, reason: str) -> None:
-        request, version = self.requests[row], self.weight_version
-        routes = None
+        request, versions = self.requests[row], np.array(self.versions[:length], dtype=np.int64)
+        routes, route_versions = None, None
         if self.return_routes:
-            prompt = self.prompt_routes[self.prompt_index[row], : len(request.prompt_ids)]
-            routes = np.concatenate([prompt, self.routes[row, : length - 1]])
+            prompt_length, start = len(request.prompt_ids), request.routes_start
+            prompt = self.prompt_routes[self.prompt_index[row], :prompt_length]
+            routes = np.concatenate([prompt, self.routes[row, : length - 1]])[start:]
+            route_versions = np.concatenate([np.full(prompt_length - 1, versions[0]), versions])[start:]
         result = GenerationResult(
             request_id=request.request_id,
             output_ids=self.tokens[row, :length].copy(),
             behavior_log_probs=self.log_probs[row, :length].copy(),
-            weight_versions=np.full(length, version, dtype=np.int64),
+            weight_versions=versions,
             finish_reason=reason,
             routes=routes,
-            routes_version=version if routes is not None else None,
+            route_versions=route_versions,
             sampling_mask=SamplingMask.of(self.sampling_mask[row][:length]) if request.wants_sampling_mask else None,
         )
         self.results[row] = result

@@ -24,9 +24,12 @@ from vespo_megatron.rollout_sglang.in_process.batch import Batch
 from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch
 from vespo_megatron.rollout_sglang.in_process.model import CachedDecoder, load_model, weight_views
 from vespo_megatron.rollout_sglang.in_process.scoring import score
+from vespo_megatron.rollout_sglang.in_process.step_gate import StepGate
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
 
 _POLL_S = 0.002
+_HEARD_S = 10.0
+"""An event loop that has ended hears nothing."""
 _SCORED_AT_A_TIME = 64
 """Responses whose logits and hidden states are held at one time."""
 
@@ -70,6 +73,7 @@ class InProcessEngine:
         self._model: CachedDecoder | None = CachedDecoder(model, shape, self.context_length, mismatch)
         self._views = weight_views(model, shape)
         self._generation_lock = ReadersWriterLock()
+        self._gate = StepGate()
         # One thread for good: a new one per call would start its own OpenMP workers each time (three times slower).
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="in-process-engine")
         self._paused = threading.Event()
@@ -86,19 +90,30 @@ class InProcessEngine:
 
         A response is cut at the context length with finish reason 'length'. While the engine is paused, what runs
         ends as 'abort' with what it has, and what is asked for anew waits for `resume`; during a weight update it waits
-        for the update's end. All of one call is drawn under one version.
+        for the update's end. All of one call is drawn under one version, but for updates in place.
         """
         for request in requests:
             self._check(request)
         while self._paused.is_set() and not self._closed:
             await asyncio.sleep(_POLL_S)
         loop = asyncio.get_running_loop()
+        told = False
 
         def emit(result: GenerationResult) -> None:
+            nonlocal told
             if on_result is not None:
                 loop.call_soon_threadsafe(on_result, result)
+                told = True
 
-        results = await loop.run_in_executor(self._worker, self._generate, list(requests), emit)
+        def wait_until_heard() -> None:
+            """So that what a result leads to, a pause for instance, is there before the same step in every run."""
+            nonlocal told
+            if told:
+                told, heard = False, threading.Event()
+                loop.call_soon_threadsafe(loop.call_soon, heard.set)  # after what `on_result` has begun
+                heard.wait(_HEARD_S)
+
+        results = await loop.run_in_executor(self._worker, self._generate, list(requests), emit, wait_until_heard)
         await asyncio.sleep(0)  # lets the last scheduled on_result calls run before the caller goes on
         return results
 
@@ -114,18 +129,15 @@ class InProcessEngine:
     ) -> str:
         """Take a complete set of tensors under their names on disk, cast to the engine's dtype; waits for what runs.
 
+        With `in_place` it waits for the step that runs: generations stand still between two steps, and go on with the
+        new weights and the cache as it is.
+
         Returns the `WeightChecksum` of the weights as they now are. Raises `UserError` for an unknown, repeated,
-        misshapen or missing tensor; the engine then refuses to generate until an update succeeds. It refuses
-        `in_place`, and is then as it was.
+        misshapen or missing tensor; the engine then refuses to generate until an update succeeds, and what stood still
+        for it `in_place` ends with the same error.
         """
-        if in_place:
-            raise UserError(
-                "cannot take weights in place, under requests that run",
-                where=self.description,
-                expected="an update that waits for them",
-                fix="set grpo.async_grpo.on_weight_update=abort_and_continue or drain, or use the sglang backend",
-            )
-        with self._generation_lock.write(), torch.inference_mode():
+        # New calls are held back by the lock; what is inside stands or has ended once the gate is held.
+        with self._generation_lock.write(wait=not in_place), self._gate.hold(), torch.inference_mode():
             self._broken = f"the weights of version {version} did not arrive whole"
             sent = WeightChecksum()
             missing = dict.fromkeys(self._views)
@@ -218,10 +230,18 @@ class InProcessEngine:
                 raise UserError(f"token id {token}", where=where, expected=f"0 to {self.vocab_size - 1}")
 
     def _generate(
-        self, requests: list[GenerationRequest], emit: Callable[[GenerationResult], None]
+        self,
+        requests: list[GenerationRequest],
+        emit: Callable[[GenerationResult], None],
+        wait_until_heard: Callable[[], None],
     ) -> list[GenerationResult]:
         results: list[GenerationResult] = []
-        with self._generation_lock.read(), torch.inference_mode():
+
+        def between_steps() -> bool:
+            wait_until_heard()
+            return self._between_steps()
+
+        with self._generation_lock.read(), self._gate.running(), torch.inference_mode():
             model = self._usable_model()
             for start in range(0, len(requests), self.max_batch_size):
                 some = requests[start : start + self.max_batch_size]
@@ -229,15 +249,21 @@ class InProcessEngine:
                     model,
                     some,
                     [min(each.sampling.max_new_tokens, self.context_length - len(each.prompt_ids)) for each in some],
-                    weight_version=self.weight_version,
+                    weight_version=lambda: self.weight_version,
                     return_routes=self.return_routes,
                     emit=emit,
                 )
-                results += batch.run(self._paused.is_set)
+                results += batch.run(between_steps)
         return results
 
+    def _between_steps(self) -> bool:
+        """Whether to go on, once nobody changes the weights; raises where they did not come whole."""
+        self._gate.stand()
+        self._usable_model()
+        return not self._paused.is_set()
+
     def _score(self, responses: list[tuple[np.ndarray, np.ndarray]], temperature: float) -> list[ScoredResponse]:
-        with self._generation_lock.read(), torch.inference_mode():
+        with self._generation_lock.read(), self._gate.running(), torch.inference_mode():
             model = self._usable_model()
             return [
                 scored
