@@ -6,8 +6,8 @@
 | `prime` | Eurus and the sets it is made of | looks into a list of one value; deep recursion |
 | `livecodebench` | LiveCodeBench | line by line, no rounding, JSON's own types, first failure ends it; deep recursion |
 
-Sources: veRL's `verl/utils/reward_score/prime_code/testing_util.py` for `prime`, which takes the first value of any list
-and not only of a list of one; LiveCodeBench's `lcb_runner/evaluation/testing_util.py` for `livecodebench`.
+Sources: veRL's `verl/utils/reward_score/prime_code/testing_util.py` for `prime`, which takes the first value of every
+list, not of lists of one alone; LiveCodeBench's `lcb_runner/evaluation/testing_util.py` for `livecodebench`.
 """
 
 from __future__ import annotations
