@@ -10,7 +10,7 @@ from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
-from vespo_megatron.recipe.schema import SetConfig
+from vespo_megatron.recipe.schema import Recipe, SetConfig
 from vespo_megatron.rewards.answers import last_boxed
 from vespo_megatron.run.records import LoggedSample
 
@@ -27,20 +27,10 @@ async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float
         sets.setdefault(record.set_name, []).append(record)
     problems, samples, shown = [], [], []
     for name, members in sets.items():
-        config = data.validation.given.get(name, SetConfig())
-        repeats = config.num_samples or schedule.val_num_generations
-        solved, drawn = await draw_problems(
-            sampler,
-            members,
-            repeats,
-            greedy=schedule.val_greedy,
-            group_by=data.group_by,
-            temperature=config.temperature,
-            top_p=config.top_p,
-        )
+        solved, drawn = await draw_set(sampler, members, greedy=schedule.val_greedy, group_by=data.group_by)
         problems += solved
         samples += drawn
-        shown += drawn[:: max(1, repeats)]
+        shown += drawn[:: repeats_of(parts.recipe, name)]
     shown = shown[: parts.recipe.logger.num_val_samples_to_print]
     by_id = {record.prompt_id: record for record in records}
     parts.logger.log_samples(
@@ -61,28 +51,40 @@ def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedS
     )
 
 
-async def draw_problems(
+def repeats_of(recipe: Recipe, set_name: str) -> int:
+    """Responses to each problem of a validation set."""
+    return recipe.data.validation.given.get(set_name, SetConfig()).num_samples or recipe.grpo.val_num_generations
+
+
+async def draw_set(
     sampler: Sampler,
     records: Sequence[PromptRecord],
-    repeats: int,
     label: str = "validation",
     *,
+    repeats: int | None = None,
     greedy: bool = False,
     group_by: str | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
 ) -> tuple[list[Problem], list[Sample]]:
-    """Each prompt answered `repeats` times under the recipe's evaluation sampling, scored by its reward.
+    """The prompts of one set answered as the recipe evaluates it, each scored by its reward.
 
     A problem whose responses were all unusable and dropped is left out.
 
     Args:
         label: the requests' names begin with it.
+        repeats: in place of the recipe's (`repeats_of`).
         greedy: whether each is answered once more at temperature 0; not among the samples that are returned.
         group_by: entry of `extra_info` that is the problem's group.
-        temperature, top_p: in place of the recipe's.
     """
-    drawn = await sampler.sample(records, repeats, label, evaluation=True, temperature=temperature, top_p=top_p)
+    name = records[0].set_name
+    config = sampler.recipe.data.validation.given.get(name, SetConfig())
+    drawn = await sampler.sample(
+        records,
+        repeats or repeats_of(sampler.recipe, name),
+        label,
+        evaluation=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
     samples = drawn.samples
     answered: dict[str, list[Sample]] = {}
     for sample in samples:
