@@ -243,3 +243,63 @@ def test_every_form_of_eurus_goes_from_the_hub_s_row_to_a_score(tmp_path):
             for program in (right, wrong)
         ]
         assert scores == [1.0, 0.0], tests
+
+
+# ---- HumanEval+ and MBPP+ --------------------------------------------------------------------------------------------
+
+HARNESS = """
+import numpy as np
+
+def floats(x):
+    return isinstance(x, float) or (isinstance(x, (list, tuple)) and all(isinstance(i, float) for i in x))
+
+def assertion(out, exp, atol):
+    if atol == 0 and floats(exp):
+        atol = 1e-6
+    if out != exp and atol != 0:
+        assert np.allclose(out, exp, rtol=1e-07, atol=atol)
+    else:
+        assert out == exp, f"out: {out}, exp: {exp}"
+
+"""
+"""What EvalPlus's scripts begin with: floats within 1e-6, all else exactly."""
+INPUTS = [[[float(number), number / 3, -1.5], "a"] for number in range(400)]
+RESULTS = [[min(xs), max(xs)] for xs, _ in INPUTS]
+OVER_ALL = f"inputs = {INPUTS}\nresults = {RESULTS}\nfor i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+
+
+def indented(text):
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+@needs_wall
+def test_hundreds_of_inputs_in_evalplus_s_scripts_are_tried_within_the_floats_that_it_forgives(tmp_path):
+    humaneval = {
+        "task_id": "HumanEval/1",
+        "prompt": "from typing import List\n\n\ndef ends(xs: List[float], name: str) -> List[float]:\n    ...\n",
+        "entry_point": "ends",
+        "canonical_solution": "…",
+        "test": f"{HARNESS}def check(candidate):\n{indented(OVER_ALL + '    assertion(candidate(*inp), exp, 0)')}",
+    }
+    mbpp = {
+        "task_id": 2,
+        "prompt": "Write a function that finds both ends.",
+        "code": "…",
+        "source_file": "…",
+        "test_list": ["assert ends([1, 2], 'a') == [1, 2]"],
+        "test_imports": [],
+        "test": f"{HARNESS}{OVER_ALL}    assertion(ends(*inp), exp, 0)\n",
+    }
+    programs = [
+        ("def ends(xs, name):\n    return [min(xs) + 1e-8, max(xs)]", 1.0),
+        ("def ends(xs, name):\n    return [min(xs), max(xs) + (xs[0] > 398) * 1e-3]", 0.0),  # the last input alone
+        ("def ends(xs, name):\n    return [min(xs), float(max(xs)), 0.0]", 0.0),
+    ]
+    for name, row in (("humaneval_plus", humaneval), ("mbpp_plus", mbpp)):
+        path = prepare(name, tmp_path / "out", local=write(tmp_path / name, f"{name}.jsonl", [row]))
+        (made,) = pyarrow.parquet.read_table(path).to_pylist()
+        assert "ends(" in made["prompt"][0]["content"]
+        truth = made["reward_model"]["ground_truth"]
+        for program, wanted in programs:
+            text = f"```python\n{program}\n```"
+            assert code_reward(name, text, truth, {}, test_timeout=60.0)["score"] == wanted, (name, program)

@@ -78,8 +78,9 @@ def test_ours_stands_beside_every_row_and_the_recipe_s_own_are_bold():
         problem("amc23", [1] * 16),
         problem("math500", [1, 1, 0, 0]),
     ]
-    text = beside_paper(2, problems, Evaluated("step_000100", "gspo", 16))
-    assert "Table 2 of arXiv 2602.10693 v3" in text
+    what = Evaluated("step_000100", "gspo", 16)
+    text = beside_paper(2, problems, dict.fromkeys(("aime24", "aime25", "amc23", "math500"), 1) | {"aime24": 2}, what)
+    assert "Not all problems" not in text and "Table 2 of arXiv 2602.10693 v3" in text
     ours = cells(text, "here: step_000100")
     assert ours[1:] == ["gspo", "16", "50.0", "50.0 [50.0, 50.0]", "0.0", "100.0", "50.0"]
     assert text.count("paper: Qwen3-30B-A3B-Base") == 20
@@ -92,7 +93,8 @@ def test_ours_stands_beside_every_row_and_the_recipe_s_own_are_bold():
 
 def test_what_is_missing_or_other_than_in_the_paper_is_said():
     problems = [problem("humaneval_plus", [1] * 10), problem("livecodebench_v6", [1, 0, 0])]
-    text = beside_paper(4, problems, Evaluated("m", "vespo", 8))
+    text = beside_paper(4, problems, {"humaneval_plus": 1, "livecodebench_v6": 175}, Evaluated("m", "vespo", 8))
     assert cells(text, "here: m")[3:] == ["100.0", "100.0", "-", "100.0 (pass@3)"]
     assert "without MBPP+" in text and "Fewer responses than the paper's on LiveCodeBench v6" in text
+    assert "Not all problems: 1 of 175 of livecodebench_v6;" in text
     assert "**63.0**" in text, "Table 4 has no N"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,12 +30,13 @@ def measured(problems: Sequence[Problem], benchmark: Benchmark) -> tuple[str, Sc
     return f"pass@{k}", score(problems, partial(pass_at, k=k))
 
 
-def beside_paper(number: int, problems: Sequence[Problem], what: Evaluated) -> str:
+def beside_paper(number: int, problems: Sequence[Problem], sizes: Mapping[str, int], what: Evaluated) -> str:
     """Our row, every row of the paper's table, and what is not as in the paper.
 
     Args:
         number: of the table.
         problems: of all sets, whose data sources are the benchmarks' names.
+        sizes: how many problems each set has.
     """
     table, sets = TABLES[number], by_set(problems)
     found = {each.name: measured(sets[each.name], each) for each in table.benchmarks if each.name in sets}
@@ -47,7 +48,8 @@ def beside_paper(number: int, problems: Sequence[Problem], what: Evaluated) -> s
     head = ["", "objective", "N", "average", *titles]
     lines = [f"Table {number} of {SOURCE}: {table.about}. In percent.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join([*lines, "", *_remarks(table, found)])
+    lost = [f"{len(sets[name])} of {sizes[name]} of {name}" for name in found if len(sets[name]) < sizes[name]]
+    return "\n".join([*lines, "", *_remarks(table, found, lost)])
 
 
 def _own_cell(benchmark: Benchmark, found: tuple[str, Score] | None) -> str:
@@ -64,7 +66,7 @@ def _reported(row: Reported, what: Evaluated, benchmarks: int) -> list[str]:
     return [f"paper: {row.model}", row.objective, updates, value, *[""] * benchmarks]
 
 
-def _remarks(table: Table, found: dict[str, tuple[str, Score]]) -> list[str]:
+def _remarks(table: Table, found: dict[str, tuple[str, Score]], lost: list[str]) -> list[str]:
     missing = [each.title for each in table.benchmarks if each.name not in found]
     other = [each.title for each in table.benchmarks if each.name in found and found[each.name][0] != each.measure]
     remarks = ["Bold: the recipe's objective and N. The paper's numbers for single benchmarks are not known here."]
@@ -72,4 +74,8 @@ def _remarks(table: Table, found: dict[str, tuple[str, Score]]) -> list[str]:
         remarks.append(f"Our average is without {', '.join(missing)}; the paper's is of all.")
     if other:
         remarks.append(f"Fewer responses than the paper's on {', '.join(other)}.")
+    if lost:
+        remarks.append(
+            f"Not all problems: {', '.join(lost)}; the others' prompts are too long, or no answer was usable."
+        )
     return [f"- {remark}" for remark in [*remarks, *table.notes]]

@@ -59,7 +59,9 @@ def evaluate_table(
     folder, text = evaluate(asked, checkpoint=checkpoint, repeats=repeats)
     model = Path(checkpoint or recipe.policy.model_name).name
     what = Evaluated(model, recipe.loss_fn.name, recipe.num_mini_batches)
-    beside = f"{beside_paper(number, read_problems(folder / PROBLEMS), what)}\n- {_sampling(recipe)}; {SAMPLING}."
+    sizes = {name: _rows(each.places[0]) for name, each in asked.data.validation.given.items()}
+    beside = beside_paper(number, read_problems(folder / PROBLEMS), sizes, what)
+    beside += f"\n- {_sampling(recipe)}; {SAMPLING}."
     (folder / PAPER).write_text(beside + "\n", encoding="utf-8")
     return folder, f"{text}\n\n{beside}"
 
@@ -100,6 +102,12 @@ def _unfenced(recipe: Recipe, reward: str) -> dict[str, Any]:
     """What the recipe's own code reward says of machines that cannot fence programs."""
     own = recipe.env.reward_kwargs if recipe.env.reward == "code" and not recipe.env.rewards else {}
     return {"allow_unsafe_code": True} if reward == "code" and own.get("allow_unsafe_code") else {}
+
+
+def _rows(path: str) -> int:
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def _sampling(recipe: Recipe) -> str:
