@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from vespo_megatron.cli import main
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
@@ -12,9 +15,11 @@ from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.run.checkpoint_judgement import Record
 from vespo_megatron.run.checkpoint_store import CheckpointStore, RetentionPolicy
-from vespo_megatron.run.metrics_file import MetricsFile
+from vespo_megatron.run.metrics_file import MetricsFile, read_metrics
 from vespo_megatron.run.run_directory import RECIPE_FILE
 
+ROOT = Path(__file__).parents[2]
+SPLIT = {"few": "<", "many": ">="}
 SCORES = {2: ([1, 0], [0, 0]), 4: ([1, 0], [1, 1]), 6: ([1, 1], [0, 1]), 8: ([0, 0], [0, 0])}
 """Step → rewards of the one problem of `small`, and of each of the three of `large`."""
 
@@ -70,3 +75,42 @@ def test_a_run_without_evaluated_checkpoints_has_no_best_one(run, tmp_path):
         best_checkpoint(run(metric_name="eval/other/avg@2"))
     with pytest.raises(UserError, match="is no run"):
         best_checkpoint(tmp_path / "checkpoints")
+
+
+def test_a_run_keeps_its_best_by_the_average_of_its_sets_and_eval_takes_that_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    sums = "examples/tiny_moe/build/data/validation.parquet"
+    sets = ", ".join(f"{name}: {{path: {sums}, filter: ['extra_info.index {op} 16']}}" for name, op in SPLIT.items())
+    changes = [
+        f"exp_manager.exp_dir={tmp_path}",
+        "exp_manager.version=one",
+        "grpo.max_num_steps=3",
+        "grpo.num_prompts_per_step=8",
+        "grpo.val_period=1",
+        "grpo.val_greedy=false",
+        "grpo.val_at_start=false",
+        "data.validation.path=null",
+        f"data.validation.sets={{{sets}}}",
+        "data.group_by=null",
+        "checkpointing.save_period=1",
+        "checkpointing.keep_top_k=1",
+        "checkpointing.metric_name=eval/average",
+        "checkpointing.save_hf=false",
+        "policy.megatron_cfg.optimizer.lr=3e-3",
+        "grpo.val_num_generations=2",
+        "grpo.max_val_samples=64",
+        "logger.tensorboard_enabled=false",
+    ]
+    recipe = "examples/tiny_moe/in_process.yaml"
+    assert main(["train", recipe, *changes]) == 0
+    folder = next(tmp_path.rglob("one"))
+    rows = read_metrics(folder)
+    for row in rows:
+        assert row["eval/average"] == pytest.approx((row["eval/few/avg@2"] + row["eval/many/avg@2"]) / 2)
+    best = max(reversed(rows), key=lambda row: row["eval/average"])["step"]
+    assert sorted(CheckpointStore(folder / "checkpoints").checkpoints()) == sorted({best, 3})
+    capsys.readouterr()
+    status = main(["eval", recipe, f"exp_manager.exp_dir={tmp_path}", "--checkpoint", str(folder), "--best"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert f"checkpoint {folder}/checkpoints/step_{best:06d}" in said.out

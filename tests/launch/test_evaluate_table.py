@@ -70,13 +70,18 @@ def test_table_1_is_drawn_as_the_paper_draws_it_and_its_rows_stand_beside_ours(e
 
 @needs_wall
 def test_table_4_runs_programs_and_a_set_that_is_not_there_may_be_left_out(evaluate, tmp_path):
-    truth = json.dumps({"inputs": ["1\n"], "outputs": ["1\n"]})
+    truth = json.dumps({"inputs": ["1\n"] * 999, "outputs": ["1\n"] * 999})
     sets = write_sets(tmp_path / "sets", *CODE[:2], truth=truth)
     asked = ("--table", "4", "--sets", str(sets), "--partial", "--samples", "11", "grpo.val_greedy=false")
     status, said = evaluate(*asked)
     assert status == 0, said.err
     assert "HumanEval+ pass@10" in said.out and "without LiveCodeBench v6" in said.out
     assert "| here: model | vespo | 4 | 0.0 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | - |" in said.out
+    (file,) = tmp_path.rglob(PROBLEMS)
+    written = {problem.ground_truth for problem in read_problems(file)}
+    assert written == {f"{truth[:200]}… ({len(truth)} characters)"}, (
+        "tests are in the set: here they would be megabytes"
+    )
 
 
 def test_each_set_has_its_reward_and_the_limits_that_its_tests_need(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.prompt_set import PromptRecord
@@ -16,6 +16,10 @@ from vespo_megatron.run.records import LoggedSample
 
 if TYPE_CHECKING:
     from vespo_megatron.controller.parts import Parts
+
+
+_LONGEST = 2000
+"""Characters of a ground truth that are written whole: tests of programs may be megabytes, and are in the set."""
 
 
 async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float]:
@@ -45,7 +49,7 @@ def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedS
         prompt=sampler.decode(sample.prompt_ids),
         response=sampler.decode(sample.response_ids),
         reward=sample.reward,
-        ground_truth=str(record.ground_truth),
+        ground_truth=str(_shortened(record.ground_truth)),
         finish_reason=sample.finish_reason,
         prompt_id=sample.prompt_id,
     )
@@ -111,7 +115,7 @@ def _problem(
     return Problem(
         prompt_id=record.prompt_id,
         data_source=record.set_name or record.data_source,
-        ground_truth=record.ground_truth,
+        ground_truth=_shortened(record.ground_truth),
         rewards=tuple(float(sample.reward) for sample in samples),
         answers=tuple(_answer(sampler.text(sample)) for sample in samples),
         lengths=tuple(len(sample.response_ids) for sample in samples),
@@ -119,6 +123,12 @@ def _problem(
         group=group,
         greedy=greedy,
     )
+
+
+def _shortened(ground_truth: Any) -> Any:
+    if len(text := str(ground_truth)) <= _LONGEST:
+        return ground_truth
+    return f"{text[: _LONGEST // 10]}… ({len(text)} characters)"
 
 
 def _answer(text: str) -> str | None:
