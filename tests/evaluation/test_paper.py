@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from vespo_megatron.cli import build_parser
 from vespo_megatron.data.public.sets import SETS
 from vespo_megatron.evaluation.beside_paper import Evaluated, beside_paper, measured
-from vespo_megatron.evaluation.paper import TABLES, Benchmark
+from vespo_megatron.evaluation.paper import SOURCE, TABLES, Benchmark
 from vespo_megatron.evaluation.scores import Problem
 from vespo_megatron.losses import objective_names
 
+ROOT = Path(__file__).parents[2]
 AVERAGES = """
 1 Llama-3.2-3B-Instruct 8: grpo 26.8, gspo 26.7, sapo 24.5, vespo 28.3
 1 Qwen3-8B-Base 8: grpo 54.6, gspo 56.4, sapo 60.9, vespo 60.9
@@ -98,3 +102,11 @@ def test_what_is_missing_or_other_than_in_the_paper_is_said():
     assert "without MBPP+" in text and "Fewer responses than the paper's on LiveCodeBench v6" in text
     assert "Not all problems: 1 of 175 of livecodebench_v6;" in text
     assert "**63.0**" in text, "Table 4 has no N"
+
+
+def test_what_a_study_shows_as_published_is_what_the_table_has():
+    published = yaml.safe_load((ROOT / "examples" / "studies" / "staleness.yaml").read_text())["published"]
+    assert published["source"].startswith(f"{SOURCE}, Table 2: Qwen3-30B-A3B-Base")
+    found = {(row.objective, f"N={row.updates}"): row.average for row in TABLES[2].rows}
+    shown = {(objective, setting): v for objective, row in published["values"].items() for setting, v in row.items()}
+    assert shown == found
