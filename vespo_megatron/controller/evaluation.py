@@ -31,7 +31,9 @@ async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float
         sets.setdefault(record.set_name, []).append(record)
     problems, samples, shown = [], [], []
     for name, members in sets.items():
-        solved, drawn = await draw_set(sampler, members, greedy=schedule.val_greedy, group_by=data.group_by)
+        solved, drawn = await draw_set(
+            sampler, members, parts.recipe, greedy=schedule.val_greedy, group_by=data.group_by
+        )
         problems += solved
         samples += drawn
         shown += drawn[:: repeats_of(parts.recipe, name)]
@@ -63,13 +65,14 @@ def repeats_of(recipe: Recipe, set_name: str) -> int:
 async def draw_set(
     sampler: Sampler,
     records: Sequence[PromptRecord],
+    recipe: Recipe,
     label: str = "validation",
     *,
     repeats: int | None = None,
     greedy: bool = False,
     group_by: str | None = None,
 ) -> tuple[list[Problem], list[Sample]]:
-    """The prompts of one set answered as the recipe evaluates it, each scored by its reward.
+    """The prompts of one set answered as a recipe evaluates it, each scored by its reward.
 
     A problem whose responses were all unusable and dropped is left out.
 
@@ -80,10 +83,10 @@ async def draw_set(
         group_by: entry of `extra_info` that is the problem's group.
     """
     name = records[0].set_name
-    config = sampler.recipe.data.validation.given.get(name, SetConfig())
+    config = recipe.data.validation.given.get(name, SetConfig())
     drawn = await sampler.sample(
         records,
-        repeats or repeats_of(sampler.recipe, name),
+        repeats or repeats_of(recipe, name),
         label,
         evaluation=True,
         temperature=config.temperature,

@@ -82,7 +82,7 @@ def evaluate(
         stack.callback(rewards.close)
         engine = _engine(recipe, folder, stack)
         sampler = Sampler(recipe, tokenizer, rewards, engine.generate)
-        problems = asyncio.run(_draw(sampler, records, repeats or {}))
+        problems = asyncio.run(_draw(sampler, records, repeats or {}, recipe))
     return folder, _write(problems, folder)
 
 
@@ -123,7 +123,9 @@ def _engine(recipe: Recipe, folder: Path, stack: ExitStack) -> RolloutEngine:
     return engine
 
 
-async def _draw(sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapping[str, int]) -> list[Problem]:
+async def _draw(
+    sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapping[str, int], recipe: Recipe
+) -> list[Problem]:
     """All sets at a time; `repeats` is theirs, before what the recipe says of a set."""
     sets: dict[str, list[PromptRecord]] = {}
     for record in records:
@@ -132,7 +134,7 @@ async def _draw(sampler: Sampler, records: Sequence[PromptRecord], repeats: Mapp
         raise UserError(f"{min(unknown)!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
     answers = await asyncio.gather(
         *(
-            draw_set(sampler, members, "eval", repeats=repeats.get(name, repeats.get("")))
+            draw_set(sampler, members, recipe, "eval", repeats=repeats.get(name, repeats.get("")))
             for name, members in sets.items()
         )
     )
