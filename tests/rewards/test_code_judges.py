@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from wall import needs_wall
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rewards.code import code_reward
 from vespo_megatron.rewards.code_judges import JUDGES, judge_of
 from vespo_megatron.rewards.code_outputs import same_lines, same_output
@@ -139,3 +141,11 @@ def test_livecodebench_ends_at_the_first_failure_and_others_count_what_passes():
         code_reward(source, echo, truth, {}, test_timeout=60.0)["passed"] for source in ("livecodebench", "other")
     ]
     assert passed == [0.25, 0.75]
+
+
+def test_a_judge_that_is_none_is_told_before_the_first_response():
+    env = EnvConfig(reward="code", reward_kwargs={"judge": "codeforces", "allow_unsafe_code": True})
+    with pytest.raises(UserError, match="is 'codeforces'"):
+        RewardPool(env)
+    with pytest.raises(UserError, match="is 'codeforces'"):
+        RewardPool(EnvConfig(reward="exact_match"), ['code {"judge": "codeforces"}'])

@@ -68,5 +68,5 @@ def judge_of(data_source: str, name: str | None = None) -> Judge:
         found = (judge for pattern, judge in _OF_SOURCES.items() if fnmatch.fnmatchcase(data_source, pattern))
         name = next(found, "contest")
     if name not in JUDGES:
-        raise UserError(f"is {name!r}", where="judge of the code reward", expected=f"one of {', '.join(JUDGES)}")
+        raise UserError(f"is {name!r}", where="judge (of the code reward)", expected=f"one of {', '.join(JUDGES)}")
     return JUDGES[name]
