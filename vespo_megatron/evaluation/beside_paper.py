@@ -73,7 +73,7 @@ def _remarks(table: Table, found: dict[str, tuple[str, Score]], lost: list[str])
     if missing:
         remarks.append(f"Our average is without {', '.join(missing)}; the paper's is of all.")
     if other:
-        remarks.append(f"Fewer responses than the paper's on {', '.join(other)}.")
+        remarks.append(f"Another number of responses than the paper's on {', '.join(other)}.")
     if lost:
         remarks.append(
             f"Not all problems: {', '.join(lost)}; the others' prompts are too long, or no answer was usable."
