@@ -52,10 +52,12 @@ test-slurm: example
 		apt-get install -y -qq --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-test-sandbox: $(STAMP)
+test-sandbox: example
 	command -v bwrap >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends bubblewrap)
-	$(BIN)/python -m pytest tests/rewards tests/data/test_public_sets.py tests/launch/test_preflight.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/rewards tests/data/test_public_sets.py tests/data/test_code_sets.py \
+		tests/launch/test_prepared_code.py tests/launch/test_evaluate_table.py tests/launch/test_preflight.py \
+		$(PYTEST_ARGS)
 
 test-browser: example
 	command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

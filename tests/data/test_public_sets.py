@@ -58,16 +58,35 @@ ROWS = {
         }
     ],
 }
+ROWS["eurus_code_validation"] = ROWS["eurus_code"]
+ROWS["livecodebench_v6"] = ROWS["livecodebench_release_v6"] = [
+    {
+        "question_title": "Add",
+        "question_content": "Print the sum of two numbers.",
+        "platform": "atcoder",
+        "question_id": "abc387_a",
+        "contest_id": "abc387",
+        "contest_date": "2025-01-04T00:00:00",
+        "starter_code": "",
+        "difficulty": "easy",
+        "public_test_cases": json.dumps([{"input": "1 33\n", "output": "34\n", "testtype": "stdin"}]),
+        "private_test_cases": json.dumps([{"input": "1 1\n", "output": "2\n", "testtype": "stdin"}]),
+        "metadata": "{}",
+    }
+]
 """Rows as the hub has them."""
 ANSWERS = {
     "math": (r"So it is \boxed{34}.", r"\boxed{35}"),
     "eurus_code": ("```python\nprint(sum(map(int, input().split())))\n```", "```python\nprint(3)\n```"),
+    "livecodebench_v6": ("```python\nprint(sum(map(int, input().split())))\n```", "```python\nprint(34)\n```"),
     "humaneval_plus": (
         "```python\ndef add(a, b):\n    return a + b\n```",
         "```python\ndef add(a, b):\n    return 34 if a else 0\n```\nor\n```python\ndef add(a, b): return a\n```",
     ),
     "mbpp_plus": ("```python\ndef add(a, b): return a + b\n```", "```python\ndef add(a, b): return 33\n```"),
 }
+ANSWERS["eurus_code_validation"] = ANSWERS["eurus_code"]
+ANSWERS["livecodebench_release_v6"] = ANSWERS["livecodebench_v6"]
 """A right answer and a wrong one."""
 
 

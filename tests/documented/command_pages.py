@@ -67,9 +67,8 @@ KNOWN = {
         "cat slurm_logs/report_3.log": ELSEWHERE,
         "vespo-megatron eval examples/tiny_moe/in_process.yaml --checkpoint examples/tiny_moe/build/model "
         "--samples 4": NIGHTLY,
-        f"vespo-megatron eval {_MISMATCH}/vespo_r2.yaml --checkpoint $RUN --data $DATA/aime24.parquet "
-        "$DATA/aime25.parquet $DATA/amc23.parquet $DATA/math500.parquet --samples aime24=32 aime25=32 amc23=16 "
-        "math500=4": ELSEWHERE,  # GPUs
+        f"vespo-megatron eval --table 1 {_MISMATCH}/vespo_r2.yaml --checkpoint $RUN --best "
+        "--sets $DATA": ELSEWHERE,  # GPUs
     },
     "docs/losses.md": {
         "vespo-megatron predict examples/qwen3_30b_a3b/async/vespo.yaml policy.model_name=Qwen3-30B-A3B-Base "
@@ -95,12 +94,16 @@ KNOWN = {
         "vespo-megatron compare examples/studies/mismatch.yaml --slurm": ELSEWHERE,
     },
     "examples/qwen3_30b_a3b/README.md": {
-        "export MODEL=/models/Qwen3-30B-A3B-Base DATA=/data/dapo_math RUNS=/runs": QUICK,
+        "export MODEL=/models/Qwen3-30B-A3B-Base DATA=/data RUNS=/runs": QUICK,
         f"vespo-megatron recipe show {_GRID}": QUICK,
         f"vespo-megatron recipe check {_GRID}": ELSEWHERE,  # the model
         f"vespo-megatron recipe diff {_MISMATCH}/{{grpo,grpo_r2}}.yaml": QUICK,
         "python examples/tiny_moe/prepare.py --output examples/tiny_moe/build": ELSEWHERE,  # make example
         f"vespo-megatron train --scale-down examples/tiny_moe/build {_MISMATCH}/vespo_r3.yaml": NIGHTLY,
+        "vespo-megatron data prepare aime24 aime25 amc23 math500 humaneval_plus mbpp_plus livecodebench_v6 "
+        "--output $DATA": ELSEWHERE,  # the hub
+        "vespo-megatron eval --table 2 examples/qwen3_30b_a3b/grid/vespo_n16.yaml --checkpoint $RUN --best "
+        "--sets $DATA": ELSEWHERE,  # GPUs: tests/launch/test_evaluate_table.py
     },
 }
 """Page → command → what becomes of it, in the page's order."""

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--output", default="data", metavar="DIR", help="where <set>.parquet goes (default data)")
     prepare.add_argument("--from", dest="local", metavar="PATH", help="a local copy of the set: a file or a folder")
     prepare.add_argument("--revision", help="commit or tag on the hub (default the newest)")
+    prepare.add_argument("--since", metavar="DAY", help="of LiveCodeBench: problems from this day on, as in 2025-01-31")
+    prepare.add_argument("--until", metavar="DAY", help="of LiveCodeBench: problems up to this day")
     prepare.add_argument("--force", action="store_true", help="make it anew")
     prepare.set_defaults(action=_prepare)
     show = actions.add_parser("show", help="one prompt of a recipe, as the model sees it")
@@ -44,9 +46,16 @@ def _prepare(parsed: argparse.Namespace) -> None:
     from vespo_megatron.data.public.sets import SETS
 
     for name in SETS if parsed.sets == ["all"] else parsed.sets:
-        print(
-            prepare(name, parsed.output, local=parsed.local, revision=parsed.revision, force=parsed.force), flush=True
+        path = prepare(
+            name,
+            parsed.output,
+            local=parsed.local,
+            revision=parsed.revision,
+            since=parsed.since,
+            until=parsed.until,
+            force=parsed.force,
         )
+        print(path, flush=True)
 
 
 def _show(parsed: argparse.Namespace) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.evaluation.record import metrics
 from vespo_megatron.evaluation.scores import Problem
-from vespo_megatron.recipe.schema import SetConfig
+from vespo_megatron.recipe.schema import Recipe, SetConfig
 from vespo_megatron.rewards.answers import last_boxed
 from vespo_megatron.run.records import LoggedSample
 
 if TYPE_CHECKING:
     from vespo_megatron.controller.parts import Parts
+
+
+_LONGEST = 2000
+"""Characters of a ground truth that are written whole: tests of programs may be megabytes, and are in the set."""
 
 
 async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float]:
@@ -27,20 +31,12 @@ async def evaluate(parts: Parts, sampler: Sampler, step: int) -> dict[str, float
         sets.setdefault(record.set_name, []).append(record)
     problems, samples, shown = [], [], []
     for name, members in sets.items():
-        config = data.validation.given.get(name, SetConfig())
-        repeats = config.num_samples or schedule.val_num_generations
-        solved, drawn = await draw_problems(
-            sampler,
-            members,
-            repeats,
-            greedy=schedule.val_greedy,
-            group_by=data.group_by,
-            temperature=config.temperature,
-            top_p=config.top_p,
+        solved, drawn = await draw_set(
+            sampler, members, parts.recipe, greedy=schedule.val_greedy, group_by=data.group_by
         )
         problems += solved
         samples += drawn
-        shown += drawn[:: max(1, repeats)]
+        shown += drawn[:: repeats_of(parts.recipe, name)]
     shown = shown[: parts.recipe.logger.num_val_samples_to_print]
     by_id = {record.prompt_id: record for record in records}
     parts.logger.log_samples(
@@ -55,34 +51,47 @@ def _readable(sampler: Sampler, record: PromptRecord, sample: Sample) -> LoggedS
         prompt=sampler.decode(sample.prompt_ids),
         response=sampler.decode(sample.response_ids),
         reward=sample.reward,
-        ground_truth=str(record.ground_truth),
+        ground_truth=str(_shortened(record.ground_truth)),
         finish_reason=sample.finish_reason,
         prompt_id=sample.prompt_id,
     )
 
 
-async def draw_problems(
+def repeats_of(recipe: Recipe, set_name: str) -> int:
+    """Responses to each problem of a validation set."""
+    return recipe.data.validation.given.get(set_name, SetConfig()).num_samples or recipe.grpo.val_num_generations
+
+
+async def draw_set(
     sampler: Sampler,
     records: Sequence[PromptRecord],
-    repeats: int,
+    recipe: Recipe,
     label: str = "validation",
     *,
+    repeats: int | None = None,
     greedy: bool = False,
     group_by: str | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
 ) -> tuple[list[Problem], list[Sample]]:
-    """Each prompt answered `repeats` times under the recipe's evaluation sampling, scored by its reward.
+    """The prompts of one set answered as a recipe evaluates it, each scored by its reward.
 
     A problem whose responses were all unusable and dropped is left out.
 
     Args:
         label: the requests' names begin with it.
+        repeats: in place of the recipe's (`repeats_of`).
         greedy: whether each is answered once more at temperature 0; not among the samples that are returned.
         group_by: entry of `extra_info` that is the problem's group.
-        temperature, top_p: in place of the recipe's.
     """
-    drawn = await sampler.sample(records, repeats, label, evaluation=True, temperature=temperature, top_p=top_p)
+    name = records[0].set_name
+    config = recipe.data.validation.given.get(name, SetConfig())
+    drawn = await sampler.sample(
+        records,
+        repeats or repeats_of(recipe, name),
+        label,
+        evaluation=True,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
     samples = drawn.samples
     answered: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -109,7 +118,7 @@ def _problem(
     return Problem(
         prompt_id=record.prompt_id,
         data_source=record.set_name or record.data_source,
-        ground_truth=record.ground_truth,
+        ground_truth=_shortened(record.ground_truth),
         rewards=tuple(float(sample.reward) for sample in samples),
         answers=tuple(_answer(sampler.text(sample)) for sample in samples),
         lengths=tuple(len(sample.response_ids) for sample in samples),
@@ -117,6 +126,12 @@ def _problem(
         group=group,
         greedy=greedy,
     )
+
+
+def _shortened(ground_truth: Any) -> Any:
+    if len(text := str(ground_truth)) <= _LONGEST:
+        return ground_truth
+    return f"{text[: _LONGEST // 10]}… ({len(text)} characters)"
 
 
 def _answer(text: str) -> str | None:

@@ -35,10 +35,11 @@ def metrics(problems: Sequence[Problem]) -> dict[str, float]:
     """`eval/<set>/avg@n` and the others of `summary`, the half-width of avg@n's interval as `ci95`, mean length.
 
     Where they were drawn, `greedy` is the mean of the greedy responses; `by/<group>` and `greedy_by/<group>` are the
-    means of a group's problems.
+    means of a group's problems. `eval/average` is the mean of the sets' avg@n, each set as much as another.
     """
     found: dict[str, float] = {}
-    for name, members in by_set(problems).items():
+    sets = by_set(problems)
+    for name, members in sets.items():
         for measure, score in summary(members).items():
             found[f"eval/{slug(name)}/{measure}"] = score.value
             if measure.startswith("avg@") and score.high == score.high:
@@ -47,6 +48,7 @@ def metrics(problems: Sequence[Problem]) -> dict[str, float]:
         for group, of_group in by_group(members).items():
             found[f"eval/{slug(name)}/by/{slug(group)}"] = float(np.mean([average(problem) for problem in of_group]))
             found |= _greedy(f"eval/{slug(name)}/greedy_by/{slug(group)}", of_group)
+    found["eval/average"] = float(np.mean([np.mean([average(each) for each in members]) for members in sets.values()]))
     found["eval/response_length_mean"] = float(np.mean([n for problem in problems for n in problem.lengths]))
     return found
 
@@ -67,7 +69,7 @@ def table(problems: Sequence[Problem]) -> str:
         "|---|---|" + "---|" * (len(columns) + 2),
     ]
     for name, members in sets.items():
-        cells = [_cell(summaries[name].get(column)) for column in columns]
+        cells = [cell(summaries[name].get(column)) for column in columns]
         lengths = [n for problem in members for n in problem.lengths]
         cut = [reason == "length" for problem in members for reason in problem.finish_reasons]
         row = [name, str(len(members)), *cells, f"{np.mean(lengths):.0f}", f"{np.mean(cut):.1%}"]
@@ -80,7 +82,8 @@ def slug(name: str) -> str:
     return name.replace("/", "_").replace(" ", "_") or "validation"
 
 
-def _cell(score: Score | None) -> str:
+def cell(score: Score | None) -> str:
+    """In percent, its interval in brackets where it has one."""
     if score is None:
         return "-"
     interval = "" if score.low != score.low else f" [{100 * score.low:.1f}, {100 * score.high:.1f}]"

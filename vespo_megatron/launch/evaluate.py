@@ -6,16 +6,15 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vespo_megatron.controller.evaluation import draw_problems
+from vespo_megatron.controller.evaluation import draw_set
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.prompt_set import PromptRecord
-from vespo_megatron.data.sample import Sample
 from vespo_megatron.data.template import load_tokenizer
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
@@ -26,7 +25,7 @@ from vespo_megatron.launch.prompts import load_usable
 from vespo_megatron.launch.worker import build_engine
 from vespo_megatron.recipe.loader import save_recipe
 from vespo_megatron.recipe.rules import validate
-from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, QuantizationConfig, Recipe, SetConfig
+from vespo_megatron.recipe.schema import DatasetConfig, MismatchConfig, QuantizationConfig, Recipe
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang import launch_servers
 from vespo_megatron.rollout_sglang.engine import RolloutEngine
@@ -133,16 +132,12 @@ async def _draw(
         sets.setdefault(record.set_name or record.data_source, []).append(record)
     if unknown := set(repeats) - {"", *sets}:
         raise UserError(f"{min(unknown)!r} is no set here", where="--samples", expected=f"one of {sorted(sets)}")
-    given = recipe.data.validation.given
-
-    def draw(name: str, members: list[PromptRecord]) -> Awaitable[tuple[list[Problem], list[Sample]]]:
-        config = given.get(members[0].set_name, SetConfig())
-        default = repeats.get("", config.num_samples or recipe.grpo.val_num_generations)
-        return draw_problems(
-            sampler, members, repeats.get(name, default), "eval", temperature=config.temperature, top_p=config.top_p
+    answers = await asyncio.gather(
+        *(
+            draw_set(sampler, members, recipe, "eval", repeats=repeats.get(name, repeats.get("")))
+            for name, members in sets.items()
         )
-
-    answers = await asyncio.gather(*(draw(name, members) for name, members in sets.items()))
+    )
     return [problem for problems, _ in answers for problem in problems]
 
 

@@ -377,6 +377,13 @@ ROUTES = (
 
 EVALUATION = (
     Metric("eval/*/avg@*", "Mean over the validation prompts.", "", LAST, "problems", title="Held-out accuracy"),
+    Metric(
+        "eval/average",
+        "Mean of the validation sets' averages, each set as much as another.",
+        "",
+        LAST,
+        "problems",
+    ),
     Metric("eval/*/pass@*", "Problems of which one of k answers is right.", "", LAST, "problems"),
     Metric("eval/*/maj@*", "Problems whose most frequent of k answers is right.", "", LAST, "problems"),
     Metric("eval/*/greedy", "Mean of one greedy answer each.", "", LAST, "problems", title="Held-out accuracy, greedy"),

@@ -11,11 +11,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.rewards.code_judges import Judge, judge_of
 from vespo_megatron.rewards.code_tests import Calls, CodeTest, Prints, read_tests
 from vespo_megatron.rewards.programs import last_program, prepare
 from vespo_megatron.rewards.sandbox import Limits, run
 from vespo_megatron.rewards.statements import hold
 from vespo_megatron.rewards.wall import NONE, Wall, find_wall
+
+_ANY_TYPE = "_plain = _answer"
+_EXACT_TYPES = """
+def _exactly(value):
+    if isinstance(value, list):
+        return [_exactly(each) for each in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _exactly(each) for key, each in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item()
+_plain = _exactly(list(_answer) if isinstance(_answer, tuple) else _answer)
+"""
+"""A scalar of NumPy's is its number; what else has no `item` is no answer."""
 
 
 def code_reward(
@@ -28,6 +43,7 @@ def code_reward(
     memory_mb: int = 1024,
     max_tests: int = 20,
     partial: bool = False,
+    judge: str | None = None,
     allow_unsafe_code: bool = False,
 ) -> dict[str, float]:
     """1 when the last fenced block of the response passes the problem's tests (`partial`: the share it passes).
@@ -37,20 +53,22 @@ def code_reward(
         test_timeout: seconds for one test.
         memory_mb: memory of the program, in MiB.
         max_tests: tests to run at most, the first ones.
+        judge: of `code_judges.JUDGES`; None: the data source's.
         allow_unsafe_code: run programs with all that this process may do where nothing fences them.
 
     Raises:
-        UserError: tests of no known form; nothing here fences a program (`wall.find_wall`).
+        UserError: tests of no known form; no such judge; nothing here fences a program (`wall.find_wall`).
     """
     wall = choose_wall(allow_unsafe_code=allow_unsafe_code)
+    compares = judge_of(data_source, judge)
     tests = read_tests(ground_truth, f"ground truth of {data_source}")[:max_tests]
     program = last_program(solution_str)
     if program is None or not tests:
         return {"score": 0.0, "no_program": float(program is None)}
     passed = 0
-    for test in tests:
-        passed += _passes(test, program, Limits(test_timeout, memory_mb), wall)
-        if passed == 0 and not partial:
+    for number, test in enumerate(tests, 1):
+        passed += _passes(test, program, compares, Limits(test_timeout, memory_mb), wall)
+        if passed < number and not partial and (passed == 0 or compares.ends_at_failure):
             break
     share = passed / len(tests)
     return {"score": share if partial else float(share == 1.0), "passed": share, "no_program": 0.0}
@@ -66,28 +84,30 @@ def choose_wall(*, allow_unsafe_code: bool = False) -> Wall:
         return NONE
 
 
-def _passes(test: CodeTest, program: str, limits: Limits, wall: Wall) -> bool:
+def _passes(test: CodeTest, program: str, judge: Judge, limits: Limits, wall: Wall) -> bool:
+    source = prepare(program, as_main=isinstance(test, Prints), recursion_limit=judge.recursion_limit)
     if isinstance(test, Prints):
-        ended = run(prepare(program, as_main=True), test.given, limits, wall)
-        return ended.status == 0 and test.accepts(ended.printed)
+        ended = run(source, test.given, limits, wall)
+        return ended.status == 0 and test.accepts(ended.printed, judge)
     if isinstance(test, Calls):
-        return _returns(test, prepare(program, as_main=False), limits, wall)
-    return hold(test.statements, prepare(program, as_main=False), limits, wall)
+        return _returns(test, source, judge, limits, wall)
+    return hold(test.statements, source, limits, wall)
 
 
-def _returns(test: Calls, program: str, limits: Limits, wall: Wall) -> bool:
+def _returns(test: Calls, program: str, judge: Judge, limits: Limits, wall: Wall) -> bool:
     mark = f"result of the call {secrets.token_hex(16)}: "
     call = (
         "\nimport json as _json, sys as _sys\n"
         f"_target = globals().get({test.name!r}) or getattr(Solution(), {test.name!r})\n"
         f"_answer = _target(*{list(test.arguments)!r})\n"
-        f"_sys.stdout.write('\\n' + {mark!r} + _json.dumps(_answer, default=list))\n"
+        f"{_EXACT_TYPES if judge.exact_types else _ANY_TYPE}\n"
+        f"_sys.stdout.write('\\n' + {mark!r} + _json.dumps(_plain, default=list))\n"
     )
     ended = run(program + call, "", limits, wall)
     _, found, answer = ended.printed.rpartition(mark)
     if ended.status != 0 or not found:
         return False
     try:
-        return test.accepts(json.loads(answer))
+        return test.accepts(json.loads(answer), judge)
     except json.JSONDecodeError:
         return False

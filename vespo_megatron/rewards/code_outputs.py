@@ -1,11 +1,14 @@
-"""Is what a program printed, or a function returned, what was wanted? Numbers within rounding, all else exactly."""
+"""Is what a program printed, or a function returned, what was wanted? Numbers within rounding, all else exactly.
+
+`code_judges` says whose answers are compared by which function.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 TOLERANCE = 1e-6
@@ -20,6 +23,16 @@ def same_output(printed: str, wanted: str) -> bool:
     """Whether two texts have the same words in the same order; how blanks and lines part them is no matter."""
     ours, theirs = printed.split(), wanted.split()
     return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def same_lines(printed: str, wanted: str) -> bool:
+    """Whether two texts have as many lines, each the same but for blanks around it or else the same decimals.
+
+    Blanks and empty lines around the whole are no matter. Nothing is rounded, and words between numbers must stand in
+    equal lines: LiveCodeBench's comparison (`grade_stdio` of its `lcb_runner/evaluation/testing_util.py`).
+    """
+    ours, theirs = (text.strip().split("\n") for text in (printed, wanted))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 
 
 def same_value(value: Any, wanted: Any) -> bool:
@@ -45,6 +58,15 @@ def _same_word(ours: str, theirs: str) -> bool:
     if _WHOLE.fullmatch(theirs):
         return Decimal(ours) == Decimal(theirs)
     return _close(float(ours), float(theirs))
+
+
+def _same_line(ours: str, theirs: str) -> bool:
+    if ours.strip() == theirs.strip():
+        return True
+    try:
+        return [Decimal(word) for word in ours.split()] == [Decimal(word) for word in theirs.split()]
+    except InvalidOperation:  # a word that is no number, or one that compares with none (sNaN)
+        return False
 
 
 def _close(ours: float, theirs: float) -> bool:

@@ -7,17 +7,23 @@
 | a list of `{"input", "output"}`, with `"metadata": {"func_name"}` for functions | LiveCodeBench |
 | `{"asserts"}` or a list of Python statements, one test each | MBPP |
 | `{"test"}` or a text that is no JSON: Python statements, one test together | HumanEval+, MBPP+ |
+| `{"packed"}`: JSON of any of these, by zlib and base64 | sets with megabytes of tests a problem |
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.rewards.code_outputs import same_output, same_value
+from vespo_megatron.rewards.code_judges import Judge
+
+_LARGEST = 1 << 30
+"""Bytes of one problem's tests, unpacked."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,9 @@ class Prints:
     given: str
     wanted: str
 
-    def accepts(self, printed: str) -> bool:
+    def accepts(self, printed: str, judge: Judge) -> bool:
         """Whether that is what it must print."""
-        return same_output(printed, self.wanted)
+        return judge.same_output(printed, self.wanted)
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,17 @@ class Calls:
     name: str
     arguments: Sequence[Any]
     wanted: Sequence[Any]
+    as_text: Sequence[str] = ()
+    """The line of JSON that stands for what is wanted."""
+    wrapped: Sequence[Any] = ()
+    """What that line has in a list of one."""
 
-    def accepts(self, value: Any) -> bool:
+    def accepts(self, value: Any, judge: Judge) -> bool:
         """Whether `value`, as JSON has it, is one of them."""
-        return any(same_value(value, one) for one in self.wanted)
+        accepted = [*self.wanted]
+        accepted += self.as_text if judge.takes_text else ()
+        accepted += self.wrapped if judge.unwraps else ()
+        return any(judge.same_value(value, one) for one in accepted)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ def read_tests(ground_truth: Any, where: str = "ground truth") -> list[CodeTest]
         UserError: of no known form, or inputs and outputs of different number.
     """
     tests = _decoded(ground_truth)
+    if isinstance(tests, Mapping) and isinstance(tests.get("packed"), str):
+        tests = _decoded(_unpacked(tests["packed"], where))
     if isinstance(tests, str):
         tests = {"test": tests}
     if isinstance(tests, list) and tests and all(isinstance(one, Mapping) for one in tests):
@@ -105,12 +120,15 @@ def _pair(function: str | None, given: Any, wanted: Any, where: str) -> CodeTest
     if function is None:
         return Prints(_text(given), _text(wanted))
     if isinstance(given, str):
-        arguments = [_decoded(line) for line in given.splitlines() if line.strip()]
-        accepted = [wanted, _decoded(wanted)]
-    else:
-        arguments = given if isinstance(given, list) else [given]
-        accepted = [wanted, *(wanted if isinstance(wanted, list) and len(wanted) == 1 else ())]
-    return Calls(function, [_whole_keys(argument) for argument in arguments], accepted)
+        arguments = [_whole_keys(_decoded(line)) for line in given.splitlines() if line.strip()]
+        value = _decoded(wanted)
+        return Calls(function, arguments, [value], [wanted] if isinstance(wanted, str) else [], _alone(value))
+    arguments = [_whole_keys(argument) for argument in (given if isinstance(given, list) else [given])]
+    return Calls(function, arguments, [wanted, *_alone(wanted)])
+
+
+def _alone(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and len(value) == 1 else []
 
 
 def _whole_keys(argument: Any) -> Any:
@@ -127,6 +145,17 @@ def _decoded(text: Any) -> Any:
         except ValueError:
             return text
     return text
+
+
+def _unpacked(text: str, where: str) -> str:
+    try:
+        unpacking = zlib.decompressobj()
+        found = unpacking.decompress(base64.b64decode(text, validate=True), _LARGEST)
+        if not unpacking.eof:
+            raise ValueError("it is cut off, or larger than a GiB")
+        return found.decode()
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"packed tests cannot be unpacked ({error})", where=where) from None
 
 
 def _text(value: Any) -> str:

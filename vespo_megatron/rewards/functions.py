@@ -17,6 +17,7 @@ from vespo_megatron.recipe.schema import EnvConfig
 from vespo_megatron.rewards import code_tests, mathematics
 from vespo_megatron.rewards.answers import accepted, after_thinking, last_boxed
 from vespo_megatron.rewards.code import choose_wall, code_reward
+from vespo_megatron.rewards.code_judges import judge_of
 from vespo_megatron.rewards.format import format_reward
 from vespo_megatron.rewards.mathematics import math
 from vespo_megatron.rewards.remote import remote_reward
@@ -143,7 +144,7 @@ def fence(env: EnvConfig, choices: Iterable[str] = ()) -> str | None:
     """What programs of responses are fenced by, where the recipe's reward runs any.
 
     Raises:
-        UserError: nothing fences them here, and the recipe does not allow that.
+        UserError: nothing fences them here, and the recipe does not allow that; a judge of programs that is none.
     """
     of_sets = [choice.partition(" ") for choice in choices]
     arguments = [json.loads(text or "{}") for name, _, text in of_sets if name == "code"]
@@ -155,6 +156,8 @@ def fence(env: EnvConfig, choices: Iterable[str] = ()) -> str | None:
         arguments.append(env.reward_kwargs)
     if not arguments:
         return None
+    for each in arguments:
+        judge_of("", each.get("judge"))
     return choose_wall(allow_unsafe_code=all(each.get("allow_unsafe_code", False) for each in arguments)).description
 
 

@@ -39,19 +39,21 @@ def last_program(text: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def prepare(program: str, *, as_main: bool) -> str:
+def prepare(program: str, *, as_main: bool, recursion_limit: int | None = None) -> str:
     """The program behind imports of what it uses of `_MODULES` without having imported it.
 
     Only names that it binds nowhere are imported, so that none of its own is hidden. What is no Python stays as it is.
 
     Args:
         as_main: whether it runs as a script; else what it does under `__name__ == "__main__"` is left out.
+        recursion_limit: Python's while it runs; None leaves it.
     """
     try:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return program
     head = [] if as_main else [_NO_MAIN]
+    head += [f"import sys as _sys; _sys.setrecursionlimit({recursion_limit})"] if recursion_limit else []
     head += filter(None, (_import(name, called=name in _called(tree)) for name in sorted(_missing(tree))))
     lines = program.splitlines()
     after = max((node.end_lineno or 0 for node in tree.body if _is_future(node)), default=0)

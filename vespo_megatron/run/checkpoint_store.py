@@ -73,6 +73,11 @@ class Judgement:
     undecided: Collection[int] = ()
     """Steps whose value is still to come: they stay."""
 
+    def ranked(self, steps: Iterable[int], *, higher_is_better: bool) -> list[int]:
+        """Those of `steps` that have a value, the best first; equals in the order they are given in."""
+        sign = 1.0 if higher_is_better else -1.0
+        return sorted((step for step in steps if step in self.values), key=lambda step: -sign * self.values[step])
+
 
 class CheckpointStore:
     """The checkpoints of one run."""
@@ -129,9 +134,7 @@ class CheckpointStore:
             return []
         stay, ranked = set(list(found)[: kept.last]), list(found)
         if judged is not None:
-            sign = 1.0 if kept.higher_is_better else -1.0
-            known = [step for step in found if step in judged.values]
-            ranked = sorted(known, key=lambda step: -sign * judged.values[step])  # newest first, where equal
+            ranked = judged.ranked(found, higher_is_better=kept.higher_is_better)  # newest first, where equal
             stay.update(judged.undecided)
         stay.update(ranked[: kept.top])
         gone = [step for step in found if step not in stay]

@@ -21,7 +21,7 @@
     also: [k3, route_agreement]            # late means that are compared as well: study/measures.py lists them
     parallel: 2                            # runs at a time
     published:                             # numbers of a paper, shown beside the study's
-      source: "arXiv 2602.10693 v3, Table 1"
+      source: "arXiv 2602.10693 v3, Table 2"
       values: {vespo: {N=4: 70.0}, grpo: {N=4: 54.0}}
 
 A study of one axis may say `variants:` instead of `axes:`. `study/tuning.py` describes `tune:`, which chooses a value

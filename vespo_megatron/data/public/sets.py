@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vespo_megatron.data.public import livecodebench
+
 Row = Mapping[str, Any]
 
 BOXED = "Let's think step by step and output the final answer within \\boxed{}."
@@ -32,6 +34,10 @@ class PublicSet:
     """The recipe's `env.reward` for it."""
     config: str | None = None
     """The hub's name of a part of the set."""
+    files: tuple[str, ...] = ()
+    """JSON lines on the hub that are the set, where `datasets` cannot tell by itself."""
+    day: Callable[[Row], str] | None = None
+    """The day a row is of, as in 2025-01-31, where rows are told apart by it."""
     unique_prompts: bool = False
     """Keep the first of rows with the same prompt."""
 
@@ -47,10 +53,10 @@ def _row(name: str, text: str, ground_truth: Any, ability: str, **extra: Any) ->
 
 
 def mathematics(problem: str, answer: str = "answer") -> Callable[[Row, str], dict[str, Any]]:
-    """Columns of the problem and the answer → the problem with `BOXED` behind it."""
+    """Columns of the problem and the answer → the problem with `BOXED` behind it, as veRL's scripts and VESPO's do."""
 
     def transform(row: Row, name: str) -> dict[str, Any]:
-        return _row(name, f"{row[problem].strip()}\n\n{BOXED}", str(row[answer]).strip(), "math")
+        return _row(name, f"{row[problem].strip()} {BOXED}", str(row[answer]).strip(), "math")
 
     return transform
 
@@ -81,8 +87,10 @@ def dapo_math(row: Row, name: str) -> dict[str, Any]:
 
 
 def eurus_code(row: Row, name: str) -> dict[str, Any] | None:
-    """The coding half of Eurus-2-RL-Data: tests are `{"inputs", "outputs"}` in JSON."""
-    return as_it_is(row, name) if row["ability"] == "code" else None
+    """The coding part of Eurus-2-RL-Data: tests are `{"inputs", "outputs"}` in JSON, with `"fn_name"` for functions."""
+    if row["ability"] != "code":
+        return None
+    return as_it_is(row, name) | {"extra_info": {"source": row["data_source"]}}
 
 
 def humaneval_plus(row: Row, name: str) -> dict[str, Any]:
@@ -99,7 +107,33 @@ def mbpp_plus(row: Row, name: str) -> dict[str, Any]:
     return _row(name, text, json.dumps({"test": row["test"]}), "code", task_id=str(row["task_id"]))
 
 
+def live_code_bench(row: Row, name: str) -> dict[str, Any]:
+    """A contest's problem, with all of its tests."""
+    extra = {key: row[key] for key in ("question_id", "platform", "difficulty")}
+    return _row(
+        name,
+        livecodebench.prompt(row),
+        livecodebench.tests(row),
+        "code",
+        **extra,
+        contest_date=livecodebench.contest_day(row),
+    )
+
+
+def _live_code_bench(*files: str) -> PublicSet:
+    return PublicSet(
+        "livecodebench/code_generation_lite",
+        "test",
+        livecodebench.COLUMNS,
+        live_code_bench,
+        "code",
+        files=files,
+        day=livecodebench.contest_day,
+    )
+
+
 _VERL = ("prompt", "reward_model")
+_EURUS = ("PRIME-RL/Eurus-2-RL-Data", (*_VERL, "ability", "data_source"))
 SETS: dict[str, PublicSet] = {
     # Each of its 17,000 problems is there about a hundred times.
     "dapo_math": PublicSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", _VERL, dapo_math, "math", unique_prompts=True),
@@ -110,9 +144,17 @@ SETS: dict[str, PublicSet] = {
     "aime25": PublicSet("math-ai/aime25", "test", ("problem", "answer"), mathematics("problem"), "math"),
     "amc23": PublicSet("math-ai/amc23", "test", ("question", "answer"), mathematics("question"), "math"),
     "math500": PublicSet("HuggingFaceH4/MATH-500", "test", ("problem", "answer"), mathematics("problem"), "math"),
-    "eurus_code": PublicSet("PRIME-RL/Eurus-2-RL-Data", "train", (*_VERL, "ability"), eurus_code, "code"),
+    # 26,758 problems, and 1,024.
+    "eurus_code": PublicSet(_EURUS[0], "train", _EURUS[1], eurus_code, "code"),
+    "eurus_code_validation": PublicSet(_EURUS[0], "validation", _EURUS[1], eurus_code, "code"),
     "humaneval_plus": PublicSet(
         "evalplus/humanevalplus", "test", ("task_id", "prompt", "entry_point", "test"), humaneval_plus, "code"
     ),
     "mbpp_plus": PublicSet("evalplus/mbppplus", "test", ("task_id", "prompt", "test_list", "test"), mbpp_plus, "code"),
+    # What version 6 added, 175 problems, and all of its 1,055, of May 2023 to April 2025 (the benchmark's README); its
+    # own loader calls the two v6 and release_v6. It is a script, which `datasets` runs no more.
+    "livecodebench_v6": _live_code_bench("test6.jsonl"),
+    "livecodebench_release_v6": _live_code_bench(
+        "test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl"
+    ),
 }

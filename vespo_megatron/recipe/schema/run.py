@@ -28,7 +28,9 @@ class CheckpointingConfig(Section):
         0, "Steps between checkpoints, the last step besides; 0: only when the run is stopped.", ge=0
     )
     keep_top_k: int | None = key(None, "Checkpoints to keep: the best by metric_name; None: all.", ge=1)
-    metric_name: str | None = key(None, "Metric that tells the best, as in metrics.jsonl; None: the newest are.")
+    metric_name: str | None = key(
+        None, "Metric that tells the best, as in metrics.jsonl: eval/average, …; None: the newest are."
+    )
     higher_is_better: bool = key(True, "Of that metric.")
     keep_last: int = key(1, "Newest checkpoints to keep whatever their metric.", ge=1, ours=True)
     async_save: bool = key(True, "Write beside training; the state is copied first.", ours=True)
