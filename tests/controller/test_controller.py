@@ -10,11 +10,13 @@ from vespo_megatron.controller.controller import Controller
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.prompt_stream import PromptStream
+from vespo_megatron.data.sample import UNKNOWN_VERSION
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardResult
 from vespo_megatron.rollout_sglang.engine import GenerationResult
+from vespo_megatron.routing_replay.table import stale_rows
 
 
 class Engine:
@@ -302,6 +304,36 @@ def test_gdpo_weighs_the_parts_of_the_reward(source, build):
     settings = {"grpo__advantage_estimator": "gdpo", "grpo__reward_part_weights": weights}
     with pytest.raises(UserError, match="has no part 'absent' of the reward"):
         build(**settings, **source).collect(1)
+
+
+@both_sources
+@pytest.mark.parametrize("rule", ["live", "drop", "error"])
+def test_a_retracted_response_is_replayed_where_its_routes_are_known_or_left_out_or_an_error(rule, source, build):
+    """Of three tokens by two versions, the server ran the first one's again under the second."""
+
+    def spoil(number, result):
+        result.routes = np.tile(np.arange(2, dtype=np.uint8), (4, 3, 1))
+        result.route_versions = np.zeros(4)
+        if number == 3:
+            result.weight_versions = np.array([0, 1, 1])
+            result.route_versions = np.array([UNKNOWN_VERSION, UNKNOWN_VERSION, 1, 1])
+
+    replay = {"policy__router_replay__mode": "R3", "policy__router_replay__on_stale_routes": rule}
+    if source:
+        source = source | {"grpo__async_grpo__max_staleness": 1.0}
+    controller = build(spoil=spoil, **SHORT, **replay, **source)
+    if source:
+        controller.source.buffer.version = 1
+    if rule == "error":
+        with pytest.raises(UserError, match=r"p\d+/1: has routes of weights that nobody knows"):
+            controller.collect(1)
+        return
+    rollout = controller.collect(1)
+    assert rollout.metrics["rollout/stale_routes"] == 1 and len(rollout.batch) == 8
+    (retracted,) = [sample for sample in rollout.batch.samples if 1 in sample.weight_versions]
+    assert stale_rows(retracted).tolist() == [True, True, False, False]
+    assert retracted.loss_mask.all() == (rule == "live") and retracted.loss_mask.any() == (rule == "live")
+    assert not any(stale_rows(sample).any() for sample in rollout.batch.samples if sample is not retracted)
 
 
 def test_r3_without_routes_fails_at_the_probe_with_the_flag(build):

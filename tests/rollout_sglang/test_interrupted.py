@@ -15,6 +15,8 @@ from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang import connect
+from vespo_megatron.rollout_sglang.client import client
+from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, SamplingParams
 from vespo_megatron.rollout_sglang.in_process.engine import InProcessEngine
@@ -152,6 +154,53 @@ def test_retracted_between_two_updates_the_rows_of_the_first_weights_are_known_a
     kept, left = sample_of(result), sample_of(result)
     assert apply_stale_policy([kept], "live") == 1 and kept.loss_mask.all()
     assert apply_stale_policy([left], "drop") == 1 and not left.loss_mask.any()
+
+
+@pytest.mark.sglang
+def test_retracted_and_ended_while_it_waits_a_response_is_drawn_again_from_there(
+    reference, tiny_recipe, sglang_servers, monkeypatch
+):
+    """Short of memory, then new weights: SGLang tells every fiftieth token until then, and has dropped the routes."""
+    engine = connect(tiny_recipe, sglang_servers.urls)
+    told = []
+
+    def parse(reply, *arguments, **options):
+        told.append((len(reply["output_ids"]), reply["meta_info"].get("routed_experts")))
+        return parse_reply(reply, *arguments, **options)
+
+    monkeypatch.setattr(client, "parse_reply", parse)
+
+    async def scenario(conversation, version, seconds):
+        drawing = asyncio.create_task(engine.generate([conversation.next_request()]))
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(engine.clients[0].call, "/pause_generation", {"mode": "retract"})
+        await engine.pause()
+        (ended,) = await asyncio.wait_for(drawing, 60)
+        conversation.add(ended)
+        await asyncio.to_thread(engine.update_weights, reference.named_tensors(0.05, 1), version)
+        await engine.resume()
+        while (turn := conversation.next_request()) is not None:
+            conversation.add((await engine.generate([turn]))[0])
+        return ended
+
+    early, late = 0.0, 1.6
+    for _ in range(12):  # until it falls between the fiftieth token and the last
+        version, conversation = engine.weight_version + 2, Conversation(request(), context_length=128)
+        engine.update_weights(reference.named_tensors(), version - 1)
+        told.clear()
+        middle = (early + late) / 2
+        ended = asyncio.run(scenario(conversation, version, middle))
+        if told[0] == (50, None):
+            break
+        early, late = (middle, late) if ended.finish_reason == "abort" else (early, middle)
+    engine.close()
+    assert told[0] == (50, None), "a later SGLang keeps the routes"
+    assert ended.finish_reason == "abort" and ended.routes is None and not len(ended.output_ids)
+    result = conversation.result()
+    model = reference.with_weights(reference.named_tensors(0.05, 1))
+    log_probs, routes = model.score(request(), result)
+    np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
 @pytest.mark.sglang
