@@ -114,6 +114,16 @@ def test_staleness_0_is_on_policy():
     assert buffer.room() == 3
 
 
+def test_a_checkpoint_of_before_rows_had_versions_says_one_of_all():
+    buffer = StalenessBuffer(max_staleness=1, batch_groups=1, sync_every=1)
+    buffer.arrive(buffer.admit("p"), [sample(3)])
+    state = buffer.state_dict()
+    state["groups"][0]["samples"][0]["routes_version"] = 3
+    again = StalenessBuffer(max_staleness=1, batch_groups=1, sync_every=1)
+    again.load_state_dict(state)
+    assert again.take()[0].samples[0].route_versions.tolist() == [3] * 4
+
+
 def test_samples_survive_a_checkpoint_with_their_routes():
     buffer = StalenessBuffer(1, 1, 1)
     buffer.arrive(buffer.admit("a"), [sample(3, "kept")])

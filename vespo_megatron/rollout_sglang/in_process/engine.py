@@ -235,6 +235,11 @@ class InProcessEngine:
         wait_until_heard: Callable[[], None],
     ) -> list[GenerationResult]:
         results: list[GenerationResult] = []
+
+        def between_steps() -> bool:
+            wait_until_heard()
+            return self._between_steps()
+
         with self._generation_lock.read(), self._gate.running(), torch.inference_mode():
             model = self._usable_model()
             for start in range(0, len(requests), self.max_batch_size):
@@ -247,7 +252,7 @@ class InProcessEngine:
                     return_routes=self.return_routes,
                     emit=emit,
                 )
-                results += batch.run(lambda: (wait_until_heard(), self._between_steps())[1])
+                results += batch.run(between_steps)
         return results
 
     def _between_steps(self) -> bool:
