@@ -35,7 +35,7 @@ COUNTS = """
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
     data.train.num_samples data.validation.num_samples data.num_workers data.shuffle_buffer
-    data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
+    data.validation.max_samples env.num_workers env.max_tokens_per_turn grpo.max_rollout_turns checkpointing.keep_top_k checkpointing.keep_last
     policy.megatron_cfg.optimizer.loss_scale_window policy.megatron_cfg.optimizer.hysteresis
     guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
 """.split()
@@ -51,13 +51,14 @@ NOT_NEGATIVE = """
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
     cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead policy.generation.sglang_cfg.first_server
+    env.num_environments
 """.split()
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
     policy.megatron_cfg.moe_z_loss_coeff policy.megatron_cfg.optimizer.min_loss_scale
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
-    policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
+    policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout env.turn_timeout
     policy.generation.sglang_cfg.weight_update_timeout
     data.train.weight data.validation.weight
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike

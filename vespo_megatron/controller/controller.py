@@ -13,6 +13,7 @@ from vespo_megatron.controller.synchronous import SynchronousSource
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.prompt_stream import Prompts
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool
@@ -36,8 +37,10 @@ class Controller:
         validation: Sequence[PromptRecord],
         rewards: RewardPool,
         logger: RunLogger,
+        environments: EnvironmentPool | None = None,
     ) -> None:
-        self.parts = Parts(recipe, engine, tokenizer, prompts, validation, rewards, logger, EventLoopThread())
+        thread = EventLoopThread()
+        self.parts = Parts(recipe, engine, tokenizer, prompts, validation, rewards, logger, thread, environments)
         source = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
         self.source: BatchSource = source(self.parts)
 
@@ -136,8 +139,10 @@ class Controller:
         self.source.expire_other_versions(known)
 
     def close(self) -> None:
-        """Release what is under way, the engine's connections, the reward workers and the thread."""
+        """Release what is under way, the engine's connections, the reward workers, environments and the thread."""
         self.source.close()
         self.engine.close()
         self.parts.rewards.close()
+        if self.parts.environments is not None:
+            self.parts.environments.close()
         self.parts.thread.close()

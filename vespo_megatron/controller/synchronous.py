@@ -31,16 +31,19 @@ class SynchronousSource:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate)
+        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate, parts.environments)
         self._interruptible = Interruptible()
+        self._waiting: asyncio.Task[None] | None = None
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """See `answer_all`; a rank that trains pushes the weights meanwhile."""
+        return await answer_all(self.parts.engine, requests, self._wait_for_weights)
 
-        async def wait_for_weights(need: WeightsNeeded) -> None:
-            await asyncio.to_thread(self._interruptible.await_weights, need)
-
-        return await answer_all(self.parts.engine, requests, wait_for_weights)
+    async def _wait_for_weights(self, need: WeightsNeeded) -> None:
+        """All that draw, conversations one by one among them, wait for the same push."""
+        if self._waiting is None or self._waiting.done():
+            self._waiting = asyncio.create_task(asyncio.to_thread(self._interruptible.await_weights, need))
+        await asyncio.shield(self._waiting)
 
     def collect(self, step: int) -> Rollout:
         """See `BatchSource.collect`."""

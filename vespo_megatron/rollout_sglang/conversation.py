@@ -23,6 +23,8 @@ from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
+_OBSERVED = -1
+
 
 class Conversation:
     """Prompt, turns and observations of one response.
@@ -30,12 +32,17 @@ class Conversation:
     Args:
         request: of the first turn; its `max_new_tokens` bounds the tokens drawn in all turns together.
         context_length: of the engine: a conversation that has filled it is over.
+        max_tokens_per_turn: bounds the tokens drawn in one turn; None: nothing else does.
     """
 
-    def __init__(self, request: GenerationRequest, *, context_length: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, *, context_length: int, max_tokens_per_turn: int | None = None
+    ) -> None:
         self.request, self.context_length = request, context_length
+        self._per_turn = max_tokens_per_turn or request.sampling.max_new_tokens
         self._ids: list[int] = []
-        self._drawn: list[bool] = []
+        self._turn_of: list[int] = []
+        """The turn that each token was drawn in; _OBSERVED: in none."""
         self._log_probs: list[float] = []
         self._versions: list[int] = []
         self._sampling_masks: list[SamplingMask] = []
@@ -48,23 +55,30 @@ class Conversation:
 
         A turn that a stop token has ended goes on only after `observe`, one that was aborted goes on as it is.
         """
-        left = self.request.sampling.max_new_tokens - sum(self._drawn)
-        length = len(self.request.prompt_ids) + len(self._ids)
         ended = self._last is not None and self._last.finish_reason == "stop" and not self._observed
-        if left < 1 or length >= self.context_length or ended:
+        if ended or not self.has_room():
             return None
         return replace(
             self.request,
             request_id=f"{self.request.request_id}/{self._turns}" if self._turns else self.request.request_id,
             prompt_ids=(*self.request.prompt_ids, *self._ids),
-            sampling=replace(self.request.sampling, max_new_tokens=left),
+            sampling=replace(self.request.sampling, max_new_tokens=min(self._left, self._per_turn)),
             group_id=self.request.group_id or self.request.request_id,
         )
+
+    @property
+    def _left(self) -> int:
+        return self.request.sampling.max_new_tokens - int(self.loss_mask().sum())
+
+    def has_room(self, observed: int = 0) -> bool:
+        """Whether another token may be drawn, after so many more that are observed."""
+        length = len(self.request.prompt_ids) + len(self._ids) + observed
+        return self._left >= 1 and length < self.context_length
 
     def add(self, result: GenerationResult) -> None:
         """What the engine drew for `next_request`."""
         self._ids += result.output_ids.tolist()
-        self._drawn += [True] * len(result.output_ids)
+        self._turn_of += [self._turns] * len(result.output_ids)
         self._log_probs += result.behavior_log_probs.tolist()
         self._versions += result.weight_versions.tolist()
         self._sampling_masks.append(result.sampling_mask or SamplingMask.whole(len(result.output_ids)))
@@ -75,7 +89,7 @@ class Conversation:
         """What the environment says: part of the response, never trained on."""
         version = self._versions[-1] if self._versions else 0
         self._ids += token_ids
-        self._drawn += [False] * len(token_ids)
+        self._turn_of += [_OBSERVED] * len(token_ids)
         self._log_probs += [0.0] * len(token_ids)
         self._versions += [version] * len(token_ids)
         self._sampling_masks.append(SamplingMask.whole(len(token_ids)))
@@ -83,7 +97,11 @@ class Conversation:
 
     def loss_mask(self) -> np.ndarray:
         """bool [R]: which tokens of the response were drawn."""
-        return np.array(self._drawn, dtype=bool)
+        return self.turns() != _OBSERVED
+
+    def turns(self) -> np.ndarray:
+        """int64 [R]: the turn that each token was drawn in, from 0; -1 where it was observed."""
+        return np.array(self._turn_of, dtype=np.int64)
 
     def result(self) -> GenerationResult:
         """All turns as one response, as if drawn at once; the log-prob of an observed token is 0 and not to be used.
