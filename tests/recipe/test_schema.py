@@ -35,9 +35,10 @@ COUNTS = """
     policy.generation.sglang_cfg.context_length policy.generation.sglang_cfg.max_total_tokens
     policy.generation.sglang_cfg.max_concurrent_requests data.max_input_seq_length data.train.max_samples
     data.train.num_samples data.validation.num_samples data.num_workers data.shuffle_buffer
-    data.validation.max_samples env.num_workers env.max_tokens_per_turn grpo.max_rollout_turns checkpointing.keep_top_k checkpointing.keep_last
+    data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
     policy.megatron_cfg.optimizer.loss_scale_window policy.megatron_cfg.optimizer.hysteresis
     guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
+    env.max_tokens_per_turn grpo.max_rollout_turns
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
@@ -58,8 +59,8 @@ POSITIVE = """
     policy.megatron_cfg.distributed_timeout policy.megatron_cfg.optimizer.lr policy.megatron_cfg.optimizer.adam_eps
     policy.megatron_cfg.moe_z_loss_coeff policy.megatron_cfg.optimizer.min_loss_scale
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
-    policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout env.turn_timeout
-    policy.generation.sglang_cfg.weight_update_timeout
+    policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
+    policy.generation.sglang_cfg.weight_update_timeout env.turn_timeout
     data.train.weight data.validation.weight
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()
