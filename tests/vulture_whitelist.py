@@ -18,7 +18,19 @@ _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().
 _().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().sock, _().makefile
 _().readable, _().readinto, _().redirect_request, _().writable
 # By its path (test_how_to_add.py); Jinja templates; a checkpoint's layout, which is every `…_size` of RankInfo.
-_().length_reward, _().Guess, _().AsyncEcho, _().Ids, _().Hostile, _().Pids, _().Calculator, _().PythonTool
+(
+    _().length_reward,
+    _().Guess,
+    _().ToolOutput,
+    _().Earns,
+    _().Fails,
+    _().AsyncEcho,
+    _().Ids,
+    _().Hostile,
+    _().Pids,
+    _().Calculator,
+    _().PythonTool,
+)
 _().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.
 _().allow_tf32, _().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
