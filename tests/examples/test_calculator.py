@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -97,14 +98,58 @@ def hardly_taught(example, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [[], BESIDE], ids=["synchronous", "asynchronous"])
-def test_a_run_in_turns_ends_with_its_metrics(how, hardly_taught, tmp_path, monkeypatch):
+SMALL = ["grpo.max_num_steps=1", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=16"]
+SMALL += ["grpo.max_val_samples=8", "grpo.val_at_start=false"]
+ANSWERED = ["env.class=made_up_environments:Echo", "env.options={_override_: true, turns: 3, role: user}"]
+"""Whatever is drawn: a policy that has hardly learnt anything calls no calculator."""
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """What makes a run in this folder one of three turns."""
     monkeypatch.chdir(ROOT)
-    small = ["grpo.max_num_steps=1", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=16"]
-    rows = train(hardly_taught, tmp_path / "run", *small, "grpo.max_val_samples=8", *how)
-    assert rows[-1]["turns/mean"] >= 1 and rows[-1]["turns/max"] <= 3
-    assert rows[-1]["response/tokens"] > rows[-1]["turns/tokens_mean"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
+    return ANSWERED
+
+
+@pytest.mark.slow
+def test_a_run_in_turns_is_the_same_whether_its_environments_have_processes_or_not(hardly_taught, tmp_path, answered):
+    here, apart = (
+        train(hardly_taught, tmp_path / name, *SMALL, *answered, f"env.num_environments={number}")[-1]
+        for name, number in (("here", 0), ("apart", 4))
+    )
+    assert here["turns/mean"] > 2 and here["turns/max"] == 3 and here["turns/tool_errors"] > 8
+    assert here["response/tokens"] > here["turns/tokens_mean"]
+    assert here["vespo/w_mean_first_update"] == pytest.approx(1.0, abs=1e-4) and here["routes/agreement"] == 1.0
+    same = [name for name in here if name.startswith(("turns/", "reward/", "response/", "eval/", "loss/"))]
+    assert len(same) > 20 and {name: here[name] for name in same} == pytest.approx({name: apart[name] for name in same})
+
+
+@pytest.mark.slow
+def test_beside_training_every_token_has_the_log_prob_of_the_weights_that_drew_it(hardly_taught, tmp_path, answered):
+    """Of responses that new weights interrupt in the middle of a turn, or between two."""
+    longer = [
+        "grpo.max_num_steps=4",
+        "grpo.async_grpo.max_staleness=2",
+        "loss_fn.behavior=version",
+        "grpo.val_period=0",
+    ]
+    rows = train(hardly_taught, tmp_path, *SMALL, *longer, *BESIDE, *answered, "grpo.advantage_level=turn")
+    assert sum(row["staleness/partial_share"] for row in rows) > 0, "some have tokens of several versions"
+    assert max(row["mismatch/k3"] for row in rows) < 1e-9 and all(row["turns/mean"] > 2 for row in rows)
+
+
+def test_eval_scores_responses_in_turns(hardly_taught, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    data = f"{hardly_taught}/data/validation.parquet"
+    arguments = [
+        f"policy.model_name={hardly_taught}/model",
+        f"exp_manager.exp_dir={tmp_path}",
+        "grpo.max_val_samples=8",
+    ]
+    recipe = str(EXAMPLE / "calculator.yaml")
+    assert main(["eval", recipe, *arguments, f"data.validation.path={data}", "--samples", "2"]) == 0
+    assert "long_sums" in capsys.readouterr().out
 
 
 @pytest.mark.nightly

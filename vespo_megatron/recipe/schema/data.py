@@ -145,7 +145,7 @@ class EnvConfig(Section):
     )
     options: dict[str, Any] = key({}, "Arguments of the environment's constructor.", ours=True)
     num_environments: int = key(
-        32,
+        128,
         "Environments alive at a time, each in a process of its own; 0: as many as there are responses, in the "
         "controller's process, for environments that are plain and quick or wait in coroutines alone.",
         ge=0,
