@@ -11,7 +11,8 @@ from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.environments import EnvironmentPool, Turn
 from vespo_megatron.environments.registry import check
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.schema import EnvConfig
+from vespo_megatron.launch.preflight import check_tables
+from vespo_megatron.recipe.schema import EnvConfig, Recipe
 from vespo_megatron.rewards.guarded import NoAnswer
 
 HERE = "made_up_environments"
@@ -173,6 +174,27 @@ def test_an_environment_that_raises_on_everything_ends_the_run_with_what_it_rais
 def test_what_is_no_environment_is_told_before_one_is_made(values, message):
     with pytest.raises(UserError, match=message):
         check(EnvConfig(**values))
+
+
+def test_a_recipe_is_checked_for_it_before_anything_starts():
+    recipe = Recipe().with_values({"env.class": "no.such:Class", "env.reward": "none"})
+    with pytest.raises(UserError, match="env.class: 'no.such:Class' cannot be imported"):
+        check_tables(recipe)
+    check_tables(recipe.with_values({"env.class": "calculator"}))
+
+
+def test_a_pool_that_is_closed_in_the_middle_of_a_call_leaves_no_process():
+    pool = EnvironmentPool(environment("Hostile", num_environments=1, turn_timeout=30.0))
+
+    async def scenario():
+        async with pool.episodes(1) as (one,):
+            asyncio.get_running_loop().call_later(1.0, pool.close)
+            return await called(one, "sleep 0", 0)
+
+    started = time.monotonic()
+    assert asyncio.run(scenario())[1] == ("died", "")
+    assert time.monotonic() - started < 20
+    assert not any(process._process.is_alive() for process in pool._made)
 
 
 def test_a_constructor_that_raises_is_one_error_that_says_so():

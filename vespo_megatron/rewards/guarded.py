@@ -49,7 +49,7 @@ class GuardedProcess:
         self._make, self._arguments, self._timeout, self._name = make, arguments, timeout, name
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["vespo_megatron.rewards.preload"])
-        self._ready = False
+        self._ready = self._closed = False
         self._start()
 
     def _start(self) -> None:
@@ -103,11 +103,16 @@ class GuardedProcess:
             raise UserError(f"ended at once, {_STARTS} times", where=self._name, fix="run it by hand")
 
     def _restart(self) -> None:
-        self.close()
-        self._start()
+        self._end()
+        if not self._closed:
+            self._start()
 
     def close(self) -> None:
-        """End it; idempotent."""
+        """End it for good; idempotent. A call that waits meanwhile gets no answer."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         self._connection.close()
         self._process.kill()
         self._process.join(5)
