@@ -13,6 +13,8 @@ class Echo:
     """Says how long each turn was, in words of a tool, `turns` times; every turn earns its number."""
 
     def __init__(self, turns: int = 3, role: str = "tool") -> None:
+        if turns < 1:
+            raise ValueError("no turns")
         self.turns, self.role, self.begun = turns, role, 0
 
     def reset(self, record):
@@ -37,7 +39,7 @@ class Ids:
     """Token ids in, token ids out."""
 
     def __init__(self, prompt=(5, 6, 7), said=(9, 8), turns: int = 2) -> None:
-        self.prompt, self.said, self.turns = list(prompt), list(said), turns
+        self.prompt, self.said, self.turns = prompt, said, turns
 
     def reset(self, record):
         return self.prompt

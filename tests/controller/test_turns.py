@@ -215,6 +215,20 @@ def test_a_prompt_of_an_environment_that_is_too_long_is_an_error_that_names_it()
         draw(settings, TOKENIZERS["qwen3"], {}, ["r"])
 
 
+@pytest.mark.parametrize("prompt", [[], ""])
+def test_an_empty_prompt_of_an_environment_is_an_error(prompt):
+    settings = recipe("made_up_environments:Ids", env__options={"prompt": prompt})
+    with pytest.raises(UserError, match="empty"):
+        draw(settings, TOKENIZERS["qwen3"], {}, ["r"])
+
+
+@pytest.mark.parametrize("said", [[], ""])
+def test_an_environment_that_is_not_done_and_says_nothing_ends_the_response(said):
+    settings = recipe("made_up_environments:Ids", env__options={"said": said})
+    (dialogue,), engine = draw(settings, TOKENIZERS["qwen3"], {"r": [([4, 1], "stop")]}, ["r"])
+    assert len(engine.calls) == 1 and dialogue.facts["ended_by_limit"] == 1
+
+
 def test_metrics_of_turns_are_those_counted_by_hand():
     tokenizer = TOKENIZERS["qwen3"]
     script = {"a": [([4, 1], "stop"), ([4, 4, 1], "stop"), ([1], "stop")], "b": [([4, 4, 4], "length")]}

@@ -203,5 +203,7 @@ def test_a_constructor_that_raises_is_one_error_that_says_so():
             await one.reset(record())
 
     for processes in (0, 1):
-        with pytest.raises(UserError, match="environment made_up_environments:Ids.*raised when it was made: TypeError"):
-            run(environment("Ids", options={"said": 3}, num_environments=processes), scenario)
+        with pytest.raises(
+            UserError, match="environment made_up_environments:Echo.*raised when it was made: ValueError"
+        ):
+            run(environment("Echo", options={"turns": 0}, num_environments=processes), scenario)

@@ -99,9 +99,7 @@ class TurnLoop:
         """What an observation adds behind a turn. Raises `UserError` as `PromptTemplate.after_turn`."""
         if isinstance(observation, str):
             return self.template.text(observation)
-        if all(isinstance(token, (int, np.integer)) for token in observation):
-            return [int(token) for token in observation]  # type: ignore[arg-type]
-        return self.template.after_turn(list(observation), turn_ids)  # type: ignore[arg-type]
+        return _token_ids(observation) or self.template.after_turn(list(observation), turn_ids)  # type: ignore[arg-type]
 
     def prompt(self, observation: Observation | None, record: PromptRecord) -> tuple[int, ...]:
         """What an episode begins with.
@@ -111,13 +109,18 @@ class TurnLoop:
         """
         if observation is None:
             return tuple(record.prompt_ids)
-        if isinstance(observation, str) or not all(isinstance(token, (int, np.integer)) for token in observation):
-            ids = self.template.one(observation if isinstance(observation, str) else list(observation))  # type: ignore[arg-type]
-        else:
-            ids = [int(token) for token in observation]  # type: ignore[arg-type]
+        whole = observation if isinstance(observation, str) else list(observation)
+        ids = _token_ids(observation) or self.template.one(whole)  # type: ignore[arg-type]
         if len(ids) > self.recipe.data.max_input_seq_length:
             raise too_long(len(ids), self.recipe.data.max_input_seq_length, f"env.class, {record.prompt_id}")
         return tuple(ids)
+
+
+def _token_ids(observation: Observation) -> list[int]:
+    """As they are; empty where it is something else."""
+    if isinstance(observation, str) or not all(isinstance(token, (int, np.integer)) for token in observation):
+        return []
+    return [int(token) for token in observation]  # type: ignore[arg-type]
 
 
 class _Talk:
@@ -172,7 +175,7 @@ class _Talk:
         if step.done:
             self._over = True
             return
-        observed = self.loop.ids(step.observation, ids)
+        observed = self.loop.ids(step.observation, ids) if len(step.observation) else []
         last = number + 1 >= self.loop.recipe.grpo.max_rollout_turns
         if last or not observed or not self.conversation.has_room(len(observed)):
             self._over, self._cut = True, True
