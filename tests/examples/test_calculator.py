@@ -176,3 +176,22 @@ def test_reward_teaches_to_call_the_calculator_synchronously_and_beside_training
         assert scores[0] < 0.2 < 0.8 < scores[-1]
         assert turns[0] < 1.3 and turns[-1] > 1.7
         assert seconds < LIMIT_S
+
+
+@pytest.mark.nightly
+@pytest.mark.sglang
+@pytest.mark.timeout(1200)
+def test_with_a_real_server_beside_training_it_learns_too(example, tmp_path, monkeypatch, capsys):
+    """Turns that new weights interrupt among them: each token's μ is the trainer's π of the weights that drew it."""
+    monkeypatch.chdir(ROOT)
+    example.prepare(tmp_path / "built")
+    how = ["policy.generation.backend=sglang", "loss_fn.behavior=version", "grpo.val_period=0", "grpo.max_num_steps=7"]
+    rows = train(tmp_path / "built", tmp_path / "run", *how, *BESIDE)
+    rewards = [row["reward/mean"] for row in rows]
+    interrupted = sum(row["staleness/interruptions"] for row in rows)
+    shown = " → ".join(f"{reward:.3f}" for reward in rewards)
+    with capsys.disabled():
+        print(f"\nwith SGLang: reward {shown}, {interrupted:.0f} interruptions")
+    assert rewards[0] < 0.2 and rewards[-1] > 0.6 and interrupted > 0
+    assert max(row["mismatch/k3"] for row in rows) < 1e-9
+    assert min(row["routes/agreement"] for row in rows) > 0.999
