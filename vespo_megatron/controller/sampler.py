@@ -196,8 +196,9 @@ class Sampler:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
-def to_sample(dialogue: Dialogue, record: PromptRecord) -> Sample:
+def to_sample(drawn: GenerationResult | Dialogue, record: PromptRecord) -> Sample:
     """What was drawn as a sample. Raises UserError naming the request when its numbers are no log-probs."""
+    dialogue = drawn if isinstance(drawn, Dialogue) else Dialogue(drawn)
     result = dialogue.result
     return Sample(
         sample_id=result.request_id,
