@@ -23,6 +23,10 @@ BIN := $(VENV)/bin
 NEMO := .venv-nemo
 STAMP := $(VENV)/.installed
 EXAMPLE := examples/tiny_moe
+# What `make train` trains: the model_type of a tiny model, as make train FAMILY=olmoe (docs/models.md).
+FAMILY ?= qwen3_moe
+BUILD := $(EXAMPLE)/build$(patsubst %,_%,$(filter-out qwen3_moe,$(FAMILY)))
+RECIPE := $(EXAMPLE)/$(if $(filter llama qwen3,$(FAMILY)),dense,vespo).yaml
 # The first Python that is new enough and can make virtual environments; PYTHON=… chooses another.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
@@ -36,7 +40,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 .DELETE_ON_ERROR:
 
 train: example
-	$(BIN)/vespo-megatron train $(EXAMPLE)/vespo.yaml $(ARGS)
+	$(BIN)/vespo-megatron train $(RECIPE) policy.model_name=$(BUILD)/model $(ARGS)
 
 calculator: $(STAMP)
 	$(BIN)/python $(EXAMPLE)/prepare_calculator.py --output $(EXAMPLE)/build_calculator
@@ -122,7 +126,7 @@ imports: $(STAMP)
 venv: $(STAMP)
 
 example: $(STAMP)
-	$(BIN)/python $(EXAMPLE)/prepare.py --output $(EXAMPLE)/build
+	$(BIN)/python $(EXAMPLE)/prepare.py --family $(FAMILY) --output $(BUILD)
 
 $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.txt setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv and ensurepip was found" \

@@ -86,7 +86,7 @@ def generate(engine, responses: int, prompt: int, length: int, vocabulary: int, 
             weight_versions=result.weight_versions,
             finish_reason=result.finish_reason,
             routes=result.routes,
-            routes_version=result.routes_version,
+            route_versions=result.route_versions,
         )
         for request, result in zip(requests, results, strict=True)
     ]

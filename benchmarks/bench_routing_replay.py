@@ -111,7 +111,7 @@ def prepare(arguments: argparse.Namespace, folder: Path):
         replace(
             sample,
             routes=random_routes(sample.num_tokens - 1, shape.num_moe_layers, topk, experts, generator),
-            routes_version=0,
+            route_versions=0,
         )
         for sample in samples
     ]

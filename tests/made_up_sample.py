@@ -18,7 +18,7 @@ def sample(version: int, name: str = "s") -> Sample:
         [version, version, version + 1],
         "stop",
         routes=np.arange(8, dtype=np.uint8).reshape(4, 1, 2),
-        routes_version=version,
+        route_versions=version,
         sampling_mask=SamplingMask.of([[3, 9], [], [5]]),
         turns=np.array([0, -1, 1]),
         turn_rewards=np.array([0.5, 1.0]),

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vespo_megatron.recipe.model_shape import ModelShape, shape_of_config
+from vespo_megatron.families.shape import ModelShape
+from vespo_megatron.recipe.model_shape import shape_of_config
 
 CONFIG = {
     "model_type": "qwen3_moe",

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vespo_megatron.recipe.loader import load_recipe, save_recipe
@@ -38,26 +39,28 @@ def make_run(folder: Path, name: str, *overrides: str) -> Path:
     return run_dir
 
 
-def finish(run_dir: Path) -> None:
+def finish(run_dir: Path, before: Callable[[str], None] | None = None) -> None:
     """Run it to its end, which must be a good one."""
-    process = start(run_dir)
+    process = start(run_dir, before)
     process.join(_PATIENCE_S)
     process.kill()
     assert process.exitcode == 0, [path.read_text() for path in (run_dir / "errors").glob("*")]
 
 
-def start(run_dir: Path) -> multiprocessing.Process:
-    """The worker of the run in `run_dir`, whose recipe is there."""
-    process = _fork.Process(target=_train, args=(str(run_dir),))
+def start(run_dir: Path, before: Callable[[str], None] | None = None) -> multiprocessing.Process:
+    """The worker of the run in `run_dir`, whose recipe is there; `before` is called in it first, with the folder."""
+    process = _fork.Process(target=_train, args=(str(run_dir), before))
     process.start()
     return process
 
 
-def _train(run_dir: str) -> None:
+def _train(run_dir: str, before: Callable[[str], None] | None) -> None:
     import torch
 
     from vespo_megatron.launch import worker
 
+    if before is not None:
+        before(run_dir)
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os._exit(worker.main(Path(run_dir)))

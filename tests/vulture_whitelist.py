@@ -6,8 +6,24 @@ from types import SimpleNamespace as _
 _().wait_stream, _().wait_event, _().record_event, _().Stream, _().default_stream, _().record_stream
 _()._get_cuda_rng_state, _()._set_cuda_rng_state
 # megatron-core: of a GPTModel, a router, a module spec, a parameter, packed sequences, a save strategy, configs, DDP.
-_()._postprocess, _().gating, _().backward_dw, _().pre_mlp_layernorm, _().core_attention, _().k_layernorm, _().allreduce
-_().pad_between_seqs, _().cu_seqlens_q, _().cu_seqlens_kv, _().cu_seqlens_q_padded, _().cu_seqlens_kv_padded
+(
+    _()._postprocess,
+    _().gating,
+    _().backward_dw,
+    _().pre_mlp_layernorm,
+    _().core_attention,
+    _().k_layernorm,
+    _().q_layernorm,
+    _().allreduce,
+)
+(
+    _().moe_router_enable_expert_bias,
+    _().pad_between_seqs,
+    _().cu_seqlens_q,
+    _().cu_seqlens_kv,
+    _().cu_seqlens_q_padded,
+    _().cu_seqlens_kv_padded,
+)
 _().can_handle_sharded_objects, _().grad_scale_func, _().get_replay_topk
 _().use_precision_aware_optimizer_no_fp8_or_ds_fp8, _().force_all_reduce
 _().dispatch_preprocess, _().combine_postprocess, _()._apply_expert_bias, _().grad_scaler
@@ -17,8 +33,9 @@ _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().
 # torch.distributed: of broadcast options and of a process group that is made by hand; pickle; http.client; io.
 _().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().sock, _().makefile
 _().readable, _().readinto, _().redirect_request, _().writable
-# By its path (test_how_to_add.py); Jinja templates; a checkpoint's layout, which is every `…_size` of RankInfo.
+# By its path (test_how_to_add.py); Jinja templates; every `…_size` of RankInfo; all of the staleness buffer's counts.
 (
+    _().drawn_again,
     _().length_reward,
     _().Guess,
     _().ToolOutput,

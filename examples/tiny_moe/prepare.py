@@ -1,11 +1,11 @@
-"""Make everything the tiny example needs, offline and from fixed seeds: tokenizer, prompts, warm-started Qwen3-MoE.
+"""Make everything the tiny example needs, offline and from fixed seeds: tokenizer, prompts, warm-started model.
 
     python examples/tiny_moe/prepare.py --output examples/tiny_moe/build
 
 The task, and what the warm start leaves to reinforcement learning, is in `running_sums.py`. Written under `--output`:
 `model/` (Hugging Face folder: config, safetensors, tokenizer) and `data/{train,validation}.parquet` in veRL's schema.
 Running it again changes nothing; `--force` makes it anew. `--task long` makes rows of up to 36 digits, for responses of
-up to 40 tokens: the studies'.
+up to 40 tokens: the studies'. `--family` makes a model of another family of `tiny_models.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from running_sums import BOX, INSTRUCTION, POLITE, TASKS, Task, boxed, demonstration, make_rows, prompt_text
+from tiny_models import COMMON, FAMILIES, PATIENCE, tiny_model, use_published_names
 
 NUM_TRAIN = 4096
 NUM_VALIDATION = 256
@@ -38,26 +39,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-MODEL_CONFIG: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "initializer_range": 0.1,
-}
 
 
 def build_tokenizer() -> Any:
@@ -84,7 +65,7 @@ def build_tokenizer() -> Any:
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=MODEL_CONFIG["max_position_embeddings"],
+        model_max_length=COMMON["max_position_embeddings"],
     )
 
 
@@ -129,28 +110,14 @@ def demonstration_batch(
     return input_ids, labels
 
 
-def warm_start(tokenizer: Any, held_out: set, task: Task, *, seed: int = SEED) -> Any:
-    """A `Qwen3MoeForCausalLM` trained on demonstrations: first on those that reckon, then mostly on guesses."""
+def warm_start(tokenizer: Any, held_out: set, task: Task, family: str, *, seed: int = SEED) -> Any:
+    """A tiny model trained on demonstrations: first on those that reckon, then mostly on guesses."""
     import numpy as np
     import torch
     from tqdm import tqdm
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     steps = task.warm_start_steps
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        **MODEL_CONFIG,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation("grouped_mm")
-    with torch.no_grad():
-        # It is made zero, and trained by nothing. The first norm of zero multiplies a gradient by 1/√ε, a thousand: one
-        # response that happens to sample padding would be clipped together with the update it is in.
-        padding = model.get_input_embeddings().weight[tokenizer.pad_token_id]
-        padding.normal_(std=config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    model = tiny_model(family, tokenizer, VOCAB_SIZE, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     generator = np.random.default_rng([seed, 1])
     progress = tqdm(range(steps), desc="warm start", unit="step", mininterval=1.0)
@@ -188,26 +155,21 @@ def accuracy(
     return sum(answer in reply for answer, reply in zip(answers, replies, strict=True)) / len(rows)
 
 
-def use_published_names(path: Path) -> None:
-    """Name `config.json`'s keys as the published Qwen3-MoE checkpoints do, where transformers 5 writes newer names."""
-    config = json.loads(path.read_text())
-    config["num_experts"] = config.pop("num_local_experts", None) or config["num_experts"]
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def fingerprint() -> str:
     """Identifies what this file would make: a digest of its own text and its task's."""
-    sources = (Path(__file__), Path(__file__).with_name("running_sums.py"))
+    sources = [Path(__file__).with_name(name) for name in ("prepare.py", "running_sums.py", "tiny_models.py")]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -> dict[str, Any]:
+def prepare(
+    output: Path, *, force: bool = False, task: Task = TASKS["short"], family: str = "qwen3_moe"
+) -> dict[str, Any]:
     """Make `output` unless it is already what this file would make; returns the content of `prepared.json`."""
     stamp = output / "prepared.json"
+    task = replace(task, warm_start_steps=round(task.warm_start_steps * PATIENCE.get(family, 1)))
     if not force and stamp.exists():
         made = json.loads(stamp.read_text())
-        if made["fingerprint"] == fingerprint() and made["task"] == asdict(task):
+        if (made["fingerprint"], made["task"], made.get("family")) == (fingerprint(), asdict(task), family):
             print(f"{output} is already prepared (accuracy at the start {_shown(made)})")
             return made
     import pyarrow.parquet as pq
@@ -222,13 +184,14 @@ def prepare(output: Path, *, force: bool = False, task: Task = TASKS["short"]) -
     held_out = write_data(output / "data", task)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "model")
-    model = warm_start(tokenizer, held_out, task)
+    model = warm_start(tokenizer, held_out, task, family)
     model.save_pretrained(output / "model")
-    use_published_names(output / "model" / "config.json")
+    use_published_names(output / "model" / "config.json", family)
     rows = pq.read_table(output / "data" / "validation.parquet").to_pylist()
     made = {
         "fingerprint": fingerprint(),
         "task": asdict(task),
+        "family": family,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "greedy": accuracy(model, tokenizer, rows, task.columns + 8, greedy=True),
         "accuracy": accuracy(model, tokenizer, rows, task.columns + 8, greedy=False),
@@ -248,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build", help="folder to write")
     parser.add_argument("--force", action="store_true", help="make it again although it is there")
     parser.add_argument("--task", choices=list(TASKS), default="short", help="short: up to 14 digits; long: up to 36")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen3_moe", help="model_type of the model")
     parser.add_argument("--steps", type=int, help="updates of the warm start")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -256,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output,
         force=options.force,
         task=task if options.steps is None else replace(task, warm_start_steps=options.steps),
+        family=options.family,
     )
     return 0
 

@@ -2,8 +2,8 @@
 
     python examples/tiny_moe/prepare_calculator.py --output examples/tiny_moe/build_calculator
 
-The task is in `long_sums.py`; tokenizer and model are `prepare.py`'s. Running it again changes nothing; `--force` makes
-it anew.
+The task is in `long_sums.py`; the tokenizer is `prepare.py`'s, the model of `tiny_models.py`. Running it again changes
+nothing; `--force` makes it anew.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from prepare import (
     ASSISTANT,
     END,
     LEARNING_RATE,
-    MODEL_CONFIG,
     NUM_TRAIN,
     NUM_VALIDATION,
     SEED,
     USER,
+    VOCAB_SIZE,
     WARM_START_BATCH,
     build_tokenizer,
-    use_published_names,
 )
+from tiny_models import tiny_model, use_published_names
+
+FAMILY = "qwen3_moe"
 
 IGNORED = -100
 
@@ -82,17 +84,11 @@ def demonstration_batch(tokenizer: Any, generator: Any, guess_share: float, held
 
 
 def warm_start(tokenizer: Any, held_out: set, steps: int) -> Any:
-    """A `Qwen3MoeForCausalLM` trained on demonstrations: first on calls alone, then mostly on guesses."""
+    """A tiny model trained on demonstrations: first on calls alone, then mostly on guesses."""
     import numpy as np
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    torch.manual_seed(SEED)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MODEL_CONFIG, **special, dtype="float32"))
-    model.set_experts_implementation("grouped_mm")
-    with torch.no_grad():  # see prepare.warm_start: an embedding of zero would drown a whole update
-        model.get_input_embeddings().weight[tokenizer.pad_token_id].normal_(std=MODEL_CONFIG["initializer_range"])
+    model = tiny_model(FAMILY, tokenizer, VOCAB_SIZE, SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     generator = np.random.default_rng([SEED, 1])
     for step in range(steps):
@@ -112,8 +108,8 @@ def warm_start(tokenizer: Any, held_out: set, steps: int) -> Any:
 
 
 def fingerprint() -> str:
-    """Identifies what this file would make: a digest of its own text, its task's and `prepare.py`'s."""
-    names = ("prepare_calculator.py", "long_sums.py", "prepare.py")
+    """Identifies what this file would make: a digest of its own text, its task's and those it is made with."""
+    names = ("prepare_calculator.py", "long_sums.py", "prepare.py", "tiny_models.py")
     return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
 
 
@@ -137,7 +133,7 @@ def prepare(output: Path, *, force: bool = False, steps: int = WARM_START_STEPS)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(output / "model")
     warm_start(tokenizer, held_out, steps).save_pretrained(output / "model")
-    use_published_names(output / "model" / "config.json")
+    use_published_names(output / "model" / "config.json", FAMILY)
     made = {"fingerprint": fingerprint(), "steps": steps, "seconds": round(time.monotonic() - started, 1)}
     stamp.write_text(json.dumps(made, indent=2) + "\n")
     print(f"{output}: {made['seconds']} s")

@@ -25,7 +25,7 @@ class ScriptedEngine:
         ids = list(ids)[: request.sampling.max_new_tokens]
         if len(ids) < len(self.script[base][int(number or 0)][0]):
             reason = "length"
-        routes = len(request.prompt_ids) + len(ids) - 1
+        routes = len(request.prompt_ids) + len(ids) - 1 - request.routes_start
         return GenerationResult(
             request.request_id,
             np.array(ids, dtype=np.int64),
@@ -33,7 +33,7 @@ class ScriptedEngine:
             np.full(len(ids), self.version),
             reason,
             routes=np.zeros((routes, 1, 2), dtype=np.uint8),
-            routes_version=self.version,
+            route_versions=np.full(routes, self.version),
         )
 
     def prompts(self, name):

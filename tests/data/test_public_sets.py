@@ -157,3 +157,12 @@ def test_without_the_hub_the_local_copy_is_named(monkeypatch, tmp_path, capsys):
     assert "dapo_math" in capsys.readouterr().err
     assert main(["data", "prepare", "aime24", "--from", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds no data" in capsys.readouterr().err
+
+
+def test_dapo_math_asks_for_a_box_as_the_paper_does():
+    from vespo_megatron.data.public.sets import DAPO_BEFORE, DAPO_BEHIND, SETS
+
+    row = VERL | {"prompt": [{"role": "user", "content": f"{DAPO_BEFORE}1 + 33?{DAPO_BEHIND}"}]}
+    (message,) = SETS["dapo_math"].transform(row, "dapo_math")["prompt"]
+    assert message["content"] == "1 + 33? Please reason step by step, and put your final answer within \\boxed{}."
+    assert row["prompt"][0]["content"].startswith("Solve"), "the row that was given is as it was"

@@ -30,7 +30,7 @@ def example():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         yield importlib.import_module("prepare_calculator")
-    for name in ("prepare_calculator", "long_sums", "prepare", "running_sums"):
+    for name in ("prepare_calculator", "long_sums", "prepare", "running_sums", "tiny_models"):
         sys.modules.pop(name, None)
 
 

@@ -19,7 +19,7 @@ def prepare():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         yield importlib.import_module("prepare")
-    for name in ("prepare", "running_sums"):
+    for name in ("prepare", "running_sums", "tiny_models"):
         del sys.modules[name]
 
 
@@ -141,7 +141,8 @@ def test_greedily_the_policy_cannot_do_the_task_before_it_is_trained_by_reward(p
 
 def test_preparing_again_changes_nothing(prepare, tmp_path, monkeypatch):
     task = prepare.TASKS["long"]
-    made = {"fingerprint": prepare.fingerprint(), "task": asdict(task), "greedy": 0.1, "accuracy": 0.2}
+    made = {"fingerprint": prepare.fingerprint(), "task": asdict(task), "family": "qwen3_moe"}
+    made |= {"greedy": 0.1, "accuracy": 0.2}
     (tmp_path / "prepared.json").write_text(json.dumps(made))
     monkeypatch.setattr(prepare, "write_data", lambda folder, task: pytest.fail("made again"))
     assert prepare.prepare(tmp_path, task=task) == made
@@ -165,7 +166,12 @@ def test_every_recipe_uses_known_keys_and_a_layout_its_processes_can_hold():
 
     recipes = sorted(EXAMPLE.glob("*.yaml"))
     assert {path.name for path in recipes} == {
-        *("vespo.yaml", "pp2.yaml", "cp2.yaml", "dp2.yaml", "in_process.yaml"),
+        "vespo.yaml",
+        "pp2.yaml",
+        "cp2.yaml",
+        "dp2.yaml",
+        "in_process.yaml",
+        "dense.yaml",
         "calculator.yaml",
     }
     for path in recipes:
@@ -182,7 +188,8 @@ def test_every_recipe_asks_for_a_layout_its_model_can_have(recipe, monkeypatch):
     from vespo_megatron.recipe.loader import load_recipe
     from vespo_megatron.recipe.rules import validate
 
-    validate(load_recipe(EXAMPLE / recipe, ["policy.model_name=examples/tiny_moe/build/model"]))
+    built = ["policy.model_name=examples/tiny_moe/build/model"] if recipe == "calculator.yaml" else []
+    validate(load_recipe(EXAMPLE / recipe, built))
 
 
 def test_every_token_that_may_be_sampled_has_an_embedding():

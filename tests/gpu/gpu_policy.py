@@ -13,6 +13,7 @@ from vespo_megatron.data.sample import Sample
 from vespo_megatron.megatron.micro_batch import MicroBatch, prepare
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 
 VOCAB, TEMPERATURE = 126, 0.9
@@ -70,7 +71,7 @@ def make_batch(seed: int = 0, lengths: tuple = LENGTHS, *, routed: bool = False)
     ]
     for sample in samples if routed else ():
         order = generator.random((sample.num_tokens - 1, MOE_LAYERS, EXPERTS)).argsort(axis=-1)
-        sample.routes, sample.routes_version = order[..., :TOPK].astype(np.uint8), 0
+        sample.routes, sample.route_versions = order[..., :TOPK].astype(np.uint8), np.zeros(len(order), np.int64)
     return Batch(samples, generator.normal(0, 1, len(samples)).astype(np.float32))
 
 
@@ -125,6 +126,7 @@ class Transformers:
         from transformers import Qwen3MoeForCausalLM
 
         self.device, self.dtype = device, dtype
+        self.shape = read_shape(folder)
         self.model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.set_experts_implementation("eager")
         for parameter in self.model.parameters():
@@ -156,4 +158,4 @@ class Transformers:
             ((scores[0] * weight).sum() / 200 + scores[1].sum() / 300).backward()
         for parameter in self.model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return weight_views(self.model)
+        return weight_views(self.model, self.shape)

@@ -44,7 +44,7 @@ def samples(asked, results) -> Batch:
             weight_versions=result.weight_versions,
             finish_reason=result.finish_reason,
             routes=result.routes,
-            routes_version=result.routes_version,
+            route_versions=result.route_versions,
             sampling_mask=result.sampling_mask,
         )
         for request, result in zip(asked, results, strict=True)

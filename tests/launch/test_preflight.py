@@ -84,6 +84,11 @@ def test_prompts_that_cannot_be_trained_on_are_named(recipe, rows, message):
         preflight.check(recipe)
 
 
+def test_too_few_prompts_for_what_a_step_begins_are_found(recipe):
+    with pytest.raises(UserError, match=r"is 8, which begins 10 with grpo\.oversample 1\.25, but data\.train has 8"):
+        preflight.check(recipe.with_values({"grpo.oversample": 1.25}))
+
+
 def test_ground_truths_that_cannot_be_parsed_are_named_counted_and_an_error_or_left_out(recipe):
     write_rows(recipe, [truth("2")] * 8 + [truth("x^2 +"), truth(r"\sqrt{2}"), truth(r"\frac{1}{"), truth("")])
     named = r"train/8, 'x\^2 \+', cannot be parsed; train/10, .*; train/11, '', "

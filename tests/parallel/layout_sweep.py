@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from layout_work import build, micro_batches, ragged_batch, weighted_loss
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.model_rules import model_problems
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.rules import problems
 from vespo_megatron.recipe.schema import Recipe
 

@@ -117,11 +117,18 @@ def everything(folder: str, layout: dict[str, Any], store: str, device: torch.de
     """All that a layout must share with one process, from one set-up of it.
 
     The weights as loaded; loss and gradients with live routers and with the samples' random routes (R3); the change of
-    every weight in one update; gradients after that update with the routes recorded before it (R2).
+    every weight in one update; gradients after that update with the routes recorded before it (R2). No R2 and R3 of a
+    model without routers.
     """
     policy = build(folder, layout, store, device)
     answers: dict[str, Any] = {"loaded": weights(policy)}
-    batches = routed_micro_batches(policy, with_random_routes(ragged_batch()))
+    moe_layers = policy.shape.num_moe_layers
+    if not moe_layers:
+        batches = micro_batches(policy, ragged_batch())
+        answers["live"] = gradients(policy, batches, weighted_loss)
+        answers |= _one_update(policy, batches, answers["loaded"])
+        return answers
+    batches = routed_micro_batches(policy, with_random_routes(ragged_batch(), layers=moe_layers))
     engine = RouteUse("replay", lambda each: (each.engine_routes, None))
     trainer = RouteUse("replay", lambda each: (each.trainer_routes, None))
     answers["live"] = gradients(policy, batches, weighted_loss)
@@ -129,10 +136,14 @@ def everything(folder: str, layout: dict[str, Any], store: str, device: torch.de
     for each in batches:
         each.trainer_routes = policy.empty_routes(each)
     policy.log_probs(batches, routes=RouteUse("record", trainer.tables))
-    answers["grad_norm"] = policy.update(batches, weighted_loss).grad_norm
-    answers["update"] = {name: tensor - answers["loaded"][name] for name, tensor in weights(policy).items()}
+    answers |= _one_update(policy, batches, answers["loaded"])
     answers["R2"] = gradients(policy, batches, weighted_loss, trainer)
     return answers
+
+
+def _one_update(policy: MegatronPolicy, batches: list[MicroBatch], before: dict[str, torch.Tensor]) -> dict[str, Any]:
+    norm = policy.update(batches, weighted_loss).grad_norm
+    return {"grad_norm": norm, "update": {name: tensor - before[name] for name, tensor in weights(policy).items()}}
 
 
 def messages(folder: str, layout: dict[str, Any], store: str) -> set[str]:
@@ -217,13 +228,13 @@ def load_folder(folder: str, layout: dict[str, Any], store: str) -> dict[str, to
 NUM_EXPERTS, TOPK, MOE_LAYERS = 8, 2, 3  # of `conftest.make_checkpoint`: four layers, the second dense
 
 
-def with_random_routes(batch: Batch, seed: int = 5) -> Batch:
+def with_random_routes(batch: Batch, seed: int = 5, layers: int = MOE_LAYERS) -> Batch:
     """Routes that no router would choose: a slice taken from the wrong place changes every gradient."""
     generator = np.random.default_rng(seed)
     for sample in batch.samples:
         rows = sample.num_tokens - 1
-        order = generator.random((rows, MOE_LAYERS, NUM_EXPERTS)).argsort(axis=-1)
-        sample.routes, sample.routes_version = order[..., :TOPK].astype(np.uint8), 0
+        order = generator.random((rows, layers, NUM_EXPERTS)).argsort(axis=-1)
+        sample.routes, sample.route_versions = order[..., :TOPK].astype(np.uint8), np.zeros(rows, np.int64)
     return batch
 
 

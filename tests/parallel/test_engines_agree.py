@@ -82,7 +82,7 @@ def _generate(policy, recipe, urls, version, generator):
                 weight_versions=result.weight_versions,
                 finish_reason=result.finish_reason,
                 routes=result.routes,
-                routes_version=result.routes_version,
+                route_versions=result.route_versions,
             )
         )
     return samples, checksum

@@ -89,7 +89,7 @@ def test_a_truncated_file_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "has model_type 'llama'"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'"),
         ({"attention_bias": True}, "has attention_bias"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "asks for rotary embedding 'yarn'"),
         ({"hidden_size": None}, "lacks the key 'hidden_size'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import layout_work
 import memory_work
 import pytest
+from family_checkpoints import make_family
 from random_checkpoint import make_checkpoint
 from test_layout_parity import LAYOUTS, VPP
 
@@ -33,17 +34,12 @@ def recipe_of(folder, layout, world_size, precision):
     return recipe
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [*((name, precision) for name in LAYOUTS for precision in ("float32", "bfloat16")), ("tp2_ep2", "float16")],
-)
-def test_the_model_is_within_a_tenth_of_what_is_held(name, precision, workers, sparse):
-    world_size, layout = LAYOUTS[name]
+def assert_within_a_tenth(workers, folder, world_size, layout, precision):
     count = 2 if VPP in layout else 1  # megatron-core interleaves no fewer than there are stages
     answers = workers.run(
-        memory_work.held, world_size, folder=sparse, layout=layout, precision=precision, micro_batches=count
+        memory_work.held, world_size, folder=folder, layout=layout, precision=precision, micro_batches=count
     )
-    recipe, shape = recipe_of(sparse, layout, world_size, precision), read_shape(sparse)
+    recipe, shape = recipe_of(folder, layout, world_size, precision), read_shape(folder)
     element = activations.element_size(recipe)
     for stage in {answer["stage"] for answer in answers}:
         mine = [answer for answer in answers if answer["stage"] == stage]
@@ -58,3 +54,20 @@ def test_the_model_is_within_a_tenth_of_what_is_held(name, precision, workers, s
         # Over the ranks of a stage, since one expert parallel rank gets more tokens than another.
         found = {part: sum(answer[part] for answer in mine) / len(mine) for part in expected}
         assert found == pytest.approx(expected, rel=0.1), (stage, {k: found[k] / expected[k] for k in found})
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, precision) for name in LAYOUTS for precision in ("float32", "bfloat16")), ("tp2_ep2", "float16")],
+)
+def test_the_model_is_within_a_tenth_of_what_is_held(name, precision, workers, sparse):
+    world_size, layout = LAYOUTS[name]
+    assert_within_a_tenth(workers, sparse, world_size, layout, precision)
+
+
+@pytest.mark.parametrize("name", ["recompute", "tp2_sp", "dp2"])
+@pytest.mark.parametrize("model_type", ["llama", "olmoe", "glm4_moe"])
+def test_the_model_knows_every_kind_of_layer(model_type, name, workers, tmp_path):
+    """Dense layers, no norm of queries and keys or one over the width, a shared expert, a bias in attention."""
+    make_family(tmp_path, model_type, vocab_size=128)
+    assert_within_a_tenth(workers, str(tmp_path), *LAYOUTS[name], "float32")

@@ -90,7 +90,7 @@ def test_a_resumed_run_scores_to_the_last_bit_and_another_layout_alike(scored, w
     assert max(np.abs(other[key] - expected[key]).max() for key in expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("replay", ["R2", "R3"])
+@pytest.mark.parametrize("replay", ["R2", "R3", "R3 spans"])
 def test_with_replay_a_token_s_routes_are_those_of_its_version(replay, workers, checkpoint, tmp_path):
     answers = run(
         workers, version_work.score_by_version, "tp2_ep2", checkpoint[0], scratch=str(tmp_path), replay=replay

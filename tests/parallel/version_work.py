@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from layout_work import (
 )
 
 from vespo_megatron.data.batch import Batch
+from vespo_megatron.data.sample import UNKNOWN_VERSION
 from vespo_megatron.megatron import hf_weights
 from vespo_megatron.megatron.policy import MegatronPolicy
 from vespo_megatron.megatron.weight_history import WeightHistory
@@ -35,10 +37,11 @@ ROUTER_SHIFT = {"loss_fn.router_shift.apply": "before_clip"}
 def batch_of_versions(replay: str = "none") -> Batch:
     """Responses of one version, of two and of three; version 0 is in one response alone, and in its first tokens.
 
-    With R3 routes are of a response's last version, as engines give them.
+    With R3 routes are of a response's last version, as after it was run again; with "R3 spans" each row is of the
+    version that drew its token.
     """
     batch = ragged_batch()
-    if replay == "R3":
+    if replay.startswith("R3"):
         with_random_routes(batch)
     for index, sample in enumerate(batch.samples):
         length = len(sample.response_ids)
@@ -47,7 +50,9 @@ def batch_of_versions(replay: str = "none") -> Batch:
             sample.weight_versions = np.repeat([1, 2], [length // 3, length - length // 3])
         if index == 2:
             sample.weight_versions = np.repeat([0, 1, 2], [10, 11, length - 21])
-        sample.routes_version = int(sample.weight_versions[-1])
+        sample.route_versions = np.full(sample.num_tokens - 1, sample.weight_versions[-1])
+        if replay == "R3 spans":
+            sample.route_versions = row_versions(sample)
     return batch
 
 
@@ -71,7 +76,7 @@ def recipe_of(
             "policy.train_global_batch_size": 8,
             "policy.sequence_packing.enabled": True,
             "policy.sequence_packing.train_mb_tokens": 72,
-            "policy.router_replay.mode": replay,
+            "policy.router_replay.mode": replay.partition(" ")[0],
             "cluster.gpus_per_node": world_size or torch.distributed.get_world_size(),
             **changes,
         }
@@ -147,7 +152,7 @@ def compare_with_folders(
         alone = recipe_of(str(policy.model_folder), {}, behavior="recompute", replay=replay).with_values(
             {"policy.megatron_cfg": policy.config.megatron_cfg} | ROUTER_SHIFT
         )
-        expected = score(alone, other, batch, None)
+        expected = score(alone, other, replaying(batch, version) if replay == "R3 spans" else batch, None)
         worst = 0.0
         for ours, theirs in zip(sliced.micro_batches, expected.micro_batches, strict=True):
             samples = ours.batch.samples
@@ -164,6 +169,15 @@ def compare_with_folders(
                 routes_equal &= bool(same.all())
         differences.append(worst)
     return differences, routes_equal
+
+
+def replaying(batch: Batch, version: int) -> Batch:
+    """The same batch, in which rows before the first of this version are stale, in responses that have it."""
+    batch = copy.deepcopy(batch)
+    for sample in batch.samples:
+        if version in sample.weight_versions:
+            sample.route_versions[row_versions(sample) < version] = UNKNOWN_VERSION
+    return batch
 
 
 def score_after_resume(folder: str, layout: dict[str, Any], store: str, run_dir: str) -> dict[str, Any]:
@@ -190,7 +204,9 @@ def synchronous(folder: str, layout: dict[str, Any], store: str, replay: str) ->
     off = {"grpo.async_grpo.enabled": False}
     batch = batch_of_versions(replay)
     for sample in batch.samples:
-        sample.weight_versions[:] = sample.routes_version = 7
+        sample.weight_versions[:] = 7
+        if sample.route_versions is not None:
+            sample.route_versions[:] = 7
     recipe = recipe_of(folder, layout, behavior="version", replay=replay, **off)
     history = WeightHistory(policy, recipe.held_versions)
     with history.pushing(7):

@@ -27,6 +27,7 @@ EP, ETP, VPP = (
 )
 SP, GPUS, GLOBAL_BATCH = M + "sequence_parallel", "cluster__gpus_per_node", "policy__train_global_batch_size"
 FIRST, LAST = M + "num_layers_in_first_pipeline_stage", M + "num_layers_in_last_pipeline_stage"
+BIAS_RATE = M + "moe_router_bias_update_rate"
 G = "policy__generation__"
 DIAL = G + "mismatch__"
 OFFLOAD = {M + "optimizer__optimizer_cpu_offload": True, M + "optimizer__optimizer_offload_fraction": 1.0}
@@ -79,39 +80,26 @@ IMPOSSIBLE = {
         "staleness_threshold",
         "max_staleness",
     ),
+    "over-sampling beside training": (
+        {"grpo__oversample": 1.25, "grpo__async_grpo__enabled": True},
+        "grpo.oversample",
+        "max_staleness",
+    ),
+    "partial rollouts of which nothing is ended": ({"grpo__partial_rollouts": True}, "partial_rollouts", "oversample"),
+    "partial rollouts scored by weights that nobody has": (
+        {"grpo__partial_rollouts": True, "grpo__oversample": 2.0, "loss_fn__behavior": "version"},
+        "partial_rollouts",
+        "recompute or rollout",
+    ),
+    "a curriculum that nothing fits": (
+        {"data__curriculum__min_solved": 0.8, "data__curriculum__max_solved": 0.2},
+        "min_solved",
+        "max_solved",
+    ),
     "router shift without π_old": (
         {"loss_fn__router_shift__apply": "before_clip", "loss_fn__behavior": "rollout"},
         "loss_fn.router_shift.apply",
         "recompute or version",
-    ),
-    "R3 of interrupted responses": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-            "policy__router_replay__on_stale_routes": "error",
-        },
-        "on_stale_routes",
-        "live or drop",
-    ),
-    "R3 without routes of one version": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            "policy__router_replay__mode": "R3",
-            G + "sglang_cfg__enable_return_routed_experts": True,
-        },
-        "on_weight_update",
-        "drain",
-    ),
-    "in_place without SGLang": (
-        {
-            "grpo__async_grpo__enabled": True,
-            "grpo__async_grpo__on_weight_update": "in_place",
-            G + "backend": "in_process",
-        },
-        "on_weight_update",
-        "abort_and_continue",
     ),
     "a cache that SGLang alone rounds": ({DIAL + "kv_cache": "fp8_e4m3"}, "mismatch.kv_cache", "backend=in_process"),
     "inputs that SGLang alone rounds": (
@@ -369,8 +357,17 @@ def test_a_possible_recipe_is_let_through(values):
             {"loss_fn__router_shift__apply": "after_clip"},
             {"mlp_only_layers": [0, 1, 2, 3]},
             "loss_fn.router_shift.apply",
-            "compares routers",
+            "has no routers",
         ),
+        ({EP: 2}, {"mlp_only_layers": [0, 1, 2, 3]}, "expert_model_parallel_size", "has no routers"),
+        ({"policy__router_replay__mode": "R3"}, {"num_experts": 0}, "policy.router_replay.mode", "has no routers"),
+        (
+            {G + "sglang_cfg__enable_return_routed_experts": True},
+            {"num_experts": 0},
+            "sglang_cfg.enable_return_routed_experts",
+            "expected: false, or a model with routers",
+        ),
+        ({BIAS_RATE: 0.001}, {}, "moe_router_bias_update_rate", "have no correction bias"),
         ({ETP: 3}, {}, "expert_tensor_parallel_size", "64 channels of an expert"),
         ({TP: 2}, {"mlp_only_layers": [0], "intermediate_size": 129}, "tensor_model_parallel_size", "129 channels"),
         ({"policy__max_total_sequence_length": 4096}, {}, "max_total_sequence_length", "at most 2048"),

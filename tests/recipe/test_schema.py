@@ -43,6 +43,7 @@ COUNTS = """
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
     data.train.temperature data.validation.temperature
+    data.curriculum.rest
     grpo.val_period grpo.seed grpo.advantage_clip_high loss_fn.reference_policy_kl_penalty loss_fn.entropy_coefficient
     loss_fn.expected_k3
     policy.megatron_cfg.optimizer.min_lr policy.megatron_cfg.optimizer.weight_decay
@@ -70,6 +71,11 @@ TOO_LOW_TOO_HIGH: dict[str, tuple[float, float | None]] = {
     **dict.fromkeys(NOT_NEGATIVE, (-1e-300, NOTHING)),
     **dict.fromkeys(POSITIVE, (0.0, NOTHING)),
     "grpo.advantage_clip_low": (-1000.001, 1e-300),
+    "policy.megatron_cfg.moe_router_bias_update_rate": (-1e-300, 1.0000001),
+    "grpo.oversample": (0.999999, 8.000001),
+    "data.curriculum.min_solved": (-1e-300, 1.0000001),
+    "data.curriculum.max_solved": (-1e-300, 1.0000001),
+    "data.curriculum.solved_above": (-1000.001, 1000.001),
     "loss_fn.ess_base": (0.0, 1.0000001),
     "data.train.top_p": (0.0, 1.0000001),
     "data.validation.top_p": (0.0, 1.0000001),

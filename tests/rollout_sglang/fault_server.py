@@ -180,6 +180,9 @@ class FaultServer:
         ]
         for reply, rid in zip(replies, body["rid"], strict=True):
             reply["meta_info"]["id"] = rid
+            if (known := body["routed_experts_start_len"]) and "routed_experts" in reply["meta_info"]:
+                routes = base64.b64decode(reply["meta_info"]["routed_experts"])[known * LAYERS * TOPK * 4 :]
+                reply["meta_info"]["routed_experts"] = base64.b64encode(routes).decode()
         self._send(handler, 200, replies[1:] if fault == "one reply less" else replies)
         if not self._probe and not handler.close_connection:
             self.answered += [rid.partition("#")[0] for rid in body["rid"]]

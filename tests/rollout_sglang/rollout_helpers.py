@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +51,45 @@ class Reference:
         start = len(request.prompt_ids)
         positions = torch.arange(start - 1, ids.shape[1] - 1)
         return log_probs[positions, ids[0, start:]].numpy(), np.sort(torch.stack(routes, 1)[:-1].numpy(), -1)
+
+    @staticmethod
+    def score_on_one_cache(models, request, result):
+        """As `score`, where each row runs by the model of its version, on the keys and values that earlier ones left.
+
+        `models`: version → reference.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        ids = torch.tensor([*request.prompt_ids, *result.output_ids.tolist()])
+        cache, logits, routes = DynamicCache(), [], []
+        bounds = np.flatnonzero(np.diff(result.route_versions, prepend=-1, append=-1))
+        for start, stop in itertools.pairwise(bounds):
+            part, chosen = models[result.route_versions[start]], result.routes[start:stop]
+            with part.routed(chosen, routes), torch.no_grad():
+                logits.append(part.model(ids[None, start:stop], past_key_values=cache, use_cache=True).logits[0])
+        log_probs = torch.log_softmax(torch.cat(logits).double(), -1)
+        rows = torch.arange(len(request.prompt_ids) - 1, len(ids) - 1)
+        return log_probs[rows, ids[rows + 1]].numpy(), np.concatenate(routes)
+
+    @contextlib.contextmanager
+    def routed(self, chosen, found):
+        """Within, forwards append their sorted experts [rows, sparse layers, topk] to `found` at the end."""
+        import torch
+
+        routes = []
+        routers = [module for name, module in self.model.named_modules() if name.endswith(".mlp.gate")]
+        engine = torch.from_numpy(chosen.astype(np.int64)).unbind(1)
+        hooks = [
+            router.register_forward_hook(_settle_ties(each, routes))
+            for router, each in zip(routers, engine, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found.append(np.sort(torch.stack(routes, 1).numpy(), -1))
 
     def hidden(self, request, result):
         """float32 [layers, R, hidden size], each layer's output where the response's tokens are predicted."""
@@ -100,18 +141,19 @@ class Reference:
 def _settle_ties(chosen, routes):
     """A hook for transformers' router (logits, gates, experts) that appends the experts to `routes`.
 
-    The experts an engine has `chosen` [tokens - 1, topk] are taken where the worst of them is as good as the worst of
-    the router's own, up to rounding.
+    The experts an engine has `chosen` of the first rows [rows, topk] are taken where the worst of them is as good as
+    the worst of the router's own, up to rounding.
     """
     import torch
 
     def hook(router, inputs, output):
         logits, gates, experts = output
         if chosen is not None:
-            tied = logits[:-1].gather(1, chosen).amin(1) >= logits[:-1].gather(1, experts[:-1]).amin(1) - 1e-5
+            rows = len(chosen)
+            tied = logits[:rows].gather(1, chosen).amin(1) >= logits[:rows].gather(1, experts[:rows]).amin(1) - 1e-5
             distinct = chosen.sort(dim=1).values.diff(dim=1).all(dim=1)
             experts = experts.clone()
-            experts[:-1] = torch.where((tied & distinct)[:, None], chosen, experts[:-1])
+            experts[:rows] = torch.where((tied & distinct)[:, None], chosen, experts[:rows])
             gates = torch.softmax(logits.float(), -1).gather(1, experts)
             gates = gates / gates.sum(-1, keepdim=True) if router.norm_topk_prob else gates
         routes.append(experts)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rollout_helpers import generate, make_requests
 
+from vespo_megatron.controller.oversampling import BegunGroup, draw_first_whole
 from vespo_megatron.controller.sampler import to_sample
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.errors import UserError
@@ -58,7 +59,7 @@ def test_results_come_in_order_with_one_number_of_each_kind_per_token(engine):
         assert result.routes.dtype == np.uint8
         assert result.routes.shape == (len(request.prompt_ids) + 9 - 1, 3, 2)
         assert (result.weight_versions == engine.weight_version).all()
-        assert result.routes_version == engine.weight_version
+        assert (result.route_versions == engine.weight_version).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -179,6 +180,36 @@ def test_what_the_environment_says_is_part_of_the_response_and_of_what_follows(e
     log_probs, routes = expected.score(request, result)
     np.testing.assert_allclose(result.behavior_log_probs[mask], log_probs[mask], atol=TOLERANCE, rtol=0)
     np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
+
+
+def test_of_groups_begun_together_the_first_whole_ones_are_taken_and_the_rest_goes_on_later(engine, reference):
+    """Two groups of ten tokens and two of ninety: the short ones end the rollout, the long ones go on from there."""
+    expected, _ = fresh_weights(engine, reference)
+    groups = []
+    for number, request in enumerate(make_requests(4, group_size=1, longest_prompt=20)):
+        sampling = replace(request.sampling, max_new_tokens=10 if number % 2 else 90)
+        pair = [replace(request, request_id=f"{request.request_id}-{i}", sampling=sampling, seed=i) for i in range(2)]
+        conversations = [Conversation(each, context_length=engine.context_length) for each in pair]
+        groups.append(BegunGroup(PromptRecord(f"p{number}", request.prompt_ids, "s", "4"), conversations))
+
+    async def no_weights(need):
+        raise need
+
+    def draw(wanted):
+        drawing = draw_first_whole(engine, groups, wanted, seed=7, wait_for_weights=no_weights)
+        return asyncio.run(asyncio.wait_for(drawing, 120))
+
+    assert draw(2) == groups[1::2]
+    lengths = [len(each.loss_mask()) for group in groups[0::2] for each in group.conversations]
+    assert all(length < 90 for length in lengths), "they were not ended"
+    assert draw(4) == groups
+    for group in groups:
+        for conversation in group.conversations:
+            result = conversation.result()
+            assert result.finish_reason == "length" and conversation.loss_mask().all()
+            log_probs, routes = expected.score(conversation.request, result)
+            np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=TOLERANCE, rtol=0)
+            np.testing.assert_array_equal(np.sort(result.routes, -1), routes)
 
 
 def test_evaluation_runs_beside_training(engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_update_weights_changes_what_is_sampled_and_to_what_it_says(model_folder
     after = engine.update_weights(reversed(moved.items()), version=3)
     assert after == engine.weight_checksum() != before
     new = generate(engine, requests)
-    assert all((result.weight_versions == 3).all() and result.routes_version == 3 for result in new)
+    assert all((result.weight_versions == 3).all() and (result.route_versions == 3).all() for result in new)
     assert all((result.weight_versions == 0).all() for result in old)
     assert not np.array_equal(old[0].behavior_log_probs, new[0].behavior_log_probs)
     back = engine.update_weights(tensors.items(), version=4)
@@ -245,13 +246,51 @@ def test_a_faulty_weight_update_names_the_tensor_and_stops_generation_until_a_go
     engine.close()
 
 
-def test_an_update_in_place_is_refused_and_changes_nothing(model_folder):
+async def in_the_middle(engine, requests, change):
+    """Results of `requests`; `change` runs in a thread once a few steps have been taken."""
+    steps, go_on = 0, engine._between_steps
+
+    def count():
+        nonlocal steps
+        steps += 1
+        time.sleep(0.002)
+        return go_on()
+
+    engine._between_steps = count
+    drawing = asyncio.create_task(engine.generate(requests))
+    while steps < 5:
+        await asyncio.sleep(0.001)
+    await asyncio.to_thread(change)
+    return await asyncio.wait_for(drawing, 60)
+
+
+def test_an_update_in_place_is_for_every_row_between_the_same_two_steps(model_folder):
     engine = InProcessEngine(model_folder)
-    before = engine.weight_checksum()
-    with pytest.raises(UserError, match=r"in place.*\n.*\n.*on_weight_update"):
-        engine.update_weights(disk_tensors(model_folder).items(), 1, in_place=True)
-    assert engine.weight_version == 0 and engine.weight_checksum() == before
-    assert len(generate(engine, make_requests(2))) == 2
+    moved = {name: tensor * 1.05 for name, tensor in disk_tensors(model_folder).items()}
+    requests = make_requests(6, max_new_tokens=24, stop=())
+    results = asyncio.run(
+        in_the_middle(engine, requests, lambda: engine.update_weights(moved.items(), 1, in_place=True))
+    )
+    versions = {tuple(result.weight_versions.tolist()) for result in results}
+    assert len(versions) == 1 and set(next(iter(versions))) == {0, 1}
+    before = InProcessEngine(model_folder)
+    drawn = int((results[0].weight_versions == 0).sum())
+    for ours, theirs in zip(results, generate(before, requests), strict=True):
+        np.testing.assert_array_equal(ours.output_ids[:drawn], theirs.output_ids[:drawn])
+        np.testing.assert_array_equal(ours.behavior_log_probs[:drawn], theirs.behavior_log_probs[:drawn])
+        assert (ours.behavior_log_probs[drawn:] != theirs.behavior_log_probs[drawn:]).any()
+    engine.close(), before.close()
+
+
+def test_what_stood_still_for_weights_that_did_not_come_whole_ends_with_the_reason(model_folder):
+    engine = InProcessEngine(model_folder)
+
+    def fail():
+        with pytest.raises(UserError, match="did not come"):
+            engine.update_weights({}.items(), 1, in_place=True)
+
+    with pytest.raises(UserError, match="weights of version 1 did not arrive whole"):
+        asyncio.run(in_the_middle(engine, make_requests(2, max_new_tokens=24, stop=()), fail))
     engine.close()
 
 
@@ -297,11 +336,11 @@ def test_pause_ends_running_requests_as_aborts_whose_tokens_are_whole(engine, re
         np.testing.assert_array_equal(np.sort(result.routes, -1), np.sort(experts[:-1], -1))
 
 
-def test_a_folder_that_is_not_a_qwen3_moe_is_refused(tmp_path):
+def test_a_folder_of_no_known_family_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         InProcessEngine(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="'llama'"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="'gpt2'"):
         InProcessEngine(tmp_path)
 
 

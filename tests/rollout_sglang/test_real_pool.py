@@ -16,13 +16,18 @@ import venv
 import numpy as np
 import psutil
 import pytest
-from rollout_helpers import generate, make_requests
+from rollout_helpers import Reference, generate, make_requests
 
+from vespo_megatron.controller.sampler import to_sample
+from vespo_megatron.data.layout import SequenceLayout
+from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.loader import to_yaml
 from vespo_megatron.rollout_sglang import connect, launch_servers
 from vespo_megatron.rollout_sglang.api_key import VARIABLE, hide_api_key
 from vespo_megatron.rollout_sglang.client.control import call
+from vespo_megatron.rollout_sglang.conversation import Conversation
+from vespo_megatron.routing_replay.table import apply_stale_policy, slice_routes
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -70,6 +75,63 @@ def engine(servers, recipe):
 
 def processes(server):
     return [p for p in psutil.process_iter() if os.getpgid(p.pid) == server.process_group]
+
+
+async def drawn_through(engine, reference, first, mode):
+    """Twelve responses on both servers, through three updates in one of the ways to make them."""
+    requests = make_requests(12, group_size=1, max_new_tokens=70)
+    conversations = {request.request_id: Conversation(request, context_length=128) for request in requests}
+
+    async def draw():
+        while turns := [turn for each in conversations.values() if (turn := each.next_request()) is not None]:
+            for result in await engine.generate(turns):
+                conversations[result.request_id.partition("/")[0]].add(result)
+
+    drawing = asyncio.create_task(draw())
+    for number in range(1, 4):
+        await asyncio.sleep(0.1)
+        tensors = reference.named_tensors(0.05 * number, number)
+        if mode == "abort_and_continue":
+            await engine.pause()
+        if mode == "drain":
+            await asyncio.wait([drawing])
+        await asyncio.to_thread(engine.update_weights, tensors, first + number, in_place=mode == "in_place")
+        await engine.resume()
+    await drawing
+    return [(request, conversations[request.request_id].result()) for request in requests]
+
+
+@pytest.mark.parametrize("mode", ["abort_and_continue", "in_place", "drain"])
+def test_replayed_routes_are_of_the_forward_that_drew_each_token_through_updates_of_both_servers(
+    mode, engine, reference
+):
+    """Against transformers: span by span, on a cache of its own version, or in place on one that all spans share."""
+    engine.metrics()
+    first = engine.weight_version + 1
+    engine.update_weights(reference.named_tensors(), first)
+    drawn = asyncio.run(asyncio.wait_for(drawn_through(engine, reference, first, mode), 240))
+    found = engine.metrics()
+    assert min(found["rollout/server_0/requests"], found["rollout/server_1/requests"]) > 0
+    models = {first: reference.with_weights(reference.named_tensors())}
+    models |= {first + n: reference.with_weights(reference.named_tensors(0.05 * n, n)) for n in (1, 2, 3)}
+    partial = 0
+    for request, result in drawn:
+        sample = to_sample(result, PromptRecord("p", request.prompt_ids, "s", "4"))
+        assert apply_stale_policy([sample], "error") == 0
+        layout = SequenceLayout.of_samples([sample])
+        table = slice_routes([sample], layout, range(3), topk=2, num_experts=8)
+        assert table.live_rows.tolist() == [sample.num_tokens - 1]
+        versions = set(result.weight_versions.tolist())
+        partial += len(versions) > 1
+        if mode == "in_place":
+            log_probs, routes = Reference.score_on_one_cache(models, request, result)
+        else:
+            scored = {version: models[version].score(request, result) for version in versions}
+            log_probs = np.array([scored[v][0][index] for index, v in enumerate(result.weight_versions)])
+            routes = np.array([scored[v][1][row] for row, v in enumerate(result.route_versions)])
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(np.sort(table.experts[:-1], -1), routes)
+    assert (partial == 0) == (mode == "drain")
 
 
 def test_servers_run_in_the_environment_that_the_recipe_names(servers, recipe, engine):

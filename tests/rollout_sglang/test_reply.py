@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from model_config import shape as shape_of
 
+from vespo_megatron.data.sample import UNKNOWN_VERSION
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.client.reply import parse_reply
 from vespo_megatron.rollout_sglang.client.request import build_body, check_request
@@ -44,7 +45,7 @@ def encode(routes):
     return base64.b64encode(np.ascontiguousarray(routes, dtype="<i4").tobytes()).decode()
 
 
-def parse(value, request=REQUEST, shape=SHAPE, return_routes=True):
+def parse(value, request=REQUEST, shape=SHAPE, return_routes=True, **options):
     return parse_reply(
         value,
         request,
@@ -53,6 +54,7 @@ def parse(value, request=REQUEST, shape=SHAPE, return_routes=True):
         server="http://127.0.0.1:31000",
         return_routes=return_routes,
         context_length=64,
+        **options,
     )
 
 
@@ -62,7 +64,7 @@ def test_a_good_reply_becomes_a_result():
     np.testing.assert_array_equal(result.behavior_log_probs, np.float32([-4.5, -5.25, -3.0, -0.5]))
     np.testing.assert_array_equal(result.weight_versions, [7, 7, 7, 7])
     np.testing.assert_array_equal(result.routes, ROUTES)
-    assert result.routes.dtype == np.uint8 and result.routes_version == 7
+    assert result.routes.dtype == np.uint8 and result.route_versions.tolist() == [7] * 6
     assert result.finish_reason == "length" and result.request_id == "step1/p/0"
     assert result.extra == {"cached_tokens": 2.0}
 
@@ -72,11 +74,41 @@ def test_routes_of_dense_layers_are_left_out():
     np.testing.assert_array_equal(parse(reply(), shape=shape).routes, ROUTES[:, [0, 2]])
 
 
-def test_routes_that_span_two_weight_versions_are_dropped_and_say_so():
-    spans = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 4}]
-    result = parse(reply(weight_versions=spans))
+TWO_VERSIONS = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 4}]
+
+
+def test_each_row_of_routes_is_of_the_weights_that_drew_the_token_after_it():
+    result = parse(reply(weight_versions=TWO_VERSIONS, num_retractions=0))
     np.testing.assert_array_equal(result.weight_versions, [7, 8, 8, 8])
-    assert result.routes is None and result.routes_version is None and result.extra["routes_dropped"] == 1
+    np.testing.assert_array_equal(result.routes, ROUTES)
+    assert result.route_versions.tolist() == [7, 7, 7, 8, 8, 8]
+
+
+def test_a_retracted_response_of_several_versions_has_routes_of_the_last_alone():
+    """SGLang ran it again from its first token, at a moment that it does not tell."""
+    result = parse(reply(weight_versions=TWO_VERSIONS, num_retractions=1))
+    assert result.route_versions.tolist() == [UNKNOWN_VERSION] * 3 + [8] * 3 and result.extra["retractions"] == 1
+    assert parse(reply(num_retractions=2)).route_versions.tolist() == [7] * 6
+
+
+def test_a_turn_brings_the_routes_it_was_asked_for_alone():
+    """SGLang takes one start for all requests of a call, the least; the rest is cut off here."""
+    request = replace(REQUEST, routes_start=2)
+    body = build_body([replace(REQUEST, routes_start=1), request], SHAPE, context_length=64, return_routes=True)
+    assert body["routed_experts_start_len"] == 1
+    answer = reply(routed_experts=encode(ROUTES[1:]), weight_versions=TWO_VERSIONS)
+    result = parse(answer, request, sent_routes_start=1)
+    np.testing.assert_array_equal(result.routes, ROUTES[2:])
+    assert result.route_versions.tolist() == [7, 8, 8, 8]
+
+
+def test_a_retracted_response_that_is_aborted_while_it_waits_has_drawn_nothing():
+    """SGLang has dropped its routes, and tells it without them."""
+    answer = reply(finish_reason={"type": "abort"}, routed_experts=None)
+    result = parse(answer)
+    assert result.finish_reason == "abort" and result.routes is None
+    assert len(result.output_ids) == len(result.behavior_log_probs) == len(result.weight_versions) == 0
+    assert len(parse(answer, return_routes=False).output_ids) == 4
 
 
 def test_an_abort_before_the_first_token_is_an_empty_result():

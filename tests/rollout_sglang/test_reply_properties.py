@@ -76,10 +76,8 @@ def test_a_right_reply_is_taken_as_it_is(case):
     spans = reply["meta_info"]["weight_versions"]
     expected = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
     assert result.weight_versions.tolist() == expected
-    if len(spans) == 1:
-        np.testing.assert_array_equal(result.routes, routes[:, list(shape.moe_layers)])
-    else:
-        assert result.routes is None and result.extra["routes_dropped"] == 1
+    np.testing.assert_array_equal(result.routes, routes[:, list(shape.moe_layers)])
+    assert result.route_versions.tolist() == [expected[0]] * (len(request.prompt_ids) - 1) + expected
 
 
 @given(cases(), st.data())

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from vespo_megatron.data.layout import SequenceLayout
-from vespo_megatron.data.sample import Sample
+from vespo_megatron.data.sample import UNKNOWN_VERSION, Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.routing_replay.agreement import Agreement
 from vespo_megatron.routing_replay.table import RouteTable, apply_stale_policy, row_versions, slice_routes, stale_rows
 
 
-def sample(routes=True, versions=(0, 0, 0, 0), routes_version=0, **changes) -> Sample:
+def sample(routes=True, versions=(0, 0, 0, 0), route_versions=0, **changes) -> Sample:
     """Three prompt tokens, four response tokens, two MoE layers, experts 0…3 of 8."""
     values = np.tile(np.arange(4, dtype=np.uint8), (6, 2, 1)) if routes else None
     return Sample(
@@ -24,7 +24,7 @@ def sample(routes=True, versions=(0, 0, 0, 0), routes_version=0, **changes) -> S
         weight_versions=versions,
         finish_reason="stop",
         routes=values,
-        routes_version=routes_version,
+        route_versions=route_versions,
         **changes,
     )
 
@@ -81,13 +81,13 @@ def test_routes_of_another_model_are_refused():
 
 def test_routes_of_other_weights_than_the_log_probs_are_seen():
     """An abort and retry under new weights: two tokens by version 3, two by version 4, routes all of version 4."""
-    mixed = sample(versions=(3, 3, 4, 4), routes_version=4)
+    mixed = sample(versions=(3, 3, 4, 4), route_versions=4)
     assert stale_rows(mixed).tolist() == [True, True, True, True, False, False]
     assert not stale_rows(sample()).any()
 
 
 def test_stale_routes_are_left_live_dropped_or_an_error_but_never_replayed():
-    mixed = sample(versions=(3, 3, 4, 4), routes_version=4)
+    mixed = sample(versions=(3, 3, 4, 4), route_versions=4)
     assert apply_stale_policy([mixed, sample()], "live") == 1
     held = table([mixed])
     assert held.live_rows.tolist() == [0, 1, 2, 3, 6]
@@ -96,13 +96,28 @@ def test_stale_routes_are_left_live_dropped_or_an_error_but_never_replayed():
     assert apply_stale_policy([mixed], "drop") == 1 and not mixed.loss_mask.any()
 
 
-def test_a_sample_of_several_versions_without_routes_is_stale_throughout():
-    """SGLang's replies name one version for all routes; where there is none, the client gives no routes."""
-    mixed = sample(routes=False, versions=(3, 3, 4, 4), routes_version=None)
-    with pytest.raises(UserError, match=r"has no routes and log-probs of versions \[3, 4\]"):
-        apply_stale_policy([sample(), mixed], "error")
-    assert apply_stale_policy([sample(), mixed], "live") == 1
-    assert table([mixed]).live_rows.tolist() == list(range(7))
+def test_rows_of_several_versions_are_replayed_where_each_is_of_its_token_s():
+    """A response that went on under new weights: rows of each span by the weights that drew it, none stale."""
+    spans = sample(versions=(3, 3, 4, 4), route_versions=[3, 3, 3, 3, 4, 4])
+    assert not stale_rows(spans).any() and apply_stale_policy([spans], "error") == 0
+    assert table([spans]).live_rows.tolist() == [6]
+
+
+def test_rows_of_unknown_weights_are_stale_and_no_others():
+    retracted = sample(versions=(3, 3, 4, 4), route_versions=[UNKNOWN_VERSION] * 4 + [4, 4])
+    with pytest.raises(UserError, match=r"has routes of weights that nobody knows and log-probs of versions \[3, 4\]"):
+        apply_stale_policy([sample(), retracted], "error")
+    assert apply_stale_policy([sample(), retracted], "live") == 1
+    assert table([retracted]).live_rows.tolist() == [0, 1, 2, 3, 6] and retracted.loss_mask.all()
+    assert apply_stale_policy([sample(), retracted], "drop") == 1 and not retracted.loss_mask.any()
+
+
+def test_one_version_is_every_row_s_and_another_number_of_them_is_refused():
+    assert sample(route_versions=5).route_versions.tolist() == [5] * 6
+    with pytest.raises(UserError, match="has 5 route_versions"):
+        sample(route_versions=[1] * 5)
+    with pytest.raises(UserError, match="has routes of no weight version"):
+        sample(route_versions=None)
 
 
 def test_agreement_counts_sets_not_order():

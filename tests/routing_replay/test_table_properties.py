@@ -34,7 +34,7 @@ def batches(draw):
                 weight_versions=versions,
                 finish_reason="stop",
                 routes=routes.astype(np.uint8),
-                routes_version=3,
+                route_versions=3,
             )
         )
     layout = SequenceLayout(

@@ -15,6 +15,7 @@ import torch
 from checkpoint_work import save_after_two_updates, state_and_next
 from layout_work import build, micro_batches, ragged_batch, weighted_loss
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, model, native
 
 # isort: split
@@ -115,8 +116,8 @@ def save_as_before(folder: str, layout: dict[str, Any], store: str, target: str)
     """`save_after_two_updates` with the keys that native layers had in version 0.1."""
     current = native.spec.native_layer_spec
 
-    def former(config: Any, *, is_moe: bool) -> Any:
-        spec = current(config, is_moe=is_moe)
+    def former(config: Any, shape: ModelShape, *, is_moe: bool) -> Any:
+        spec = current(config, shape, is_moe=is_moe)
         spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         return spec
 

@@ -99,3 +99,27 @@ def test_ten_kills_over_two_sets_by_weight_with_a_reward_each(folder, monkeypatc
     resume_after_kills(folder, monkeypatch, kills=10, seed=3, more=sets)
     rows = read_metrics(folder / "runs" / "whole")
     assert any("reward/of_words" in row for row in rows), "the second set was never drawn"
+
+
+OVERSAMPLED = (
+    "grpo.oversample=1.5",
+    "grpo.partial_rollouts=true",
+    "data.curriculum.rest=1",
+    "data.curriculum.max_solved=0.7",
+    "data.curriculum.solved_above=-1000",
+    "policy.router_replay.mode=R3",
+    "policy.generation.max_new_tokens=16",
+    f"policy.generation.stop_token_ids={list(range(1, 64, 8))}",
+)
+
+
+@pytest.mark.nightly
+def test_six_kills_with_responses_in_their_middle_and_prompts_that_rest(folder, monkeypatch):
+    """What was ended goes on with its tokens, log-probs and routes, on the weights of the next step."""
+    rows = [{"prompt": f"{n} + 1 =", "data_source": "sums", "reward_model": {"ground_truth": "1"}} for n in range(12)]
+    (folder / "twelve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = (*OVERSAMPLED, f"data.train.path={folder / 'twelve.jsonl'}")
+    resume_after_kills(folder, monkeypatch, kills=6, seed=4, more=more)
+    rows = [row for row in read_metrics(folder / "runs" / "whole") if row["step"] > 1]
+    assert all(row["rollout/carried_groups"] > 0 for row in rows) and rows[-1]["rollout/passed_over"] > 0
+    assert max(row["staleness/lag_max"] for row in rows) > 0 and max(row["staleness/partial_share"] for row in rows) > 0

@@ -14,7 +14,14 @@ import numpy as np
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
-from vespo_megatron.controller.sampler import Sampler, describe, left_out, request_seed
+from vespo_megatron.controller.sampler import (
+    Sampler,
+    describe,
+    left_out,
+    partial_share,
+    request_seed,
+    solved_rates,
+)
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.data.batch import Batch
@@ -52,6 +59,7 @@ class AsynchronousSource:
         self._interruptions = 0
         self._bad_samples = 0
         self._unscored: Counter[str] = Counter()
+        self._stale_routes = 0
         self._unusable_in_a_row = 0
 
     async def _make_stream(self) -> RolloutStream:
@@ -69,9 +77,11 @@ class AsynchronousSource:
         recipe, schedule = self.parts.recipe, self.parts.recipe.grpo
         drawn = await self.sampler.sample([record], schedule.num_generations_per_prompt, label)
         samples = drawn.samples
+        self.parts.prompts.report(solved_rates(samples, recipe.data.curriculum.solved_above))
         self.sampler.shape_rewards(samples)
         self._bad_samples += drawn.bad
         self._unscored += drawn.unscored
+        self._stale_routes += drawn.stale
         keep = advantages_of(recipe, samples, [label] * len(samples)).keep.tolist() if samples else []
         kept = [sample for sample, good in zip(samples, keep, strict=True) if good]
         self._unusable_in_a_row = 0 if kept else self._unusable_in_a_row + 1
@@ -129,21 +139,22 @@ class AsynchronousSource:
             raise AssertionError(f"a lag of {oldest.max()} where {self.buffer.bound} is the bound")
         keep = np.flatnonzero(result.keep.numpy()).tolist()
         batch = Batch(samples, result.values.numpy().astype(np.float32), oldest).select(keep)
-        metrics = describe(samples) | result.metrics | self.parts.engine.metrics() | await self._staleness(samples)
+        metrics = describe(samples) | result.metrics | self.parts.prompts.metrics() | self.parts.engine.metrics()
+        metrics |= await self._staleness(samples)
         return Rollout(batch, metrics, self._ended_evaluations())
 
     async def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
         per_token, counts = self.buffer.lags(samples), self.buffer.counts
         waits = await self.stream.pop_waits()
-        partial = np.mean([len(set(sample.weight_versions.tolist())) > 1 for sample in samples])
         interruptions, self._interruptions = self._interruptions, 0
         bad, self._bad_samples = self._bad_samples, 0
         unscored, self._unscored = self._unscored, Counter()
+        stale, self._stale_routes = self._stale_routes, 0
         return {
-            **left_out(bad, unscored),
+            **left_out(bad, unscored, stale),
             "staleness/lag_mean": float(per_token.mean()) if len(per_token) else 0.0,
             "staleness/lag_max": float(per_token.max(initial=0)),
-            "staleness/partial_share": float(partial),
+            "staleness/partial_share": partial_share(samples),
             "staleness/interruptions": float(interruptions),
             "staleness/under_way": float(self.buffer.under_way),
             "staleness/waiting": float(self.buffer.waiting),
@@ -218,15 +229,21 @@ class AsynchronousSource:
         return self.parts.thread.run(state())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; what was under way then is drawn again."""
+        """Go on from `state`: what waited is trained on, what was under way then is drawn again; both are said."""
         self.parts.resume_prompts(state["prompts"])
         under_way = self.buffer.load_state_dict(state["buffer"])
         records = self.parts.prompts.find(group.prompt_id for group in under_way)
         for group in under_way:
             if group.prompt_id not in records:  # of other data, which `data.on_change` has let go
                 self.buffer.abort(group)
+                self.buffer.counts.drawn_again -= 1
             else:
                 self._resend.append((group, records[group.prompt_id]))
+        gone = len(under_way) - len(self._resend)
+        self.parts.logger.print(
+            f"rollouts of before: {self.buffer.waiting} groups wait to be trained on, {len(self._resend)} that were "
+            "under way are drawn again" + (f", {gone} of other prompts are given up" if gone else "")
+        )
         recorded = evaluated_steps(self.parts.logger.history)
         self._owed = [step for step in state.get("evaluations", ()) if step not in recorded]
 

@@ -11,6 +11,7 @@ from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.parts import BatchSource, Evaluations, Parts, Rollout
 from vespo_megatron.controller.synchronous import SynchronousSource
 from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.data.prompt_source import PromptSource
 from vespo_megatron.data.prompt_stream import Prompts
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.environments import EnvironmentPool
@@ -39,10 +40,11 @@ class Controller:
         logger: RunLogger,
         environments: EnvironmentPool | None = None,
     ) -> None:
+        source = PromptSource(prompts, recipe.data.curriculum)
         thread = EventLoopThread()
-        self.parts = Parts(recipe, engine, tokenizer, prompts, validation, rewards, logger, thread, environments)
-        source = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
-        self.source: BatchSource = source(self.parts)
+        self.parts = Parts(recipe, engine, tokenizer, source, validation, rewards, logger, thread, environments)
+        batches = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
+        self.source: BatchSource = batches(self.parts)
 
     @property
     def engine(self) -> RolloutEngine:

@@ -12,7 +12,7 @@ from vespo_megatron.controller.event_loop import EventLoopThread
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompt_set import PromptRecord
-from vespo_megatron.data.prompt_stream import Prompts
+from vespo_megatron.data.prompt_source import DataSource
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
@@ -41,7 +41,7 @@ class Parts:
     recipe: Recipe
     engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
-    prompts: Prompts
+    prompts: DataSource
     validation: Sequence[PromptRecord]
     rewards: RewardPool
     logger: RunLogger
@@ -52,7 +52,7 @@ class Parts:
     def resume_prompts(self, state: Mapping[str, Any]) -> None:
         """Go on from a position in the prompts. Raises as `Prompts.load_state_dict`."""
         if not self.prompts.load_state_dict(state):
-            before = state.get("source") or "others"
+            before = state.get("stream", state).get("source") or "others"
             self.logger.print(f"data.train: not the prompts the run was saved with ({before}): they are begun anew")
 
 

@@ -4,9 +4,9 @@ Everything here runs in the controller's event loop, on rank 0; the trainer's th
 pushed in between. What runs while new weights arrive goes on under them (`on_weight_update`):
 
 - `abort_and_continue`: the engine ends it with the tokens it has, and it is asked for again with them as its prompt.
-  Each span keeps its version and its own log-probs; routes are the last span's, computed under one version.
-- `in_place`: the engine holds still and goes on with its cache as it is. Log-probs are those each token was drawn
-  with; a response that crosses an update comes without routes.
+  Each span keeps its version, and the log-probs and routes that it was drawn with.
+- `in_place`: the engine holds still and goes on with its cache as it is. Log-probs and routes are those of the step
+  that drew each token.
 - `drain`: nothing new is sent, and the update waits for what runs.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ from vespo_megatron.routing_replay.table import apply_stale_policy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST = 0.8
+"""Share of a rollout's responses after which the rest is its tail."""
+
 Generate = Callable[[Sequence[GenerationRequest]], Awaitable[list[GenerationResult]]]
 """Results in the order of the requests."""
 
@@ -37,6 +41,8 @@ class Drawn:
     """Responses whose numbers are not finite, left out."""
     unscored: Counter[str]
     """Of `rewards.UNSCORED`, why no score came → responses, whether they are left out or not."""
+    stale: int = 0
+    """Under R3, responses some of whose routes are, or may be, of other weights than drew their tokens."""
 
 
 class Sampler:
@@ -94,7 +100,6 @@ class Sampler:
         Raises:
             UserError: a response's numbers are not finite, or its score did not come, where the recipe says error.
         """
-        requests, owners = [], []
         sampling = self.evaluation if evaluation else self.training
         temperature = 0.0 if greedy else temperature
         sampling = replace(
@@ -102,21 +107,42 @@ class Sampler:
             temperature=sampling.temperature if temperature is None else temperature,
             top_p=sampling.top_p if top_p is None else top_p,
         )
-        for record in records:
-            for index in range(repeats):
-                name = f"{label}/{record.prompt_id}/{index}"
-                requests.append(
-                    GenerationRequest(
-                        request_id=name,
-                        prompt_ids=tuple(record.prompt_ids),
-                        sampling=sampling,
-                        group_id=record.prompt_id,
-                        seed=request_seed(self.recipe.grpo.seed, name),
-                        evaluation=evaluation,
-                    )
-                )
-                owners.append(record)
-        dialogues = await self._draw(requests, owners)
+        asked = [
+            (record, request)
+            for record in records
+            for request in self.requests(record, repeats, label, sampling, evaluation=evaluation)
+        ]
+        owners = [record for record, _ in asked]
+        dialogues = await self._draw([request for _, request in asked], owners)
+        return await self.score(owners, dialogues, evaluation=evaluation)
+
+    def requests(
+        self,
+        record: PromptRecord,
+        repeats: int,
+        label: str,
+        sampling: SamplingParams | None = None,
+        *,
+        evaluation: bool = False,
+    ) -> list[GenerationRequest]:
+        """For `repeats` responses to one prompt; drawn as the recipe trains, unless `sampling` says otherwise."""
+        names = [f"{label}/{record.prompt_id}/{index}" for index in range(repeats)]
+        return [
+            GenerationRequest(
+                request_id=name,
+                prompt_ids=tuple(record.prompt_ids),
+                sampling=sampling or self.training,
+                group_id=record.prompt_id,
+                seed=request_seed(self.recipe.grpo.seed, name),
+                evaluation=evaluation,
+            )
+            for name in names
+        ]
+
+    async def score(
+        self, owners: Sequence[PromptRecord], dialogues: Sequence[Dialogue], *, evaluation: bool = False
+    ) -> Drawn:
+        """Scored samples of what was drawn, each to the prompt in `owners`. Raises as `sample`."""
         samples, kept, bad = [], [], 0
         for dialogue, record in zip(dialogues, owners, strict=True):
             try:
@@ -130,9 +156,10 @@ class Sampler:
         unscored = Counter(sample.unscored for sample in samples if sample.unscored)
         if self.recipe.env.on_unscored == "drop" and not evaluation:
             samples = [sample for sample in samples if not sample.unscored]
-        if self.recipe.policy.router_replay.mode == "R3":
-            apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
-        return Drawn(samples, bad, unscored)
+        stale = 0
+        if self.recipe.policy.router_replay.mode == "R3" and not evaluation:
+            stale = apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
+        return Drawn(samples, bad, unscored, stale)
 
     async def _draw(self, requests: list[GenerationRequest], owners: Sequence[PromptRecord]) -> list[Dialogue]:
         if self._turns is not None:
@@ -209,7 +236,7 @@ def to_sample(drawn: GenerationResult | Dialogue, record: PromptRecord) -> Sampl
         weight_versions=result.weight_versions,
         finish_reason=result.finish_reason,
         routes=result.routes,
-        routes_version=result.routes_version,
+        route_versions=result.route_versions,
         sampling_mask=result.sampling_mask,
         turns=dialogue.turns,
         turn_rewards=dialogue.rewards,
@@ -217,9 +244,17 @@ def to_sample(drawn: GenerationResult | Dialogue, record: PromptRecord) -> Sampl
     )
 
 
-def left_out(bad: int, unscored: Counter[str]) -> dict[str, float]:
+def solved_rates(samples: Sequence[Sample], above: float) -> dict[str, float]:
+    """Prompt id → share of its responses whose reward is above the bound."""
+    solved: dict[str, list[bool]] = {}
+    for sample in samples:
+        solved.setdefault(sample.prompt_id, []).append(sample.reward > above)
+    return {prompt_id: sum(found) / len(found) for prompt_id, found in solved.items()}
+
+
+def left_out(bad: int, unscored: Counter[str], stale: int) -> dict[str, float]:
     """Metrics of what `Drawn` counts beside its samples."""
-    return {"rollout/bad_samples": float(bad)} | {
+    return {"rollout/bad_samples": float(bad), "rollout/stale_routes": float(stale)} | {
         f"rollout/unscored_{kind}": float(unscored[kind]) for kind in UNSCORED
     }
 
@@ -249,9 +284,21 @@ def describe(samples: Sequence[Sample]) -> dict[str, float]:
         "response/length_max": float(lengths.max()),
         "response/tokens": float(lengths.sum()),
         "response/truncated_fraction": float(np.mean([sample.truncated for sample in samples])),
+        "rollout/tail_share": tail_share(lengths),
     }
     metrics |= describe_turns([sample for sample in samples if sample.turns is not None])
     for part in sorted({name for sample in samples for name in sample.reward_parts}):
         values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
         metrics[f"reward/{part}"] = float(np.mean(values))
     return metrics
+
+
+def partial_share(samples: Sequence[Sample]) -> float:
+    """The share of samples with tokens of several weight versions."""
+    return float(np.mean([len(set(sample.weight_versions.tolist())) > 1 for sample in samples]))
+
+
+def tail_share(lengths: np.ndarray) -> float:
+    """Of the longest response's tokens, the share that is drawn when four of five responses have ended."""
+    ended = np.sort(lengths)[math.ceil(_MOST * len(lengths)) - 1]
+    return float(1 - ended / lengths.max()) if lengths.max() else 0.0

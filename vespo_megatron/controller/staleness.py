@@ -52,6 +52,8 @@ class Counts:
     """Given up while under way, or without signal."""
     expired: int = 0
     """Too old to be trained on: after a resume with a smaller bound, or by weights that nobody has kept."""
+    drawn_again: int = 0
+    """Sent once more after a resume, which found them under way; not in the sum."""
 
 
 @dataclass
@@ -225,7 +227,9 @@ class StalenessBuffer:
             if samples is None:
                 group.version = self.version  # drawn anew, by the weights there are
             self.groups[group.number] = group
-        return [group for group in self.groups.values() if group.samples is None]
+        under_way = [group for group in self.groups.values() if group.samples is None]
+        self.counts.drawn_again += len(under_way)
+        return under_way
 
 
 def _sample_state(sample: Sample) -> dict[str, Any]:

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.interruptible import Interruptible
+from vespo_megatron.controller.oversampling import BegunGroup, draw_first_whole
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
-from vespo_megatron.controller.sampler import Sampler, describe, left_out
+from vespo_megatron.controller.sampler import Drawn, Sampler, describe, left_out, partial_share, solved_rates
+from vespo_megatron.controller.turns import Dialogue
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses.advantages import spread
 from vespo_megatron.metrics.merging import merge_rows
+from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.faults import WeightsNeeded
 
@@ -33,6 +36,8 @@ class SynchronousSource:
         self.parts = parts
         self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate, parts.environments)
         self._interruptible = Interruptible()
+        self._begun: list[BegunGroup] = []
+        """With `grpo.partial_rollouts`: what the last step has ended, for the next one to go on with."""
         self._waiting: asyncio.Task[None] | None = None
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
@@ -60,12 +65,12 @@ class SynchronousSource:
         rounds: list[dict[str, float]] = []
         generated: list[Sample] = []
         for attempt in range(MAX_SAMPLING_ROUNDS):
-            records = self.parts.prompts.take(schedule.num_prompts_per_step - len(prompts))
             label = f"{step}" if attempt == 0 else f"{step}.{attempt}"
-            drawn = self.parts.thread.run(self.sampler.sample(records, schedule.num_generations_per_prompt, label))
+            drawn, counts = self._draw(label, schedule.num_prompts_per_step - len(prompts), prompts)
             fresh = drawn.samples
             if not fresh:
                 raise UserError("no sample of the rollout batch was usable", where=f"step {step}")
+            self.parts.prompts.report(solved_rates(fresh, recipe.data.curriculum.solved_above))
             self.sampler.shape_rewards(fresh)
             result = advantages_of(recipe, fresh, [sample.prompt_id for sample in fresh])
             keep = result.keep.numpy()
@@ -74,14 +79,59 @@ class SynchronousSource:
             advantages.append(result.values[result.keep])
             trained.append(result.values[result.trained])
             generated += fresh
-            rounds.append(result.metrics | left_out(drawn.bad, drawn.unscored) | {"rollout/sampling_rounds": 1.0})
+            counts |= left_out(drawn.bad, drawn.unscored, drawn.stale) | {"rollout/sampling_rounds": 1.0}
+            rounds.append(result.metrics | counts)
             if not schedule.use_dynamic_sampling or len(prompts) == schedule.num_prompts_per_step:
                 break
         else:
             raise no_signal(recipe.rollout_batch_size, len(samples))
         kept_advantages = torch.cat(advantages)
-        metrics = describe(generated) | merge_rows(rounds) | spread(torch.cat(trained))
+        metrics = describe(generated) | merge_rows(rounds) | spread(torch.cat(trained)) | self.parts.prompts.metrics()
+        if schedule.partial_rollouts:
+            metrics |= self._staleness(samples)
         return Rollout(Batch(samples, kept_advantages.numpy().astype(np.float32)), metrics)
+
+    def _draw(self, label: str, count: int, have: Collection[str]) -> tuple[Drawn, dict[str, float]]:
+        """`count` groups, scored; with `grpo.oversample` the first that are whole of more, to no prompt in `have`."""
+        schedule = self.parts.recipe.grpo
+        repeats, run = schedule.num_generations_per_prompt, self.parts.thread.run
+        if schedule.oversample == 1:
+            return run(self.sampler.sample(self.parts.prompts.take(count), repeats, label)), {}
+        begun, self._begun = self._begun, []
+        more = max(0, schedule.groups_begun(count) - len(begun))
+        records = self.parts.prompts.take(more, avoid={*have, *(group.record.prompt_id for group in begun)})
+        context = self.parts.recipe.policy.max_total_sequence_length
+        groups = begun + [
+            BegunGroup(
+                record,
+                [Conversation(each, context_length=context) for each in self.sampler.requests(record, repeats, label)],
+            )
+            for record in records
+        ]
+        whole = run(
+            draw_first_whole(
+                self.parts.engine, groups, count, seed=schedule.seed, wait_for_weights=self._wait_for_weights
+            )
+        )
+        ended = [group for group in groups if group not in whole]
+        counts = {"rollout/carried_groups": float(len(begun)), "rollout/ended_groups": float(len(ended))}
+        if schedule.partial_rollouts:
+            self._begun = ended
+        else:
+            counts["rollout/discarded_tokens"] = float(sum(group.tokens for group in ended))
+        owners = [group.record for group in whole for _ in group.conversations]
+        dialogues = [Dialogue(each.result()) for group in whole for each in group.conversations]
+        return run(self.sampler.score(owners, dialogues)), counts
+
+    def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Of a batch some of whose tokens earlier steps have drawn; versions are steps."""
+        versions = np.concatenate([sample.weight_versions for sample in samples])
+        lags = self.parts.engine.weight_version - versions
+        return {
+            "staleness/lag_mean": float(lags.mean()) if len(lags) else 0.0,
+            "staleness/lag_max": float(lags.max(initial=0)),
+            "staleness/partial_share": partial_share(samples),
+        }
 
     def evaluate(self, step: int) -> Evaluations:
         """Scores of each validation set, `eval/<set>/avg@<k>` among them; problems and some samples are written."""
@@ -104,12 +154,33 @@ class SynchronousSource:
         self.parts.engine.update_weights(stream, version)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the prompts."""
-        return {"prompts": self.parts.prompts.state_dict()}
+        """The position in the prompts, and groups that the next step goes on with."""
+        return {
+            "prompts": self.parts.prompts.state_dict(),
+            "begun": [group.state_dict() for group in self._begun],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `BatchSource.load_state_dict`."""
         self.parts.resume_prompts(state["prompts"])
+        begun = state.get("begun", ())
+        records = self.parts.prompts.find(group["prompt_id"] for group in begun)
+        context = self.parts.recipe.policy.max_total_sequence_length
+        kept = [group for group in begun if group["prompt_id"] in records]
+        goes_on = self.parts.recipe.grpo.partial_rollouts
+        if goes_on:
+            self._begun = [
+                BegunGroup.of_state(group, records[group["prompt_id"]], self.sampler.training, context)
+                for group in kept
+            ]
+        else:  # any more
+            self.parts.prompts.give_back([records[group["prompt_id"]] for group in kept])
+        if begun:
+            becomes = "go on with the tokens they have" if goes_on else "are drawn anew"
+            self.parts.logger.print(
+                f"rollouts of before: {len(kept)} groups {becomes}"
+                + (f", {len(begun) - len(kept)} of other prompts are given up" if len(kept) < len(begun) else "")
+            )
 
     def expire_other_versions(self, known: Collection[int]) -> None:
         """Nothing waits between two rollouts."""

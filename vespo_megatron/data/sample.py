@@ -11,8 +11,14 @@ from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 
 FINISH_REASONS = ("stop", "length", "abort")
-NAMES_ON_DISK = {"behavior_log_probs": "log_probs", "sampling_mask": "supports"}
+NAMES_ON_DISK = {
+    "behavior_log_probs": "log_probs",
+    "sampling_mask": "supports",
+    "route_versions": "routes_version",
+}
 """Fields of a `Sample` with another name in checkpoints and bundles, so that those of earlier versions are read."""
+UNKNOWN_VERSION = -1
+"""Of routes that no one can tell the weights of, and of rows that no log-prob belongs to."""
 
 
 def smallest_int_dtype(num_values: int) -> np.dtype:
@@ -41,8 +47,9 @@ class Sample:
     finish_reason: str
     routes: np.ndarray | None = None
     """Smallest unsigned integer [P + R - 1, L, K]: the experts the engine chose; the last token has none."""
-    routes_version: int | None = None
-    """The weight version `routes` was computed under (one for the whole array)."""
+    route_versions: np.ndarray | None = None
+    """int64 [P + R - 1], the weight version under which each row of `routes` was computed, or `UNKNOWN_VERSION`; made
+    of one number, it is every row's. None without routes."""
     sampling_mask: SamplingMask | None = None
     """What each response token was drawn from, where sampling truncates; log μ is then over these alone."""
     loss_mask: np.ndarray = cast(np.ndarray, None)  # until `__post_init__` has run
@@ -93,6 +100,11 @@ class Sample:
                 f"has routes of shape {tuple(self.routes.shape)}",
                 f"[{rows}, layers, topk]: one row per token but the last",
             )
+            self._check(self.route_versions is not None, "has routes of no weight version", "one version per row")
+            versions = np.asarray(self.route_versions, dtype=np.int64)
+            versions = np.full(rows, versions) if versions.ndim == 0 else versions
+            self._check(len(versions) == rows, f"has {len(versions)} route_versions", f"{rows}, one per row of routes")
+            self.route_versions = versions
 
     def _check(self, ok: bool, what: str, expected: str) -> None:
         if not ok:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vespo_megatron.durable import publish_folder
 from vespo_megatron.errors import UserError
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.launch.launcher import ALONE
 from vespo_megatron.launch.model_source import Source, find_source
 from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, parallel
@@ -30,7 +31,7 @@ from vespo_megatron.megatron.policy import DTYPES
 from vespo_megatron.outputs import check_folder, written
 from vespo_megatron.recipe.dotted import leaves
 from vespo_megatron.recipe.loader import plain
-from vespo_megatron.recipe.model_shape import ModelShape, read_shape
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import MegatronConfig
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum
 

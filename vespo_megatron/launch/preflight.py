@@ -161,10 +161,13 @@ def check_prompts(recipe: Recipe) -> list[str]:
     from vespo_megatron.launch.prompts import load_run_prompts
 
     prompts = load_run_prompts(recipe, load_tokenizer(recipe))
-    if prompts.count is not None and prompts.count < recipe.grpo.num_prompts_per_step:
+    wanted, schedule = recipe.grpo.num_prompts_per_step, recipe.grpo
+    begun = schedule.groups_begun(wanted)
+    if prompts.count is not None and prompts.count < begun:
+        more = f", which begins {begun} with grpo.oversample {schedule.oversample:g}" if begun > wanted else ""
         raise UserError(
-            f"is {recipe.grpo.num_prompts_per_step}, but data.train has {prompts.count} prompts",
+            f"is {wanted}{more}, but data.train has {prompts.count} prompts",
             where="grpo.num_prompts_per_step",
-            fix=f"lower it to {prompts.count}, or bring more prompts",
+            fix=f"lower it to {int(prompts.count / schedule.oversample)}, or bring more prompts",
         )
     return prompts.notes

@@ -1,4 +1,4 @@
-"""Floating-point operations of a Qwen3-MoE, counted as matrix products (two per multiply-add), from its shape alone.
+"""Floating-point operations of a decoder, counted as matrix products (two per multiply-add), from its shape alone.
 
 Norms, rotary embedding, softmax and routing's bookkeeping are left out, as is usual for model FLOPs utilisation: they
 are a few per cent of the work and none of it is done by matrix units.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 
 
 def per_token(shape: ModelShape) -> int:
     """Forward, one token through every layer, without attention's scores and without the output layer."""
     heads, kv, dim, hidden = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim, shape.hidden_size
     attention = 2 * hidden * (heads + 2 * kv) * dim + 2 * heads * dim * hidden
-    moe = 2 * hidden * shape.num_experts + shape.num_experts_per_tok * 6 * hidden * shape.moe_intermediate_size
+    routed = shape.num_experts_per_tok * shape.moe_intermediate_size
+    moe = 2 * hidden * shape.num_experts + 6 * hidden * (routed + shape.shared_intermediate_size)
     dense = 6 * hidden * shape.intermediate_size
     sparse = shape.num_moe_layers
     return shape.num_hidden_layers * attention + sparse * moe + (shape.num_hidden_layers - sparse) * dense

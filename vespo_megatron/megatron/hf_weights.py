@@ -18,16 +18,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.hf_folder import FolderWriter
-from vespo_megatron.megatron.hf_mapping import Rule, expected_tensors, rule_for
+from vespo_megatron.megatron.hf_mapping import expected_tensors, is_further, rule_for
 from vespo_megatron.megatron.model import PolicyModel
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.megatron.shard_rules import Rule
 from vespo_megatron.recipe.weight_files import check_safetensors, weight_files
 
 NamedTensor = tuple[str, torch.Tensor]
-Read = Callable[[torch.nn.Parameter], torch.Tensor]
+Read = Callable[[torch.Tensor], torch.Tensor]
 """What is exported of a parameter."""
 
 
@@ -71,7 +72,7 @@ class SafetensorsFolder:
                 where=str(self.folder),
                 expected="every tensor that config.json implies",
             )
-        if extra := sorted(found - set(expected)):
+        if extra := sorted(name for name in found - set(expected) if not is_further(name, shape)):
             raise UserError(
                 f"has {extra[0]}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "") + ", which has no place",
                 where=str(self.folder),
@@ -95,12 +96,14 @@ class SafetensorsFolder:
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A parameter of this rank: which shard, of which HF tensors."""
+    """A parameter of this rank, or a buffer that checkpoints hold: which shard, of which HF tensors."""
 
     rule: Rule
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     shard: int
     num_shards: int
+    is_buffer: bool = False
+    """Nothing that gradients move: a router's correction bias."""
 
     @property
     def key(self) -> str:
@@ -116,13 +119,13 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
 
 
 def local_parameters(chunks: Sequence[torch.nn.Module], shape: ModelShape, rank_info: RankInfo) -> list[LocalParameter]:
-    """Every parameter of this rank's chunks with its rule; layers are known by their own number, not their order."""
+    """Every weight of this rank's chunks with its rule; layers are known by their own number, not their order."""
     num_local_experts = shape.num_experts // rank_info.expert_size
     first_expert = rank_info.expert_rank * num_local_experts
     result = []
     for chunk in map(unwrap, chunks):
         layer_of = {index: layer.layer_number - 1 for index, layer in enumerate(chunk.decoder.layers)}
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             layer = layer_of[int(name.split(".")[2])] if name.startswith("decoder.layers.") else None
             rule = rule_for(name, shape, layer=layer, first_expert=first_expert, num_local_experts=num_local_experts)
             rank, size = (
@@ -131,9 +134,22 @@ def local_parameters(chunks: Sequence[torch.nn.Module], shape: ModelShape, rank_
                 else (rank_info.tensor_rank, rank_info.tensor_size)
             )
             result.append(
-                LocalParameter(rule, parameter, rank if rule.is_sharded else 0, size if rule.is_sharded else 1)
+                LocalParameter(
+                    rule,
+                    parameter,
+                    shard=rank if rule.is_sharded else 0,
+                    num_shards=size if rule.is_sharded else 1,
+                    is_buffer=not isinstance(parameter, torch.nn.Parameter),
+                )
             )
     return result
+
+
+def named_weights(model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and buffers that checkpoints hold: what a forward depends on and training changes."""
+    yield from model.named_parameters()
+    saved = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 @torch.no_grad()
@@ -161,11 +177,17 @@ def load(chunks: Sequence[torch.nn.Module], folder: str | Path, shape: ModelShap
 
 @dataclass(frozen=True)
 class _Entry:
-    """One parameter of the whole model: its rule, the shape of a shard, and the rank that sends each shard."""
+    """One parameter of the whole model: its rule, what a shard is like, and the rank that sends each shard."""
 
     rule: Rule
     shard_shape: torch.Size
+    dtype: torch.dtype
+    is_buffer: bool
     senders: tuple[int, ...]
+
+    def travels_with(self, other: _Entry) -> bool:
+        """Whether both can be sent as one row of numbers."""
+        return (self.dtype, self.is_buffer, self.senders) == (other.dtype, other.is_buffer, other.senders)
 
     @property
     def numel(self) -> int:
@@ -191,21 +213,24 @@ class WeightExporter:
     @cached_property
     def _buckets(self) -> list[list[tuple[str, _Entry]]]:
         """Parameters in checkpoint order, cut where the senders change or a bucket is full; agreed on by all."""
-        mine = [(key, local.shard, local.rule, local.parameter.shape) for key, local in self._local.items()]
+        mine = [
+            (key, local.shard, (local.rule, local.parameter.shape, local.parameter.dtype, local.is_buffer))
+            for key, local in self._local.items()
+        ]
         everyone: list = [None] * self.rank_info.world_size
         dist.all_gather_object(everyone, mine)
         senders: dict[str, dict[int, int]] = {}
-        known: dict[str, tuple[Rule, torch.Size]] = {}
+        known: dict[str, tuple[Rule, torch.Size, torch.dtype, bool]] = {}
         for rank, held in enumerate(everyone):
-            for key, shard, rule, shard_shape in held:
+            for key, shard, described in held:
                 senders.setdefault(key, {}).setdefault(shard, rank)  # the lowest rank that holds it
-                known[key] = (rule, shard_shape)
+                known[key] = described
         buckets: list[list[tuple[str, _Entry]]] = []
         filled = 0
         for key in sorted(known, key=lambda key: self._position[known[key][0].names[0]]):
             entry = _Entry(*known[key], tuple(senders[key][shard] for shard in range(len(senders[key]))))
             num_bytes = 4 * entry.numel * len(entry.senders)
-            if buckets and buckets[-1][-1][1].senders == entry.senders and filled + num_bytes <= self.bucket_bytes:
+            if buckets and entry.travels_with(buckets[-1][-1][1]) and filled + num_bytes <= self.bucket_bytes:
                 buckets[-1].append((key, entry))
                 filled += num_bytes
             else:
@@ -217,32 +242,35 @@ class WeightExporter:
     def stream(self, read: Read | None = None) -> Iterator[NamedTensor]:
         """Yields (HF name, tensor) in checkpoint order on rank 0 and nothing elsewhere; exhaust it on every rank.
 
-        `read` says what is exported of a parameter: the weight (default), or for instance its gradient.
+        `read` says what is exported of a parameter: the weight (default), or for instance its gradient, which buffers
+        have none of.
         """
         finish_parameter_gather(self._chunks)
-        read = read or torch.nn.Parameter.detach
         for bucket in self._buckets:
-            senders = bucket[0][1].senders
-            if senders == (0,):  # nothing to gather
-                if self.rank_info.rank == 0:
-                    for key, entry in bucket:
-                        yield from self._join([(key, entry)], [read(self._local[key].parameter).reshape(-1)])
-                continue
+            entry = bucket[0][1]
+            if read is None or not entry.is_buffer:
+                yield from self._whole(bucket, read or torch.Tensor.detach, entry.dtype if read is None else None)
+
+    def _whole(self, bucket: list[tuple[str, _Entry]], read: Read, dtype: torch.dtype | None) -> Iterator[NamedTensor]:
+        """The tensors of one bucket on rank 0, nothing elsewhere. `dtype`: what `read` gives; None: as of any other."""
+        senders = bucket[0][1].senders
+        if senders == (0,):  # nothing to gather
             if self.rank_info.rank == 0:
-                shards = [
-                    self._own(bucket, read) if rank == 0 else self._receive(bucket, rank, read) for rank in senders
-                ]
-                yield from self._join(bucket, shards)
-            elif self.rank_info.rank in senders:
-                dist.send(self._own(bucket, read), dst=0)
+                for key, entry in bucket:
+                    yield from self._join([(key, entry)], [read(self._local[key].parameter).reshape(-1)])
+        elif self.rank_info.rank == 0:
+            dtype = dtype or read(next(each.parameter for each in self._local.values() if not each.is_buffer)).dtype
+            shards = [self._own(bucket, read) if rank == 0 else self._receive(bucket, rank, dtype) for rank in senders]
+            yield from self._join(bucket, shards)
+        elif self.rank_info.rank in senders:
+            dist.send(self._own(bucket, read), dst=0)
 
     def _own(self, bucket: list[tuple[str, _Entry]], read: Read) -> torch.Tensor:
         """The shards of this rank, one after another: flat."""
         return torch.cat([read(self._local[key].parameter).reshape(-1) for key, _ in bucket])
 
-    def _receive(self, bucket: list[tuple[str, _Entry]], rank: int, read: Read) -> torch.Tensor:
+    def _receive(self, bucket: list[tuple[str, _Entry]], rank: int, dtype: torch.dtype) -> torch.Tensor:
         """The shards `rank` sends, one after another: flat."""
-        dtype = read(next(iter(self._local.values())).parameter).dtype
         buffer = torch.empty(sum(entry.numel for _, entry in bucket), dtype=dtype, device=self.rank_info.device)
         dist.recv(buffer, src=rank)
         return buffer

@@ -84,10 +84,4 @@ def weights_of(chunks: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
 
     The latter are, of a router, the bias that balances its experts.
     """
-    tensors: list[torch.Tensor] = []
-    for chunk in chunks:
-        tensors += [parameter.detach() for parameter in chunk.parameters()]
-        model = hf_weights.unwrap(chunk)
-        saved = model.state_dict()
-        tensors += [buffer for name, buffer in model.named_buffers() if name in saved]
-    return tensors
+    return [tensor.detach() for chunk in chunks for _, tensor in hf_weights.named_weights(hf_weights.unwrap(chunk))]

@@ -1,4 +1,4 @@
-"""Qwen3-MoE as a megatron-core `GPTModel` whose output is token log-probs."""
+"""A decoder as a megatron-core `GPTModel` whose output is token log-probs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import moe_utils
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.losses.sequence import has_triton
 from vespo_megatron.megatron.logprobs import LogProbRequest, vocab_parallel_log_probs
+from vespo_megatron.megatron.moe_layer import keep_biases_in_float32
 from vespo_megatron.megatron.native.attention import NativePackedSeqParams
 from vespo_megatron.megatron.native.spec import block_spec, layers_of
+from vespo_megatron.megatron.rotary import stretched
 from vespo_megatron.megatron.te.packed import TEPackedSeqParams
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MegatronConfig
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -121,8 +123,8 @@ class PolicyModel(GPTModel):
 def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's configuration of this model in this layout.
 
-    NVIDIA's settings for RL throughout: router in fp32 (or fp64), no bias update. megatron-core's own load balancing is
-    off whatever the recipe says: `router_losses` has it.
+    NVIDIA's settings for RL throughout: router in fp32 (or fp64). megatron-core's own load balancing and moving of
+    biases are off whatever the recipe says: `router_losses` and `correction_bias` have them.
     """
     config = TransformerConfig(
         num_layers=shape.num_hidden_layers,
@@ -131,9 +133,13 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
         num_query_groups=shape.num_key_value_heads,
         kv_channels=shape.head_dim,
         ffn_hidden_size=shape.intermediate_size,
-        moe_ffn_hidden_size=shape.moe_intermediate_size,
-        num_moe_experts=shape.num_experts,
+        moe_ffn_hidden_size=shape.moe_intermediate_size or None,
+        num_moe_experts=shape.num_experts if shape.num_moe_layers else None,
         moe_router_topk=shape.num_experts_per_tok,
+        moe_router_score_function=shape.router_scores,
+        moe_router_enable_expert_bias=shape.correction_bias,
+        moe_router_topk_scaling_factor=shape.routed_scaling_factor if shape.routed_scaling_factor != 1 else None,
+        moe_shared_expert_intermediate_size=shape.shared_intermediate_size or None,
         moe_layer_freq=[int(is_moe) for is_moe in shape.is_moe_layer],
         moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
@@ -145,9 +151,10 @@ def transformer_config(shape: ModelShape, megatron: MegatronConfig, *, dtype: to
         moe_permute_fusion=megatron.moe_permute_fusion,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
-        qk_layernorm=True,
+        # A norm over the width is sharded; megatron-core would sum its gradients (finalize_model_grads.py:355).
+        qk_layernorm=shape.qk_norm == "head",
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=shape.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
@@ -202,7 +209,7 @@ def build_model(
     for stage in range(virtual or 1):
         model = PolicyModel(
             config,
-            block_spec(config, layer_spec, stage if virtual else None),
+            block_spec(config, shape, layer_spec, stage if virtual else None),
             vocab_size=padded_vocab,
             real_vocab_size=shape.vocab_size,
             native=layer_spec == "native",
@@ -213,8 +220,11 @@ def build_model(
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
+            rotary_percent=shape.rotary_fraction,
             vp_stage=stage if virtual else None,
         )
+        if shape.rope_scaling is not None:
+            model.rotary_pos_emb.inv_freq = stretched(model.rotary_pos_emb.inv_freq, shape.rope_scaling)
         model.to(rank_info.device)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -223,6 +233,8 @@ def build_model(
                 if ".router." in name:
                     parameter.requires_grad_(False)  # before DDP and the optimizer, which pass it over
         chunks.append(Float16Module(config, model) if config.bf16 or config.fp16 else model)
+        keep_biases_in_float32(model)
+    config.moe_router_enable_expert_bias = False  # routers have theirs; what moves it is `correction_bias`
     if not with_gradients:
         return chunks
     ddp = megatron.distributed_data_parallel_config

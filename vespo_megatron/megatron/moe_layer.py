@@ -21,7 +21,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec
 
 from vespo_megatron.megatron.parameter_marks import marks
 
@@ -29,10 +28,10 @@ _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class PolicyRouter(TopKRouter):
-    """megatron-core's, without what it would compile on a GPU to find that it has nothing to do (router.py:532)."""
+    """megatron-core's, without its count of tokens, which it would compile on a GPU (router.py:532)."""
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """No expert has a bias here."""
+        """Nothing: who moves correction biases (`correction_bias`) has the counts of `RouteReplay`."""
 
 
 class TokenShardedRouter(PolicyRouter):
@@ -45,17 +44,24 @@ class TokenShardedRouter(PolicyRouter):
         return router_gating_linear(input, weight, self.bias, dtype)
 
 
+def keep_biases_in_float32(model: torch.nn.Module) -> None:
+    """Give routers the float32 correction biases that a conversion of the whole model to 16 bits has taken."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._maintain_float32_expert_bias()  # upstream does so in the first forward: after weights are loaded
+
+
 class PolicyMoELayer(MoELayer):
     """`MoELayer` for any combination of tensor and sequence parallelism. Input and output as upstream's.
 
     Args:
-        experts: what makes the experts.
+        submodules: what makes the experts, and those that see every token; the router is this module's.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        experts: ModuleSpec,
+        submodules: MoESubmodules,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -67,7 +73,9 @@ class PolicyMoELayer(MoELayer):
             router = TokenShardedRouter
         super().__init__(
             config,
-            submodules=MoESubmodules(experts=experts, router=router),
+            submodules=MoESubmodules(
+                experts=submodules.experts, shared_experts=submodules.shared_experts, router=router
+            ),
             layer_number=layer_number,
             pg_collection=pg_collection,
         )

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron import hf_weights
+from vespo_megatron.megatron.correction_bias import move_correction_biases
 from vespo_megatron.megatron.host_memory import return_free_memory
 from vespo_megatron.megatron.host_weights import HostWeights, weights_of
 from vespo_megatron.megatron.loss_scale import LossScale
@@ -26,7 +28,7 @@ from vespo_megatron.megatron.rounded_weights import RoundedWeights
 from vespo_megatron.megatron.router_losses import RouterLosses
 from vespo_megatron.megatron.router_pass import RouterPass
 from vespo_megatron.quantization import WeightQuantizer
-from vespo_megatron.recipe.model_shape import ModelShape, read_shape
+from vespo_megatron.recipe.model_shape import read_shape
 from vespo_megatron.recipe.schema import PolicyConfig
 from vespo_megatron.routing_replay.replay import RouteReplay
 from vespo_megatron.routing_replay.router_scores import RouterScores
@@ -122,11 +124,12 @@ class MegatronPolicy:
         """Optimizer updates since the policy was made: while it stays, so do the weights."""
         self._own: HostWeights | None = None
         """Where its own weights wait while others are in use."""
+        self._bias_rate = config.megatron_cfg.moe_router_bias_update_rate
         self.replay = RouteReplay(
             [hf_weights.unwrap(chunk) for chunk in self.chunks],
             recomputes=model_config.recompute_granularity == "full",
             num_experts=self.shape.num_experts,
-            counts_load=config.megatron_cfg.track_moe_metrics,
+            counts_load=config.megatron_cfg.track_moe_metrics or self._bias_rate > 0,
         )
         self.router_losses = RouterLosses.from_recipe(config.megatron_cfg, self.replay.routers, rank_info.device)
         quantizer = WeightQuantizer.of(config) if config.quantization.in_training else None
@@ -246,13 +249,16 @@ class MegatronPolicy:
         """
         with self._penalised(micro_batches):
             reports = self.compute_gradients(micro_batches, loss, routes=routes)
-        load = None if self.replay.load is None else self.replay.load.counts
+        counts = None if self.replay.load is None else self.replay.load.counts
+        load = counts if self.config.megatron_cfg.track_moe_metrics else None
         penalties = None if self.router_losses is None else self.router_losses.values()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not before_step(reports):
             return UpdateResult(math.nan, learning_rate, False, reports, load, penalties)
         scale = None if self.loss_scale is None else self.loss_scale.value
         succeeded, grad_norm, _ = self.optimizer.step()
+        if succeeded and counts is not None and self._bias_rate:
+            move_correction_biases(self.replay.routers, counts.clone(), self._bias_rate)
         overflowed = self.loss_scale is not None and self.loss_scale.settle()
         self.updates_taken += int(succeeded)
         self.scheduler.step(increment=int(succeeded))  # by 0: takes back what `scale_learning_rate` did

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.hf_weights import LocalParameter, local_parameters
 from vespo_megatron.megatron.host_weights import HostWeights
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.parameter_gather import finish_parameter_gather
 from vespo_megatron.quantization import WeightQuantizer
-from vespo_megatron.recipe.model_shape import ModelShape
 
 # isort: split
 from megatron.core import parallel_state

@@ -5,12 +5,14 @@ tokens unlike, padding counts as tokens, and its `global_aux_loss` takes the exp
 over the micro-batches before (router.py:379). Here every token of an update counts alike, whatever the split, the
 packing and the layout. With one micro-batch without padding the values are megatron-core's.
 
-For one layer with E experts and K active ones, over tokens t with logits l_t and p_t = softmax(l_t):
+For one layer with E experts and K active ones, over tokens t with logits l_t and p_t = softmax(l_t), or σ(l_t) over
+its sum where the router's scores are sigmoids:
 
 - load balancing: E · Σ_e f_e · mean_t p_t[e], f_e the share of the K·T choices that expert e has. Its minimum is 1.
   `aux_loss` (Switch Transformer, arXiv 2101.03961) takes f from each micro-batch, `global_aux_loss` (arXiv 2501.11873)
   from the whole update, which takes a forward pass before it. f is of the routers' own top-k, also where other routes
-  are replayed: what is balanced is what they would choose.
+  are replayed, and with the correction bias, which megatron-core leaves out here (moe_utils.py:788): what is balanced
+  is what they would choose.
 - z-loss: mean_t (log Σ_e exp l_t[e])² (ST-MoE, arXiv 2202.08906).
 
 Their gradients enter through `MoEAuxLossAutoScaler`, beside that of the objective.
@@ -63,7 +65,7 @@ class RouterLosses:
         self.kind, self.balance, self.z, self.device = kind, balance, z, device
         self.group, self.stage = context_tensor_group(), stage_group()
         experts = routers[0].num_experts if routers else 0
-        self.topk = routers[0].topk if routers else 1
+        self.routers = routers
         self._counts = torch.zeros(len(routers), experts, device=device)
         self._sums = torch.zeros(2, len(routers), device=device)
         self._update: _Update | None = None
@@ -122,7 +124,7 @@ class RouterLosses:
 
     def _routing(self, column: int, choose: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
         if self._counting:
-            self._counts[column] += self._choices(logits.flatten(0, -2), _real(padding_mask, logits))
+            self._counts[column] += self._choices(column, logits.flatten(0, -2), _real(padding_mask, logits))
         elif self._update is not None and torch.is_grad_enabled():
             flat = logits.flatten(0, -2)
             loss = self._loss(column, flat, _real(padding_mask, logits), self._update)
@@ -134,7 +136,7 @@ class RouterLosses:
         loss = logits.new_zeros(1, dtype=torch.float32)
         if self.balance:
             shares = self._shares(column, logits, real)
-            chances = (torch.softmax(logits, dim=-1, dtype=torch.float32) * real[:, None]).sum(0)
+            chances = (self._chances(column, logits) * real[:, None]).sum(0)
             balance = logits.shape[-1] * (shares * chances).sum()
             self._sums[0, column] += balance.detach()
             loss = loss + self.balance * balance
@@ -148,13 +150,22 @@ class RouterLosses:
         """f, [experts]."""
         counts = self._counts[column]
         if self.kind == "aux_loss":
-            counts = self._choices(logits.detach(), real)
+            counts = self._choices(column, logits.detach(), real)
             self._reduce(counts, self.group)
         return counts / counts.sum().clamp(min=1)
 
-    def _choices(self, logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _chances(self, column: int, logits: torch.Tensor) -> torch.Tensor:
+        """p, float32 [rows, experts]."""
+        if self.routers[column].score_function == "softmax":
+            return torch.softmax(logits, dim=-1, dtype=torch.float32)
+        scores = torch.sigmoid(logits.float())
+        return scores / scores.sum(dim=-1, keepdim=True)
+
+    def _choices(self, column: int, logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """How many tokens would choose each expert, float32 [experts]."""
-        chosen = torch.topk(logits, self.topk, dim=-1).indices
+        router = self.routers[column]
+        scores = logits if router.expert_bias is None else torch.sigmoid(logits.float()) + router.expert_bias
+        chosen = torch.topk(scores, router.topk, dim=-1).indices
         counts = torch.zeros(logits.shape[-1], device=self.device)
         return counts.scatter_add_(0, chosen.flatten(), real[:, None].expand_as(chosen).flatten())
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.plan.layers import stage_layers
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import MegatronConfig, Recipe
 
 PADDING = 1.2
@@ -22,7 +22,7 @@ def peak(shape: ModelShape, recipe: Recipe, tokens: int, stage: int) -> int:
     megatron = recipe.policy.megatron_cfg
     held = in_flight(megatron, stage) * kept(shape, recipe, tokens, stage)
     if megatron.recompute == "full":
-        held += layer(shape, recipe, tokens)
+        held += max(_attention(shape, recipe, tokens, PADDING) + mlp for mlp in _mlps(shape, recipe, tokens))
     return int(held)
 
 
@@ -56,8 +56,15 @@ def kept(shape: ModelShape, recipe: Recipe, tokens: int, stage: int, padding: fl
 
 
 def layer(shape: ModelShape, recipe: Recipe, tokens: int, padding: float = PADDING) -> float:
-    """By one sparse layer."""
-    return _attention(shape, recipe, tokens, padding) + _experts(shape, recipe, tokens)
+    """By one layer, the mean of the model's sparse and dense ones."""
+    return _attention(shape, recipe, tokens, padding) + sum(_mlps(shape, recipe, tokens)) / shape.num_hidden_layers
+
+
+def _mlps(shape: ModelShape, recipe: Recipe, tokens: int) -> list[float]:
+    """Of every layer, what comes after attention."""
+    return [
+        _experts(shape, recipe, tokens) if is_moe else _dense(shape, recipe, tokens) for is_moe in shape.is_moe_layer
+    ]
 
 
 def element_size(recipe: Recipe) -> int:
@@ -71,7 +78,10 @@ def _attention(shape: ModelShape, recipe: Recipe, tokens: int, padding: float) -
     heads, kv = shape.num_attention_heads // tp, max(1, shape.num_key_value_heads // tp)
     local = tokens / tp if megatron.sequence_parallel else tokens
     held = _norm(recipe, local, shape.hidden_size) + local * shape.hidden_size * element  # input of q, k and v
-    held += _query_key_norms(recipe, tokens, heads, kv, dim)
+    if shape.qk_norm != "none":
+        held += _query_key_norms(recipe, tokens, heads, kv, dim)
+    elif _takes_packs(recipe):
+        held += tokens * (heads + 2 * kv) * dim * element  # the value is a view into them all
     if _takes_packs(recipe):
         held += tokens * (heads + kv) * dim * element + tokens * heads * _FLOAT32  # rotated, and log-sums
         return held + tokens * heads * dim * element  # outputs
@@ -111,6 +121,18 @@ def _norm(recipe: Recipe, rows: float, width: int) -> float:
     return rows * (held + _FLOAT32)
 
 
+def _dense(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
+    megatron = recipe.policy.megatron_cfg
+    local = tokens / megatron.tensor_model_parallel_size if megatron.sequence_parallel else tokens
+    held = _norm(recipe, local, shape.hidden_size) + local * shape.hidden_size * element_size(recipe)
+    return held + _gated(recipe, tokens, shape.intermediate_size)
+
+
+def _gated(recipe: Recipe, tokens: float, width: int) -> float:
+    """What a gated MLP keeps beside its input: gate and up, the gate's SiLU, and the product."""
+    return 4 * tokens * width / recipe.policy.megatron_cfg.tensor_model_parallel_size * element_size(recipe)
+
+
 def _experts(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
     megatron, element = recipe.policy.megatron_cfg, element_size(recipe)
     tp, etp = megatron.tensor_model_parallel_size, megatron.expert_tensor_parallel_size
@@ -122,5 +144,7 @@ def _experts(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
     held += chosen * (_INT64 + _FLOAT32 + _INT64) + mine * shape.num_experts * (1 + _FLOAT32)  # choice, map, gates
     if recipe.cluster.device != "cpu":
         held += 2 * chosen * _INT64  # where every choice went, from either side (`native.dispatch.Places`)
+    if shape.shared_intermediate_size:
+        held += _gated(recipe, tokens, shape.shared_intermediate_size)
     rows = chosen * etp  # expert tensor parallel ranks see each other's tokens
     return held + rows * ((shape.hidden_size + 2 * shape.moe_intermediate_size // etp) * element + _FLOAT32)

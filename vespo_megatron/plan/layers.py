@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.plan import activations
 from vespo_megatron.plan.layers import stage_layers
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 
@@ -27,14 +27,13 @@ class Parameters:
 
 def parameters(shape: ModelShape) -> Parameters:
     """Of the whole model."""
-    hidden, heads, kv, dim = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     sparse, layers = shape.num_moe_layers, shape.num_hidden_layers
-    attention = hidden * (heads + 2 * kv) * dim + heads * dim * hidden + 2 * dim
-    per_layer = attention + 2 * hidden
-    dense = layers * per_layer + sparse * hidden * shape.num_experts
-    dense += (layers - sparse) * 3 * hidden * shape.intermediate_size
-    dense += (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * hidden + hidden
-    return Parameters(dense, sparse * shape.num_experts * 3 * hidden * shape.moe_intermediate_size)
+    layer = _attention(shape, tensor=1, kv_heads=shape.num_key_value_heads) + 2 * shape.hidden_size
+    dense = layers * layer + sparse * _beside_experts(shape, tensor=1)
+    dense += (layers - sparse) * 3 * shape.hidden_size * shape.intermediate_size
+    embeddings = 1 if shape.tie_word_embeddings else 2
+    dense += embeddings * shape.vocab_size * shape.hidden_size + shape.hidden_size
+    return Parameters(dense, sparse * shape.num_experts * 3 * shape.hidden_size * shape.moe_intermediate_size)
 
 
 def local_parameters(shape: ModelShape, recipe: Recipe, stage: int = 0) -> Parameters:
@@ -42,17 +41,14 @@ def local_parameters(shape: ModelShape, recipe: Recipe, stage: int = 0) -> Param
     megatron = recipe.policy.megatron_cfg
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     ep, etp = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
-    hidden, dim = shape.hidden_size, shape.head_dim
-    layers = stage_layers(shape, recipe)[stage]
+    hidden, layers = shape.hidden_size, stage_layers(shape, recipe)[stage]
     sparse = (
         layers
         if shape.num_moe_layers == shape.num_hidden_layers
         else round(layers * shape.num_moe_layers / shape.num_hidden_layers)
     )
-    kv_per_rank = max(1, shape.num_key_value_heads // tp)
-    attention = hidden * (shape.num_attention_heads // tp + 2 * kv_per_rank) * dim
-    attention += shape.num_attention_heads // tp * dim * hidden + 2 * dim
-    dense = layers * (attention + 2 * hidden) + sparse * hidden * shape.num_experts
+    layer = _attention(shape, tensor=tp, kv_heads=max(1, shape.num_key_value_heads // tp)) + 2 * hidden
+    dense = layers * layer + sparse * _beside_experts(shape, tensor=tp)
     dense += (layers - sparse) * 3 * hidden * shape.intermediate_size // tp
     padded = -(-shape.vocab_size // tp) * tp
     if stage == 0:
@@ -61,6 +57,20 @@ def local_parameters(shape: ModelShape, recipe: Recipe, stage: int = 0) -> Param
         dense += hidden + (0 if shape.tie_word_embeddings and pp == 1 else padded // tp * hidden)
     expert = sparse * shape.num_experts // ep * 3 * hidden * shape.moe_intermediate_size // etp
     return Parameters(dense, expert)
+
+
+def _attention(shape: ModelShape, *, tensor: int, kv_heads: int) -> int:
+    """Of one layer, with `kv_heads` heads of keys on a tensor parallel rank."""
+    hidden, dim, heads = shape.hidden_size, shape.head_dim, shape.num_attention_heads // tensor
+    norms = {"none": 0, "head": 2 * dim, "width": (heads + kv_heads) * dim}[shape.qk_norm]
+    projected = (heads + 2 * kv_heads) * dim
+    return hidden * projected + (projected if shape.qkv_bias else 0) + heads * dim * hidden + norms
+
+
+def _beside_experts(shape: ModelShape, *, tensor: int) -> int:
+    """Of one MoE layer: the router, its correction bias, and a tensor parallel rank's part of the shared experts."""
+    router = shape.num_experts * (shape.hidden_size + int(shape.correction_bias))
+    return router + 3 * shape.hidden_size * shape.shared_intermediate_size // tensor
 
 
 @dataclass(frozen=True)

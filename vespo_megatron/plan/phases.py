@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.hardware import GPU
 from vespo_megatron.plan.activations import element_size
 from vespo_megatron.plan.memory import TrainerMemory, parameters
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 _GIB = 2**30

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.hardware import GPU, TRAINING_MFU
 from vespo_megatron.plan.memory import TrainerMemory, parameters, trainer_memory, weight_copies
 from vespo_megatron.plan.phases import PhaseMemory, phases, table
@@ -19,7 +20,6 @@ from vespo_megatron.plan.timing import (
     sync_seconds,
     training_seconds,
 )
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 GIB = 2**30
@@ -109,7 +109,9 @@ def alternatives(shape: ModelShape, recipe: Recipe) -> Iterator[Recipe]:
     world, mine = recipe.world_size, recipe.policy.megatron_cfg
     found = []
     for tp, pp, cp, ep in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)):
-        if world % (tp * pp * cp) or world % (ep * pp) or shape.num_hidden_layers % pp or shape.num_experts % ep:
+        if world % (tp * pp * cp) or world % (ep * pp) or shape.num_hidden_layers % pp:
+            continue
+        if shape.num_experts % ep or (ep > 1 and not shape.num_moe_layers):
             continue
         if shape.num_attention_heads % tp or (shape.num_key_value_heads % tp and tp % shape.num_key_value_heads):
             continue

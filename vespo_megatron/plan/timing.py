@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hardware import DECODE_BANDWIDTH, GPU, TRAINING_MFU, USABLE_MEMORY
 from vespo_megatron.plan.activations import element_size
 from vespo_megatron.plan.memory import parameters
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS, MegatronConfig, Recipe
 
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
@@ -31,9 +32,9 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
             "expert_tensor_parallel_size",
         ),
     ]
-    if shape.num_moe_layers < shape.num_hidden_layers:
-        size = shape.intermediate_size
-        divisions.append((size, "channels of a dense MLP", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
+    dense_size = shape.intermediate_size if shape.num_moe_layers < shape.num_hidden_layers else 0
+    for size, what in ((dense_size, "a dense MLP"), (shape.shared_intermediate_size, "the shared experts")):
+        divisions.append((size, f"channels of {what}", tensor, f"TP {tensor}", "tensor_model_parallel_size"))
     for count, what, parts, split, name in divisions:
         if count % parts:
             divisors = ", ".join(str(size) for size in range(1, min(count, 64) + 1) if count % size == 0)
@@ -42,15 +43,8 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
                 where=f"{_MEGATRON}.{name}",
                 expected=f"a divisor of {count} ({divisors})",
             )
-    if recipe.loss_fn.router_shift.apply != "none" and not shape.num_moe_layers:
-        yield UserError(f"compares routers, and {folder} has none", where="loss_fn.router_shift.apply", expected="none")
+    yield from _routers(recipe, shape)
     yield from _layer_split(megatron, shape.num_hidden_layers, folder)
-    if not shape.num_moe_layers and (megatron.moe_aux_loss_coeff or megatron.moe_z_loss_coeff):
-        yield UserError(
-            f"asks for losses of routers, which {folder} has none of",
-            where=f"{_MEGATRON}.{'moe_aux_loss_coeff' if megatron.moe_aux_loss_coeff else 'moe_z_loss_coeff'}",
-            expected="a model with MoE layers",
-        )
     limit, longest = shape.max_position_embeddings, recipe.policy.max_total_sequence_length
     if longest > limit:
         yield UserError(
@@ -78,6 +72,38 @@ def model_problems(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
                 f"holds {token}",
                 where=f"{_GENERATION}.stop_token_ids",
                 expected=f"ids below {folder}'s {shape.vocab_size}",
+            )
+
+
+def _routers(recipe: Recipe, shape: ModelShape) -> Iterator[UserError]:
+    """What is asked of routers that the model has not, or not so."""
+    megatron, folder = recipe.policy.megatron_cfg, recipe.policy.model_name
+    if megatron.moe_router_bias_update_rate and not shape.correction_bias:
+        yield UserError(
+            f"is {megatron.moe_router_bias_update_rate:g}, but routers of {folder} have no correction bias",
+            where=f"{_MEGATRON}.moe_router_bias_update_rate",
+            expected="0, or a model whose routers have one",
+        )
+    if shape.num_moe_layers:
+        return
+    asked = {
+        "loss_fn.router_shift.apply": (recipe.loss_fn.router_shift.apply, "none"),
+        "policy.router_replay.mode": (recipe.policy.router_replay.mode, "none"),
+        f"{_GENERATION}.sglang_cfg.enable_return_routed_experts": (
+            recipe.policy.generation.sglang_cfg.enable_return_routed_experts,
+            False,
+        ),
+        f"{_MEGATRON}.moe_aux_loss_coeff": (megatron.moe_aux_loss_coeff, 0),
+        f"{_MEGATRON}.moe_z_loss_coeff": (megatron.moe_z_loss_coeff, None),
+        f"{_MEGATRON}.expert_model_parallel_size": (megatron.expert_model_parallel_size, 1),
+        f"{_MEGATRON}.expert_tensor_parallel_size": (megatron.expert_tensor_parallel_size, 1),
+    }
+    for where, (value, off) in asked.items():
+        if value != off:
+            yield UserError(
+                f"is {value}, but {folder} has no routers",
+                where=where,
+                expected=json.dumps(off).strip('"') + ", or a model with routers",
             )
 
 

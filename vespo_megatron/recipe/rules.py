@@ -49,6 +49,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _router_losses(recipe)
     yield from _routing_replay(recipe)
     yield from _asynchronous(recipe)
+    yield from _oversampling(recipe)
     yield from _mismatch(recipe)
     yield from _quantization(recipe)
     if recipe.policy.generation.backend == "sglang":
@@ -462,25 +463,41 @@ def _asynchronous(recipe: Recipe) -> Iterator[UserError]:
             where=f"{_GENERATION}.sglang_cfg.colocated",
             fix="set it to false, or grpo.async_grpo.enabled=false",
         )
-    if asynchronous.on_weight_update == "in_place" and generation.backend != "sglang":
+
+
+def _oversampling(recipe: Recipe) -> Iterator[UserError]:
+    schedule = recipe.grpo
+    if schedule.oversample > 1 and schedule.async_grpo.enabled:
         yield UserError(
-            f"is in_place with backend {generation.backend}",
-            where="grpo.async_grpo.on_weight_update",
-            expected="abort_and_continue or drain: only SGLang changes weights under a running request",
+            f"is {schedule.oversample:g} in an asynchronous run, which draws ahead as far as its staleness allows",
+            where="grpo.oversample",
+            expected="1",
+            fix="raise grpo.async_grpo.max_staleness instead",
         )
-    replay = recipe.policy.router_replay
-    if replay.mode == "R3" and asynchronous.on_weight_update == "in_place":
+    if schedule.oversample > 1 and recipe.env.environment is not None:
         yield UserError(
-            "is in_place: SGLang's routes of a response that crosses an update are true of no weights, and R3 has none",
-            where="grpo.async_grpo.on_weight_update",
-            expected="abort_and_continue or drain",
+            "begins responses of one turn, and env.class answers between turns",
+            where="grpo.oversample",
+            fix="set it to 1, or leave the environment out",
         )
-    elif replay.mode == "R3" and replay.on_stale_routes == "error" and asynchronous.on_weight_update != "drain":
+    if schedule.partial_rollouts and schedule.oversample == 1:
         yield UserError(
-            "is error, but responses that new weights interrupt have routes of the last weights only",
-            where="policy.router_replay.on_stale_routes",
-            expected="live or drop",
-            fix="or set grpo.async_grpo.on_weight_update=drain",
+            "is true with grpo.oversample 1, which ends nothing",
+            where="grpo.partial_rollouts",
+            fix="raise grpo.oversample; in an asynchronous run set grpo.async_grpo.on_weight_update=abort_and_continue",
+        )
+    if schedule.partial_rollouts and recipe.behavior == "version":
+        yield UserError(
+            "is true with behavior: version, for which a synchronous run holds no earlier weights",
+            where="grpo.partial_rollouts",
+            expected="loss_fn.behavior=recompute or rollout",
+        )
+    curriculum = recipe.data.curriculum
+    if curriculum.min_solved > curriculum.max_solved:
+        yield UserError(
+            f"is {curriculum.min_solved:g}",
+            where="data.curriculum.min_solved",
+            expected=f"at most max_solved, {curriculum.max_solved:g}",
         )
 
 

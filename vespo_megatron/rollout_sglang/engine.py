@@ -51,6 +51,8 @@ class GenerationRequest:
     """SGLang: seconds from dispatch after which it ends as 'abort' with the tokens it has."""
     evaluation: bool = False
     """Nothing trains on it: where sampling truncates, any engine may report the full distribution's log-probs."""
+    routes_start: int = 0
+    """Of the prompt's tokens, so many have routes already, of an earlier turn: they are not returned again."""
 
     @property
     def wants_sampling_mask(self) -> bool:
@@ -73,8 +75,11 @@ class GenerationResult:
     finish_reason: str
     """'stop', 'length' or 'abort'."""
     routes: np.ndarray | None = None
-    """smallest unsigned int [P + R - 1, layers, topk], or None."""
-    routes_version: int | None = None
+    """Smallest unsigned int [P + R - 1 - routes_start, layers, topk], or None."""
+    route_versions: np.ndarray | None = None
+    """int64, of each row of `routes`: the weights of the forward that computed it, or `data.sample.UNKNOWN_VERSION`.
+    The prompt's rows are of the weights that drew the first token, or of those before in a cache that has outlived them
+    (`update_weights` in place)."""
     sampling_mask: SamplingMask | None = None
     """What each token was drawn from, where sampling truncates and something trains on it; else None."""
     extra: dict[str, float] = field(default_factory=dict)
@@ -128,8 +133,8 @@ class RolloutEngine(Protocol):
             in_place: requests that run are not waited for: they stand still meanwhile, and go on with the new weights
                 and the cache of the old ones.
 
-        Returns the checksum both sides agree on; raises `UserError` when they do not, or for `in_place` where the
-        engine cannot, and `faults.WeightsNeeded` when a server failed and the same update can be made without it.
+        Returns the checksum both sides agree on; raises `UserError` when they do not, and `faults.WeightsNeeded` when a
+        server failed and the same update can be made without it.
         """
 
     def release_memory(self) -> int:

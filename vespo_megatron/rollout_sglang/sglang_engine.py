@@ -27,7 +27,7 @@ from vespo_megatron.rollout_sglang.faults import ServerFault, ServerGone, Weight
 from vespo_megatron.rollout_sglang.pool.pool import ServerPool
 from vespo_megatron.rollout_sglang.pool.server import PooledServer
 from vespo_megatron.rollout_sglang.readers_writer_lock import ReadersWriterLock
-from vespo_megatron.rollout_sglang.server.flags import check_served, context_length
+from vespo_megatron.rollout_sglang.server.flags import check_served, context_length, lacks_its_head
 from vespo_megatron.rollout_sglang.start_lock import StartLock
 from vespo_megatron.rollout_sglang.weight_sync import WeightSync, make_sync
 
@@ -131,8 +131,7 @@ class SGLangEngine:
         self._generation_lock = ReadersWriterLock()
         self._closed = False
         self._paused = False
-        if self.shape.tie_word_embeddings and self.weight_version == 0:
-            # SGLang 0.5.23 gives a Qwen3-MoE a head of its own and finds nothing for it in a tied checkpoint.
+        if self.weight_version == 0 and lacks_its_head(self.shape):
             self._broken = "SGLang does not load the tied output head of this checkpoint"
         elif not self._broken:
             self._probe([str(info.version) for info in infos])

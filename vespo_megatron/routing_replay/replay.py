@@ -86,8 +86,6 @@ class LayerReplay(RouterReplay):
     def __init__(self, owner: RouteReplay, chunk: int, column: int, layer_number: int) -> None:
         self.owner, self.chunk, self.column, self.layer_number = owner, chunk, column, layer_number
         self.forwards = self.recomputes = 0
-        self.softmax_comes_first = False
-        """Whether the router takes its top-k of probabilities, not of logits."""
         self.pending: deque[_InFlight] = deque()
 
     def get_replay_topk(
@@ -138,7 +136,6 @@ class RouteReplay:
                         expected="false with policy.router_replay: the fused kernel does not ask for replayed routes",
                     )
                 hook = LayerReplay(self, index, len(self.hooks), layer.layer_number)
-                hook.softmax_comes_first = bool(getattr(router.config, "moe_router_pre_softmax", False))
                 router.router_replay = hook
                 self.hooks.append(hook)
                 self.routers.append(router)
@@ -224,9 +221,7 @@ class RouteReplay:
         if self._counting is not None and self._is_real is not None:  # None in the backward: counted already
             self._counting.add(hook.column, indices, self._is_real)
         if self._watcher is not None:
-            self._watcher.see(
-                hook.column, router_log_probs(scores, are_probabilities=hook.softmax_comes_first), indices
-            )
+            self._watcher.see(hook.column, router_log_probs(scores, self.routers[hook.column]), indices)
         return values, indices
 
     def _recorded_or_replayed(self, hook: LayerReplay, scores: torch.Tensor, choose: Callable[[], Chosen]) -> Chosen:

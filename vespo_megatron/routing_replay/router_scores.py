@@ -6,6 +6,7 @@ Rows are a rank's tokens in the order its routers see them, as in a `RouteTable`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class RouterScores:
     experts: np.ndarray
     """Smallest unsigned integer [rows, layers, topk]; `layers` are this rank's MoE layers, in model order."""
     log_probs: np.ndarray
-    """float32 [rows, layers, topk], of the router's softmax over all experts."""
+    """float32 [rows, layers, topk], of the router's distribution over all experts."""
 
     @classmethod
     def empty(cls, rows: int, layers: int, topk: int, num_experts: int) -> RouterScores:
@@ -35,12 +36,36 @@ class RouterScores:
         self.experts[rows], self.log_probs[rows] = other.experts[rows], other.log_probs[rows]
 
 
-def router_log_probs(scores: torch.Tensor, *, are_probabilities: bool) -> torch.Tensor:
-    """float32 [rows, experts], without gradient, of what a router takes its top-k of: logits, or their softmax."""
+class RouterConfig(Protocol):
+    """What is needed of a router's configuration."""
+
+    moe_router_score_function: str
+    moe_router_pre_softmax: bool
+
+
+class Router(Protocol):
+    """What is needed of a megatron-core router."""
+
+    @property
+    def config(self) -> RouterConfig: ...
+
+    @property
+    def expert_bias(self) -> torch.Tensor | None: ...
+
+
+def router_log_probs(scores: torch.Tensor, router: Router) -> torch.Tensor:
+    """float32 [rows, experts], without gradient, of what a router takes its top-k of.
+
+    That is logits, their softmax, or their sigmoids with the correction bias: then the bias is taken off and each
+    sigmoid divided by their sum, as megatron-core does where it needs a distribution (moe_utils.py:784).
+    """
     scores = scores.detach().float()
-    if are_probabilities:
-        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
-    return scores.log_softmax(dim=-1)
+    if router.config.moe_router_score_function == "softmax" and not router.config.moe_router_pre_softmax:
+        return scores.log_softmax(dim=-1)
+    if router.expert_bias is not None:
+        scores = scores - router.expert_bias
+    logs = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    return logs - logs.logsumexp(dim=-1, keepdim=True)
 
 
 class ScoreRecorder:

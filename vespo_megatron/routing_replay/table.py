@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vespo_megatron.data.layout import SequenceLayout
-from vespo_megatron.data.sample import Sample, smallest_int_dtype
+from vespo_megatron.data.sample import UNKNOWN_VERSION, Sample, smallest_int_dtype
 from vespo_megatron.errors import UserError
-
-_NO_VERSION = -1
-"""Routes that nobody computed: never those of a sample's log-probs."""
 
 
 @dataclass
@@ -75,25 +72,25 @@ def row_versions(sample: Sample) -> np.ndarray:
     """int64 [tokens − 1]: the weights under which a row of routes has to be right.
 
     Row p routed the token at p, whose forward predicted token p + 1; the prompt belongs to the first response token,
-    and to no version (-1) where nothing was drawn.
+    and to no version where nothing was drawn.
     """
-    first = sample.weight_versions[0] if len(sample.weight_versions) else _NO_VERSION
+    first = sample.weight_versions[0] if len(sample.weight_versions) else UNKNOWN_VERSION
     return np.concatenate([np.full(len(sample.prompt_ids) - 1, first), sample.weight_versions])
 
 
 def stale_rows(sample: Sample) -> np.ndarray:
-    """bool [tokens − 1]: rows whose log-prob was computed under other weights than the routes were.
+    """bool [tokens − 1]: rows whose log-prob was computed under other weights than the routes were, or may have been.
 
-    After a retracted request is run again, engines return routes of the *new* weights beside log-probs of the old.
+    When a retracted request is run again, engines return routes of the *new* weights beside log-probs of the old.
     """
-    return (row_versions(sample) != sample.routes_version) | (len(sample.weight_versions) == 0)
+    versions = row_versions(sample)
+    if sample.route_versions is None:
+        return np.full(len(versions), True)
+    return (versions != sample.route_versions) | (versions == UNKNOWN_VERSION)
 
 
 def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
     """Act on samples with stale routes, in place; returns how many there were.
-
-    A sample sampled under several weight versions may come without routes at all, since no one version would be true of
-    them: all of its rows are stale.
 
     live: their stale rows are left to the router; drop: the sample is not trained on (and its rows left to the router,
     which must route them somewhere); error: raise.
@@ -104,27 +101,37 @@ def apply_stale_policy(samples: Sequence[Sample], on_stale_routes: str) -> int:
     found = 0
     known = next((sample.routes for sample in samples if sample.routes is not None), None)
     for sample in samples:
-        versions = sorted(set(sample.weight_versions.tolist()))
-        if sample.routes is None and len(versions) != 1 and known is not None:
-            sample.routes = np.zeros((sample.num_tokens - 1, *known.shape[1:]), dtype=known.dtype)
-            sample.routes_version = _NO_VERSION
-        if not versions:
-            continue  # nothing was drawn: the live router takes its prompt, of which nothing is learned
-        if sample.routes is None or not stale_rows(sample).any():
+        if not len(sample.weight_versions):
+            # Nothing was drawn, and engines give no routes: the live router takes its prompt, nothing is learned of it.
+            if sample.routes is None and known is not None:
+                sample.routes = np.zeros((sample.num_tokens - 1, *known.shape[1:]), dtype=known.dtype)
+                sample.route_versions = np.full(sample.num_tokens - 1, UNKNOWN_VERSION)
+            continue
+        if sample.routes is None:
+            continue
+        stale = stale_rows(sample)
+        if not stale.any() or sample.route_versions is None:
             continue
         found += 1
         if on_stale_routes == "error":
-            missing = sample.routes_version == _NO_VERSION
-            routes = "no routes" if missing else f"routes of weight version {sample.routes_version}"
             raise UserError(
-                f"has {routes} and log-probs of versions {versions}",
+                f"has routes of {_names(sample.route_versions[stale])} and log-probs of versions "
+                f"{sorted(set(sample.weight_versions.tolist()))}",
                 where=f"sample {sample.sample_id}",
                 expected="routes and log-probs of the same weights",
-                fix="set policy.router_replay.on_stale_routes to live or drop, or do not swap weights mid-request",
+                fix="set policy.router_replay.on_stale_routes to live or drop; where the server was short of memory "
+                "and ran it again under new weights, give its cache more",
             )
         if on_stale_routes == "drop":
             sample.loss_mask[:] = False
     return found
+
+
+def _names(versions: np.ndarray) -> str:
+    found = sorted(set(versions.tolist()))
+    if found == [UNKNOWN_VERSION]:
+        return "weights that nobody knows"
+    return f"weight version {found[0]}" if len(found) == 1 else f"weight versions {found}"
 
 
 def slice_routes(

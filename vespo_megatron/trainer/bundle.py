@@ -26,11 +26,11 @@ from vespo_megatron.run.run_directory import RECIPE_FILE
 WEIGHTS = "weights"
 _FACTS, _ARRAYS = "bundle.json", "arrays.npz"
 _ARRAYS_OF_A_SAMPLE = (
-    *("prompt_ids", "response_ids", "behavior_log_probs", "weight_versions", "loss_mask", "routes"),
+    *("prompt_ids", "response_ids", "behavior_log_probs", "weight_versions", "loss_mask", "routes", "route_versions"),
     *("turns", "turn_rewards", "turn_advantages"),
 )
 _MASK = NAMES_ON_DISK["sampling_mask"]
-_PLAIN = ("sample_id", "prompt_id", "finish_reason", "routes_version", "reward", "reward_parts")
+_PLAIN = ("sample_id", "prompt_id", "finish_reason", "reward", "reward_parts")
 
 
 @dataclass
@@ -79,8 +79,11 @@ def read(folder: Path) -> Bundle:
         with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
             samples = [
                 Sample(
-                    **plain,
-                    **{name: arrays.get(f"{index}.{_on_disk(name)}") for name in _ARRAYS_OF_A_SAMPLE},
+                    **{
+                        name: arrays.get(f"{index}.{_on_disk(name)}", plain.get(_on_disk(name)))
+                        for name in _ARRAYS_OF_A_SAMPLE
+                    },
+                    **{name: value for name, value in plain.items() if name in _PLAIN},
                     sampling_mask=_sampling_mask(arrays, index),
                 )
                 for index, plain in enumerate(facts["samples"])

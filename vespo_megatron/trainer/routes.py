@@ -66,16 +66,20 @@ class StepRoutes:
             return RouteUse("record", lambda each: (self._record(each), None))
         return LIVE
 
-    def version_pass(self) -> RouteUse:
-        """As `log_prob_pass`, under one of several weight versions; `after_version_pass` follows."""
-        return replace(self._version_pass(), scores=self._version_scores)
+    def version_pass(self, version: int) -> RouteUse:
+        """As `log_prob_pass`, under one of several weight versions; `after_version_pass` follows.
 
-    def _version_pass(self) -> RouteUse:
+        R3 leaves a response's rows of earlier versions to the router: the engine ran what these had drawn again under
+        this one, and its routers chose again.
+        """
+        return replace(self._version_pass(version), scores=self._version_scores)
+
+    def _version_pass(self, version: int) -> RouteUse:
         whole = self._log_prob_pass()
         if whole.mode == "record":
             return RouteUse("record", lambda each: (self._version_table(each), None))
-        if whole.mode == "replay" and self.measure:
-            return RouteUse("replay", lambda each: (each.engine_routes, self._version_table(each)))
+        if whole.mode == "replay":
+            return RouteUse("replay", lambda each: (_of_version(each, version), self._version_table(each)))
         return whole
 
     def after_version_pass(self, micro_batches: Sequence[MicroBatch], version: int) -> None:
@@ -132,7 +136,9 @@ class StepRoutes:
             self._observed[id(micro_batch)] = self.policy.empty_routes(micro_batch)
         return self._observed[id(micro_batch)]
 
-    def _version_table(self, micro_batch: MicroBatch) -> RouteTable:
+    def _version_table(self, micro_batch: MicroBatch) -> RouteTable | None:
+        if self.mode == "R3" and not self.measure:
+            return None
         if id(micro_batch) not in self._of_version:  # model chunks of one rank share the table
             self._of_version[id(micro_batch)] = self.policy.empty_routes(micro_batch)
         return self._of_version[id(micro_batch)]
@@ -202,6 +208,17 @@ class StepRoutes:
 def _versions_of_rows(micro_batch: MicroBatch) -> np.ndarray:
     """int64 [rows]: the version whose routers are those of each row's log-prob; −1 of no token."""
     return micro_batch.layout.router_rows([row_versions(sample) for sample in micro_batch.batch.samples], -1)
+
+
+def _of_version(micro_batch: MicroBatch, version: int) -> RouteTable | None:
+    """The engine's routes, without what a response that goes on under this version had of earlier ones."""
+    table = micro_batch.engine_routes
+    if table is None:
+        return None
+    samples = micro_batch.batch.samples
+    ran_again = [(row_versions(each) < version) & (each.weight_versions == version).any() for each in samples]
+    rows = np.flatnonzero(micro_batch.layout.router_rows(ran_again, False))
+    return RouteTable(table.experts, np.union1d(table.live_rows, rows).astype(np.int32))
 
 
 def route_metrics(reports: Sequence[tuple[Agreement, Agreement, int, int]]) -> dict[str, float]:

@@ -13,12 +13,12 @@ from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.layout import padded_length
 from vespo_megatron.data.packing import plan_mini_batches
 from vespo_megatron.errors import UserError
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.losses import Normalizer
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.micro_batch import layouts
 from vespo_megatron.megatron.parallel import RankInfo
 from vespo_megatron.megatron.policy import MegatronPolicy
-from vespo_megatron.recipe.model_shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.routing_replay.table import RouteTable, slice_routes
 from vespo_megatron.trainer.version_passes import VersionPass, plan_version_passes
@@ -103,7 +103,7 @@ def _without_routes(batch: Batch) -> Batch:
     samples = []
     for sample in batch.samples:
         samples.append(copy.copy(sample))
-        samples[-1].routes = None
+        samples[-1].routes = samples[-1].route_versions = None
     return Batch(samples, batch.advantages, batch.lags)
 
 

@@ -185,7 +185,7 @@ class TrainStep:
                     chosen = [micro_batches[index] for index in indices]
                     if not chosen:
                         continue
-                    outputs = self.policy.log_probs(chosen, routes=routes.version_pass())
+                    outputs = self.policy.log_probs(chosen, routes=routes.version_pass(each.version))
                     routes.after_version_pass(chosen, each.version)
                     for micro_batch, output in zip(chosen, outputs, strict=bool(outputs)):  # the last stage has them
                         _fill_tokens(micro_batch, output[0], each.version)

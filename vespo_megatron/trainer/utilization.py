@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron import flops
 from vespo_megatron.megatron.hardware import peak_tflops
-from vespo_megatron.recipe.model_shape import ModelShape
 
 
 def utilization(

@@ -62,6 +62,24 @@ def as_it_is(row: Row, name: str) -> dict[str, Any]:
     return {**_row(name, "", truth, row.get("ability") or "math"), "prompt": prompt}
 
 
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_BEHIND = '\n\nRemember to put your answer on its own line after "Answer:".'
+"""What DAPO-Math-17k writes around a problem."""
+DAPO_BOXED = " Please reason step by step, and put your final answer within \\boxed{}."
+"""What the VESPO paper's script puts in its place (FloyedShen/VESPO, recipe/vespo/tools/preprocess_datasets.py)."""
+
+
+def dapo_math(row: Row, name: str) -> dict[str, Any]:
+    """A problem of DAPO-Math-17k with the paper's instruction for DAPO's."""
+    made = as_it_is(row, name)
+    first = made["prompt"][0]
+    first["content"] = first["content"].replace(DAPO_BEFORE, "").replace(DAPO_BEHIND, DAPO_BOXED)
+    return made
+
+
 def eurus_code(row: Row, name: str) -> dict[str, Any] | None:
     """The coding half of Eurus-2-RL-Data: tests are `{"inputs", "outputs"}` in JSON."""
     return as_it_is(row, name) if row["ability"] == "code" else None
@@ -84,7 +102,7 @@ def mbpp_plus(row: Row, name: str) -> dict[str, Any]:
 _VERL = ("prompt", "reward_model")
 SETS: dict[str, PublicSet] = {
     # Each of its 17,000 problems is there about a hundred times.
-    "dapo_math": PublicSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", _VERL, as_it_is, "math", unique_prompts=True),
+    "dapo_math": PublicSet("BytedTsinghua-SIA/DAPO-Math-17k", "train", _VERL, dapo_math, "math", unique_prompts=True),
     "deepscaler": PublicSet(
         "agentica-org/DeepScaleR-Preview-Dataset", "train", ("problem", "answer"), mathematics("problem"), "math"
     ),

@@ -8,7 +8,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from vespo_megatron.megatron.moe_layer import PolicyMoELayer
@@ -25,13 +27,12 @@ class NativeMoELayer(PolicyMoELayer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        gated = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         experts = ModuleSpec(module=GroupedExperts)
         if not config.moe_grouped_gemm:
-            experts = ModuleSpec(
-                module=SequentialMLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            )
-        super().__init__(config, experts, layer_number, pg_collection)
+            experts = ModuleSpec(module=SequentialMLP, submodules=gated)
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=gated)
+        super().__init__(config, MoESubmodules(experts=experts, shared_experts=shared), layer_number, pg_collection)
         if config.moe_token_dispatcher_type == "alltoall" and torch.cuda.is_available():
             self.token_dispatcher = SortedDispatcher(
                 self.num_local_experts,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from vespo_megatron.errors import UserError
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.native.attention import PackedAttention
 from vespo_megatron.megatron.native.moe import NativeMoELayer
-from vespo_megatron.megatron.native.norm import RMSNorm
+from vespo_megatron.megatron.native.norm import RMSNorm, norm_over_the_width
 from vespo_megatron.recipe.rules import NEED_TRANSFORMER_ENGINE
 from vespo_megatron.recipe.schema import MegatronConfig
 
@@ -77,7 +77,7 @@ def layers_of(megatron: MegatronConfig, device_type: str, dtype: torch.dtype) ->
     return layers
 
 
-def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
+def native_layer_spec(config: TransformerConfig, shape: ModelShape, *, is_moe: bool) -> ModuleSpec:
     """One decoder layer of plain PyTorch parts."""
     spec = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm,
@@ -91,22 +91,25 @@ def native_layer_spec(config: TransformerConfig, *, is_moe: bool) -> ModuleSpec:
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
-    if attention.q_layernorm is not IdentityOp:
+    if shape.qk_norm == "head":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    elif shape.qk_norm == "width":
+        norm_over_the_width(attention)
     if is_moe:
         layer.mlp = NativeMoELayer
     return spec
 
 
-def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers this pipeline rank and model chunk builds, dense and MoE ones as `config.moe_layer_freq` says."""
+def block_spec(
+    config: TransformerConfig, shape: ModelShape, layer_spec: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers this pipeline rank and model chunk builds, dense and MoE ones as the shape says."""
     if layer_spec == "te":
         from vespo_megatron.megatron.te.spec import te_block_spec  # megatron-core's wrappers are mocks without it
 
-        return te_block_spec(config, vp_stage)
+        return te_block_spec(config, shape, vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    specs = {is_moe: native_layer_spec(config, is_moe=bool(is_moe)) for is_moe in set(config.moe_layer_freq)}
-    return TransformerBlockSubmodules(
-        layer_specs=[specs[is_moe] for is_moe in config.moe_layer_freq[first : first + count]], layer_norm=RMSNorm
-    )
+    here = shape.is_moe_layer[first : first + count]
+    specs = {is_moe: native_layer_spec(config, shape, is_moe=is_moe) for is_moe in set(here)}
+    return TransformerBlockSubmodules(layer_specs=[specs[is_moe] for is_moe in here], layer_norm=RMSNorm)

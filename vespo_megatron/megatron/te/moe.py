@@ -21,4 +21,4 @@ class TEMoELayer(PolicyMoELayer):
         spec = get_moe_module_spec(
             use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
         )
-        super().__init__(config, spec.submodules.experts, layer_number, pg_collection)
+        super().__init__(config, spec.submodules, layer_number, pg_collection)

@@ -6,7 +6,14 @@ prompts. What several keys may not ask for together is in `recipe.rules`.
 """
 
 from vespo_megatron.recipe.schema.base import MISSING, Section, key, section
-from vespo_megatron.recipe.schema.data import DataConfig, DatasetConfig, EnvConfig, RewardChoice, SetConfig
+from vespo_megatron.recipe.schema.data import (
+    CurriculumConfig,
+    DataConfig,
+    DatasetConfig,
+    EnvConfig,
+    RewardChoice,
+    SetConfig,
+)
 from vespo_megatron.recipe.schema.generation import MAX_SAMPLING_MASK_TOKENS, GenerationConfig, SGLangConfig
 from vespo_megatron.recipe.schema.loop import (
     AsyncGRPOConfig,
@@ -42,6 +49,7 @@ __all__ = [
     "AsyncGRPOConfig",
     "CheckpointingConfig",
     "ClusterConfig",
+    "CurriculumConfig",
     "DDPConfig",
     "DataConfig",
     "DatasetConfig",

@@ -71,11 +71,29 @@ class DatasetConfig(SetConfig):
         return dict(self.sets) if self.sets else {"": self} if self.path else {}
 
 
+class CurriculumConfig(Section):
+    """`data.curriculum`: training prompts that are solved too often, or too seldom, rest for a while."""
+
+    rest: int = key(0, "Times that such a prompt is passed over when it comes; 0: none ever is.", ge=0, ours=True)
+    min_solved: float = key(
+        0.0, "A prompt rests when a smaller share of its responses was solved the last time.", ge=0, le=1, ours=True
+    )
+    max_solved: float = key(1.0, "Or a larger share.", ge=0, le=1, ours=True)
+    solved_above: float = key(
+        0.5,
+        "A response is solved when its reward, before grpo.reward_shaping, is above this.",
+        ge=-1000,
+        le=1000,
+        ours=True,
+    )
+
+
 class DataConfig(Section):
     """`data`: prompts."""
 
     train: DatasetConfig = section(DatasetConfig)
     validation: DatasetConfig = section(DatasetConfig)
+    curriculum: CurriculumConfig = section(CurriculumConfig)
     group_by: str | None = key(
         None, "Entry of extra_info that validation prompts are told apart by: eval/<set>/by/<value>.", ours=True
     )

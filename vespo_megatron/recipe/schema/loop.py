@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from vespo_megatron.recipe.schema.base import Section, key, section
@@ -50,6 +51,19 @@ class GRPOConfig(Section):
     num_prompts_per_step: int = key(32, "Prompts in one rollout batch.", ge=1)
     num_generations_per_prompt: int = key(8, "Responses per prompt: the size of one advantage group.", ge=1)
     max_rollout_turns: int = key(10, "Turns of one response at most, where env.class answers between them.", ge=1)
+    oversample: float = key(
+        1.0,
+        "Groups that a step begins for each that it trains on: the first whole ones are taken, the rest is ended.",
+        ge=1,
+        le=8,
+        ours=True,
+    )
+    partial_rollouts: bool = key(
+        False,
+        "With oversample: what was ended goes on in the next step with its tokens; else they are lost, and the prompt "
+        "comes again in the next epoch.",
+        ours=True,
+    )
     max_num_steps: int = key(100, "Rollout batches to train on.", ge=1)
     max_num_epochs: int = key(1000000, "Passes over the prompts at most.", ge=1)
     normalize_rewards: bool = key(True, "Divide group advantages by the group's standard deviation.")
@@ -99,6 +113,10 @@ class GRPOConfig(Section):
         if step == 0:
             return self.val_at_start
         return step % self.val_period == 0 or (self.val_at_end and step == self.max_num_steps)
+
+    def groups_begun(self, wanted: int) -> int:
+        """Groups that are begun for so many to train on."""
+        return math.ceil(self.oversample * wanted)
 
     @property
     def overlong(self) -> str:

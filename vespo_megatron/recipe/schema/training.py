@@ -83,6 +83,13 @@ class MegatronConfig(Section):
     )
     moe_aux_loss_coeff: float = key(0.0, "What the load balancing loss is multiplied with.", ge=0)
     moe_z_loss_coeff: float | None = key(None, "What the routers' z-loss is multiplied with; null: none.", gt=0)
+    moe_router_bias_update_rate: float = key(
+        0.0,
+        "How far an update moves the correction bias of an expert with fewer tokens than the mean up, of one with more "
+        "down (arXiv 2408.15664); 0: it stays as the checkpoint has it, NVIDIA's setting for RL.",
+        ge=0,
+        le=1,
+    )
     track_moe_metrics: bool = key(True, "Count each expert's tokens in training: routes/max_violation and its kin.")
     moe_per_layer_logging: bool = key(True, "Log them of every layer besides their mean and the worst layer.")
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = key(
@@ -117,7 +124,9 @@ class RouterReplayConfig(Section):
 
     mode: Literal["none", "R2", "R3"] = key("none", "R2: the trainer's own routes at θ_old; R3: the rollout engine's.")
     on_stale_routes: Literal["live", "drop", "error"] = key(
-        "error", "Routes of another weight version than the log-probs."
+        "error",
+        "The engine's routes of a token, of other weights than drew it: the router decides (live), the response is not "
+        "trained on (drop), or the run ends.",
     )
     measure_agreement: bool = key(
         True, "Compare the trainer's routes with the engine's, where it returns them.", ours=True

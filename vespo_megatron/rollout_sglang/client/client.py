@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.rollout_sglang.client.check import Check
 from vespo_megatron.rollout_sglang.client.control import call
 from vespo_megatron.rollout_sglang.client.failures import explained
@@ -105,6 +105,7 @@ class SGLangClient:
                     return_routes=self.return_routes,
                     context_length=self.context_length,
                     keep_bad_numbers=self.keep_bad_numbers,
+                    sent_routes_start=body["routed_experts_start_len"],
                 )
                 for reply, request, sent_as in zip(replies, requests, body["rid"], strict=True)
             ]

@@ -33,7 +33,15 @@ ENDPOINTS = (
     "/update_weight_version",
     "/weights_checker",
 )
-REQUEST_FIELDS = ("input_ids", "sampling_params", "rid", "return_logprob", "return_routed_experts", "stream")
+REQUEST_FIELDS = (
+    "input_ids",
+    "sampling_params",
+    "rid",
+    "return_logprob",
+    "return_routed_experts",
+    "routed_experts_start_len",
+    "stream",
+)
 
 
 def check_contract(client: SGLangClient, info: ServerInfo) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vespo_megatron.data.sample import FINISH_REASONS, smallest_int_dtype
+from vespo_megatron.data.sample import FINISH_REASONS, UNKNOWN_VERSION, smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.rollout_sglang.client.check import Check, short
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
@@ -31,14 +31,17 @@ def parse_reply(
     return_routes: bool,
     context_length: int,
     keep_bad_numbers: bool = False,
+    sent_routes_start: int = 0,
 ) -> GenerationResult:
     """One element of a `/generate` reply as a `GenerationResult`.
 
     `sent_as` is the id that the request was sent with: an answer to another one is none, however well it fits.
     Every length, id, shape and range is checked; raises `UserError` naming request and server for whatever differs.
-    Routes computed under more than one weight version are dropped (`extra["routes_dropped"]`): no single version
-    could be named for them. `keep_bad_numbers` lets log-probs that are not finite through, for a caller that drops
-    such samples and counts them.
+    `keep_bad_numbers` lets log-probs that are not finite through, for a caller that drops such samples and counts them.
+    `sent_routes_start` is the call's, of all its requests; rows before the request's own are cut off.
+
+    SGLang 0.5.23 ends a retracted request that waits (out of memory, then a pause) with what it has told so far, and
+    no routes: such a reply counts as an abort before the first token.
     """
     check = Check(f"reply of server {server} to request {request.request_id}")
     meta = check.dictionary(check.dictionary(reply, "reply").get("meta_info"), "meta_info")
@@ -59,12 +62,27 @@ def parse_reply(
         log_probs = _truncated_log_probs(meta.get("output_token_sampling_logprobs"), log_probs, check, keep_bad_numbers)
     versions = _weight_versions(meta, length, check)
     extra = {"cached_tokens": float(check.whole_number(meta.get("cached_tokens") or 0, "cached_tokens"))}
-    routes, routes_version = None, None
+    retractions = check.whole_number(meta.get("num_retractions") or 0, "num_retractions")
+    if retractions:
+        extra["retractions"] = float(retractions)
+    if return_routes and length > 0 and finish_reason == "abort" and meta.get("routed_experts") is None:
+        nothing = None if sampling_mask is None else SamplingMask.whole(0)
+        return GenerationResult(
+            request.request_id,
+            output_ids[:0],
+            log_probs[:0],
+            versions[:0],
+            finish_reason,
+            sampling_mask=nothing,
+            extra=extra,
+        )
+    routes, route_versions = None, None
     if return_routes and length > 0:
-        routes = _routes(meta.get("routed_experts"), prompt_length + length - 1, shape, check)
-        routes_version = int(versions[0])
-        if not (versions == versions[0]).all():
-            routes, routes_version, extra["routes_dropped"] = None, None, 1.0
+        rows = prompt_length + length - 1
+        routes = _routes(meta.get("routed_experts"), rows - sent_routes_start, shape, check)
+        routes = routes[request.routes_start - sent_routes_start :]
+        route_versions = _route_versions(versions, prompt_length, retracted=retractions > 0)
+        route_versions = route_versions[request.routes_start :]
     return GenerationResult(
         request_id=request.request_id,
         output_ids=output_ids,
@@ -72,7 +90,7 @@ def parse_reply(
         weight_versions=versions,
         finish_reason=finish_reason,
         routes=routes,
-        routes_version=routes_version,
+        route_versions=route_versions,
         sampling_mask=sampling_mask,
         extra=extra,
     )
@@ -158,6 +176,16 @@ def _weight_versions(meta: dict[str, Any], length: int, check: Check) -> np.ndar
         position = end
     check.that(position == length, f"weight version spans {short(spans)}", expected)
     return versions
+
+
+def _route_versions(versions: np.ndarray, prompt_length: int, *, retracted: bool) -> np.ndarray:
+    """int64 [P + R - 1]: a row is of the weights that drew the token after it, the prompt's of those of the first.
+
+    SGLang 0.5.23 runs what a retracted request had drawn again, and overwrites its routes, under the weights there are
+    then. It does not say which those were: with several versions only the last one's rows are known to be true.
+    """
+    rows = np.concatenate([np.full(prompt_length - 1, versions[0]), versions])
+    return np.where(rows == versions[-1], rows, UNKNOWN_VERSION) if retracted else rows
 
 
 def _routes(value: Any, rows: int, shape: ModelShape, check: Check) -> np.ndarray:

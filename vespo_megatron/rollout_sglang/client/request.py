@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.schema import MAX_SAMPLING_MASK_TOKENS
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
 
@@ -64,7 +64,10 @@ def _effective_top_k(request: GenerationRequest, shape: ModelShape) -> int:
 def build_body(
     requests: Sequence[GenerationRequest], shape: ModelShape, context_length: int, return_routes: bool
 ) -> dict[str, Any]:
-    """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try."""
+    """One body for several requests; request ids get a suffix, so that a repeated one never meets its first try.
+
+    SGLang 0.5.23 takes one `routed_experts_start_len` for all of a body's requests.
+    """
     truncated = [request.wants_sampling_mask for request in requests]
     return {
         "input_ids": [list(request.prompt_ids) for request in requests],
@@ -72,6 +75,7 @@ def build_body(
         "rid": [f"{request.request_id}#{uuid.uuid4().hex[:8]}" for request in requests],
         "return_logprob": True,
         "return_routed_experts": return_routes,
+        "routed_experts_start_len": min(request.routes_start for request in requests) if return_routes else 0,
         "stream": False,
     } | ({"return_sampling_mask": truncated} if any(truncated) else {})
 

@@ -1,1 +1,1 @@
-"""The in-process rollout engine: transformers' Qwen3-MoE in the trainer's own process, for fast tests and sweeps."""
+"""The in-process rollout engine: transformers' models in the trainer's own process, for fast tests and sweeps."""

@@ -11,7 +11,7 @@ from vespo_megatron.data.sample import smallest_int_dtype
 from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 from vespo_megatron.rollout_sglang.in_process.mismatch import noise_salts
-from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe
+from vespo_megatron.rollout_sglang.in_process.model import CachedDecoder
 from vespo_megatron.rollout_sglang.in_process.prefix_random import PrefixRandom
 from vespo_megatron.rollout_sglang.in_process.sampling import RowSampler
 
@@ -23,20 +23,20 @@ class Batch:
     """Requests generated side by side, one token of each per step; every unfinished row is at the same step.
 
     Args:
-        model: holds the weights; not to change while the batch runs.
+        model: holds the weights; they change while `between_steps` runs, and at no other time.
         limits: tokens to draw at most, per request.
-        weight_version: of the model's weights, stamped on every token.
+        weight_version: of the model's weights, now: each token is stamped with those that drew it.
         return_routes: keep the experts of every token.
         emit: called with each result as its row finishes.
     """
 
     def __init__(
         self,
-        model: CachedQwen3Moe,
+        model: CachedDecoder,
         requests: list[GenerationRequest],
         limits: list[int],
         *,
-        weight_version: int,
+        weight_version: Callable[[], int],
         return_routes: bool,
         emit: Callable[[GenerationResult], None],
     ) -> None:
@@ -47,14 +47,19 @@ class Batch:
         # Column s of these holds step s: the token sampled, its log-prob, and the experts it met when it was run.
         self.tokens = np.zeros((len(requests), 0), dtype=np.int64)
         self.log_probs = np.zeros((len(requests), 0), dtype=np.float32)
+        self.versions: list[int] = []
+        """Of each step: the weights that drew its token and ran the token before it; every row's alike."""
         self.sampling_mask: list[list[np.ndarray]] = [[] for _ in requests]
-        config = model.config
-        self._route_dtype = smallest_int_dtype(config.num_experts)
-        shape = (len(requests), 0, len(model.sparse_layers), config.num_experts_per_tok)
-        self.routes = np.zeros(shape, self._route_dtype)
+        shape = model.shape
+        self._route_dtype = smallest_int_dtype(shape.num_experts)
+        sizes = (len(requests), 0, shape.num_moe_layers, shape.num_experts_per_tok)
+        self.routes = np.zeros(sizes, self._route_dtype)
 
-    def run(self, stopped: Callable[[], bool]) -> list[GenerationResult]:
-        """Generate until every row is finished, or until `stopped()`: the rest is then an abort."""
+    def run(self, between_steps: Callable[[], bool]) -> list[GenerationResult]:
+        """Generate until every row is finished, or until `between_steps()` is False: the rest is then an abort.
+
+        It is called before each decode step, and may change the model's weights: the cache stays as it is.
+        """
         prompts = {request.prompt_ids: None for request in self.requests}
         unique = {prompt: index for index, prompt in enumerate(prompts)}
         lengths = torch.tensor([len(prompt) for prompt in unique], device=self.device)
@@ -65,6 +70,7 @@ class Batch:
         # Requests of one group share a prompt: it is run once, and its cache rows are repeated.
         cache = self.model.new_cache(len(unique), width + min(max(self.limits), 64))
         flips, random = self._read_prompts(ids, lengths)
+        self.versions.append(self.weight_version())
         logits, prompt_routes = self.model.prefill(ids, lengths, cache, flips)
         self.prompt_routes = self._pack_routes(prompt_routes)
         self.prompt_index = [unique[request.prompt_ids] for request in self.requests]
@@ -85,7 +91,7 @@ class Batch:
             flips = None
             if random is not None:
                 random.read(tokens.cpu().numpy())
-                flips = self.model.mismatch.flips(random.states, self.model.sparse_layers)
+                flips = self.model.mismatch.flips(random.states, self.model.shape.moe_layers)
                 log_probs = self._noisy(log_probs, random, salts)
             self._write(step, origin.cpu().numpy(), tokens.cpu().numpy(), log_probs.cpu().numpy(), sampling_mask)
             stop = stops[torch.arange(len(tokens), device=self.device) if len(stops) > 1 else 0, tokens]
@@ -109,11 +115,12 @@ class Batch:
                     )
                     stops = stops[keep] if len(stops) > 1 else stops
                     longest = int(positions.max())
-            if stopped():
+            if not between_steps():
                 for row in origin[alive].tolist():
                     self._finish(row, step + 1, "abort")
                 break
             longest += 1
+            self.versions.append(self.weight_version())
             logits, routes = self.model.decode(tokens, positions, longest, cache, flips)
             self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
             positions, step = positions + alive, step + 1  # what has ended may stand at the end of the context
@@ -126,10 +133,10 @@ class Batch:
         mismatch = self.model.mismatch
         if not mismatch.is_random:
             return None, None
-        reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version)
+        reader = PrefixRandom.new(len(ids), mismatch.seed, self.weight_version())
         states = reader.read_all(ids.cpu().numpy())
         last = states[np.arange(len(ids)), lengths.cpu().numpy() - 1]
-        return mismatch.flips(states, self.model.sparse_layers), PrefixRandom(last)
+        return mismatch.flips(states, self.model.shape.moe_layers), PrefixRandom(last)
 
     def _noisy(self, log_probs: torch.Tensor, random: PrefixRandom, salts: np.ndarray) -> torch.Tensor:
         """float32 [rows]: with the noise of the tokens just read, and no more than 0."""
@@ -143,7 +150,7 @@ class Batch:
         """bool [rows or 1, vocabulary]: the tokens that end a row; one row when all requests agree."""
         wanted = [request.sampling.stop_token_ids for request in self.requests]
         wanted = wanted[:1] if len(set(wanted)) == 1 else wanted
-        table = torch.zeros(len(wanted), self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+        table = torch.zeros(len(wanted), self.model.shape.vocab_size, dtype=torch.bool, device=self.device)
         for row, stop_token_ids in enumerate(wanted):
             table[row, [token for token in stop_token_ids if token < table.shape[1]]] = True
         return table
@@ -166,19 +173,21 @@ class Batch:
                 self.sampling_mask[row].append(ids)
 
     def _finish(self, row: int, length: int, reason: str) -> None:
-        request, version = self.requests[row], self.weight_version
-        routes = None
+        request, versions = self.requests[row], np.array(self.versions[:length], dtype=np.int64)
+        routes, route_versions = None, None
         if self.return_routes:
-            prompt = self.prompt_routes[self.prompt_index[row], : len(request.prompt_ids)]
-            routes = np.concatenate([prompt, self.routes[row, : length - 1]])
+            prompt_length, start = len(request.prompt_ids), request.routes_start
+            prompt = self.prompt_routes[self.prompt_index[row], :prompt_length]
+            routes = np.concatenate([prompt, self.routes[row, : length - 1]])[start:]
+            route_versions = np.concatenate([np.full(prompt_length - 1, versions[0]), versions])[start:]
         result = GenerationResult(
             request_id=request.request_id,
             output_ids=self.tokens[row, :length].copy(),
             behavior_log_probs=self.log_probs[row, :length].copy(),
-            weight_versions=np.full(length, version, dtype=np.int64),
+            weight_versions=versions,
             finish_reason=reason,
             routes=routes,
-            routes_version=version if routes is not None else None,
+            route_versions=route_versions,
             sampling_mask=SamplingMask.of(self.sampling_mask[row][:length]) if request.wants_sampling_mask else None,
         )
         self.results[row] = result

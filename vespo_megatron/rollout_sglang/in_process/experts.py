@@ -19,7 +19,7 @@ def run_experts(
     gates: torch.Tensor,
     rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """transformers' `Qwen3MoeExperts`: hidden [T, H], chosen experts and gates [T, k] → [T, H].
+    """transformers' experts: hidden [T, H], chosen experts and gates [T, k] → [T, H].
 
     Args:
         rounded: what `down_proj` reads of its input [rows, channels]; `hidden` is rounded by the caller.

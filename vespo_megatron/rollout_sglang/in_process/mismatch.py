@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.quantization import fake_quantize_cache, fake_quantize_tokens
 from vespo_megatron.recipe.schema import MismatchConfig
 from vespo_megatron.rollout_sglang.engine import GenerationRequest
@@ -81,8 +82,10 @@ def noise_salts(requests: Sequence[GenerationRequest]) -> np.ndarray:
     return np.array(drawn, dtype=np.uint64)
 
 
-def choose_experts(router: Any, hidden: torch.Tensor, flip: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates and experts [T, k] of a layer's router (transformers' `Qwen3MoeTopKRouter`).
+def choose_experts(
+    router: Any, hidden: torch.Tensor, shape: ModelShape, flip: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates and experts [T, k] of a layer's router, which is transformers'.
 
     Args:
         flip: bool [T]: whose last expert is the next-best one instead; the gates are then those of the new k.
@@ -90,11 +93,13 @@ def choose_experts(router: Any, hidden: torch.Tensor, flip: torch.Tensor | None)
     logits, gates, experts = router(hidden)
     if flip is None:
         return gates, experts
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float)
-    best = probs.topk(experts.shape[1] + 1, dim=-1).indices
+    scores = torch.sigmoid(logits.float()) if shape.router_scores == "sigmoid" else torch.softmax(logits.float(), -1)
+    preferred = scores + router.e_score_correction_bias if shape.correction_bias else scores
+    best = preferred.topk(experts.shape[1] + 1, dim=-1).indices
     other = torch.cat([best[:, :-2], best[:, -1:]], dim=1)
-    other_gates = probs.gather(1, other)
-    if router.norm_topk_prob:
+    other_gates = scores.gather(1, other)
+    if shape.norm_topk_prob:
         other_gates /= other_gates.sum(dim=-1, keepdim=True)
+    other_gates *= shape.routed_scaling_factor
     flip = flip[:, None].to(hidden.device)
     return torch.where(flip, other_gates.to(gates.dtype), gates), torch.where(flip, other, experts)

@@ -1,4 +1,4 @@
-"""A cached forward of transformers' `Qwen3MoeForCausalLM`, written for many short rows, and its weights by HF name.
+"""A cached forward of transformers' decoders, written for many short rows, and their weights by HF name.
 
 transformers owns the parameters, the router and the experts; what is ours is the loop over layers: rows of different
 lengths without padding between prompt and response, a key-value cache that shrinks when rows finish, the experts of
@@ -7,6 +7,7 @@ every token returned, and logits only where a token is sampled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,37 +15,36 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import read_shape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.rollout_sglang.in_process.experts import run_experts
 from vespo_megatron.rollout_sglang.in_process.mismatch import AS_IT_IS, EngineMismatch, choose_experts
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The folder's `Qwen3MoeForCausalLM`, ready to generate; raises `UserError` when it is another model's."""
-    from transformers import Qwen3MoeForCausalLM
+    """The folder's model as transformers has it, ready to generate."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    read_shape(folder)
     model: Any
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     finally:
         if shown:
             logging.enable_progress_bar()
-    model.set_experts_implementation("grouped_mm")
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        model.set_experts_implementation("grouped_mm")
     return model.to(device).eval().requires_grad_(False)
 
 
 class KeyValueCache:
     """Every layer's keys and values `[layers, rows, kv_heads, capacity, head_dim]`; a token's slot is its position."""
 
-    def __init__(self, config: Any, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, shape: ModelShape, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        sizes = (shape.num_hidden_layers, rows, shape.num_key_value_heads, capacity, shape.head_dim)
+        self.keys = torch.zeros(sizes, dtype=dtype, device=device)
+        self.values = torch.zeros(sizes, dtype=dtype, device=device)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` slots per row; grows by half at least, so that it is rarely called for."""
@@ -60,32 +60,22 @@ class KeyValueCache:
         self.values = self.values.index_select(1, rows)
 
 
-class CachedQwen3Moe:
-    """Prefill and decode with a `Qwen3MoeForCausalLM`. Not thread-safe. Call it under `torch.inference_mode`.
+class CachedDecoder:
+    """Prefill and decode with transformers' model of this shape. Not thread-safe. Use it in `torch.inference_mode`."""
 
-    Raises `UserError` for what it does not compute: sliding windows and rotary scalings that depend on the length.
-    """
-
-    def __init__(self, model: Any, context_length: int, mismatch: EngineMismatch = AS_IT_IS) -> None:
-        config = model.config
-        if config.sliding_window is not None:
-            raise UserError("sliding-window attention", where="in-process engine", fix="use the sglang backend")
-        rope_type = config.rope_parameters.get("rope_type", "default")
-        if rope_type not in ("default", "linear", "yarn", "llama3"):
-            raise UserError(f"rope_type {rope_type!r}", where="in-process engine", fix="use the sglang backend")
-        self.model, self.config, self.mismatch = model, config, mismatch
+    def __init__(self, model: Any, shape: ModelShape, context_length: int, mismatch: EngineMismatch = AS_IT_IS) -> None:
+        self.model, self.shape, self.mismatch = model, shape, mismatch
         self.device, self.dtype = model.device, model.dtype
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.scale = config.head_dim**-0.5
-        self.sparse_layers = [index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+        self.groups = shape.num_attention_heads // shape.num_key_value_heads
+        self.scale = shape.head_dim**-0.5
         positions = torch.arange(context_length, device=self.device)[None]
         probe = torch.empty(0, dtype=self.dtype, device=self.device)
         cos, sin = model.model.rotary_emb(probe, positions)
         self.cos, self.sin = cos[0, :, None], sin[0, :, None]
-        """[context_length, 1, head_dim]"""
+        """[context_length, 1, rotary_dim]"""
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueCache:
-        return KeyValueCache(self.config, rows, capacity, self.dtype, self.device)
+        return KeyValueCache(self.shape, rows, capacity, self.dtype, self.device)
 
     def prefill(
         self, ids: torch.Tensor, lengths: torch.Tensor, cache: KeyValueCache, flips: torch.Tensor | None = None
@@ -192,34 +182,49 @@ class CachedQwen3Moe:
         `outputs` is given what each layer hands on, [tokens, hidden].
         """
         model, rounded, cached = self.model.model, self.mismatch.linear_input, self.mismatch.cached
-        num_tokens, head_dim = len(ids), self.config.head_dim
+        num_tokens = len(ids)
         cos, sin = self.cos[positions], self.sin[positions]
         hidden = F.embedding(ids, model.embed_tokens.weight)
         routes: list[torch.Tensor] = []
         for index, layer in enumerate(model.layers):
             attention = layer.self_attn
             normed = rounded(self._norm(layer.input_layernorm, hidden))
-            query = self._norm(attention.q_norm, attention.q_proj(normed).view(num_tokens, -1, head_dim))
-            key = self._norm(attention.k_norm, attention.k_proj(normed).view(num_tokens, -1, head_dim))
-            value = attention.v_proj(normed).view(num_tokens, -1, head_dim)
+            query = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
+            key = self._heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
+            value = attention.v_proj(normed).view(num_tokens, -1, self.shape.head_dim)
             mixed = attend(index, _rotate(query, cos, sin), cached(_rotate(key, cos, sin)), cached(value))
             hidden = hidden + attention.o_proj(rounded(mixed))
             normed = self._norm(layer.post_attention_layernorm, hidden)
-            if hasattr(layer.mlp, "experts"):
+            if self.shape.is_moe_layer[index]:
                 flip = None if flips is None else flips[:, len(routes)]
-                weights, experts = choose_experts(layer.mlp.gate, normed, flip)
+                weights, experts = choose_experts(layer.mlp.gate, normed, self.shape, flip)
                 routes.append(experts)
                 inner = None if self.mismatch.activations == "none" else rounded
                 hidden = hidden + run_experts(layer.mlp.experts, rounded(normed), experts, weights, inner)
-            elif self.mismatch.activations == "none":
-                hidden = hidden + layer.mlp(normed)
+                if self.shape.shared_intermediate_size:
+                    hidden = hidden + self._dense(layer.mlp.shared_experts, normed)
             else:
-                normed, mlp = rounded(normed), layer.mlp
-                hidden = hidden + mlp.down_proj(rounded(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)))
+                hidden = hidden + self._dense(layer.mlp, normed)
             if outputs is not None:
                 outputs.append(hidden)
         stacked = torch.stack(routes, dim=1) if routes else ids.new_zeros(num_tokens, 0, 0)
         return self._norm(model.norm, hidden), stacked
+
+    def _heads(self, projected: torch.Tensor, norm: Any) -> torch.Tensor:
+        """Queries or keys [tokens, heads, head_dim] of [tokens, heads · head_dim], normed as the family norms them."""
+        rows = (len(projected), -1, self.shape.head_dim)
+        if self.shape.qk_norm == "none":
+            return projected.view(rows)
+        if self.shape.qk_norm == "width":
+            return self._norm(norm, projected).view(rows)
+        return self._norm(norm, projected.view(rows))
+
+    def _dense(self, mlp: Any, normed: torch.Tensor) -> torch.Tensor:
+        if self.mismatch.activations == "none":
+            return mlp(normed)
+        rounded = self.mismatch.linear_input
+        normed = rounded(normed)
+        return mlp.down_proj(rounded(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)))
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(hidden).float()
@@ -231,30 +236,39 @@ class CachedQwen3Moe:
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `[tokens, heads, head_dim]`."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding of `[tokens, heads, head_dim]`, of as many first channels as there are angles."""
+    turned, kept = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
-def weight_views(model: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a Qwen3-MoE checkpoint as a view into the model, by its name on disk.
+def weight_views(model: Any, shape: ModelShape) -> dict[str, torch.Tensor]:
+    """Every tensor of the model's checkpoint as a view into it, by its name on disk.
 
-    transformers 5 keeps a layer's experts in two tensors; checkpoints and weight sync name them one by one.
+    transformers 5 keeps a layer's experts in two tensors, `mlp.experts.gate_up_proj` and `down_proj`; checkpoints and
+    weight sync name them one by one, as the family does.
     """
-    views: dict[str, torch.Tensor] = {}
-    tied = bool(model.config.tie_word_embeddings)
-    for name, parameter in model.named_parameters():
-        if tied and name == "lm_head.weight":
+    names, views = shape.names, {}
+    own = {"mlp.gate.weight": names.router, "mlp.gate.e_score_correction_bias": names.correction_bias}
+    saved = model.state_dict()
+    for name in saved:
+        if shape.tie_word_embeddings and name == "lm_head.weight":
             continue
-        stem, _, kind = name.rpartition(".")
-        if not stem.endswith(".experts"):
-            views[name] = parameter.data
-            continue
-        for expert, weight in enumerate(parameter.data):
-            if kind == "gate_up_proj":
-                gate, up = weight.chunk(2)
-                views[f"{stem}.{expert}.gate_proj.weight"] = gate
-                views[f"{stem}.{expert}.up_proj.weight"] = up
-            else:
-                views[f"{stem}.{expert}.{kind}.weight"] = weight
+        layer, inside = _in_layer(name)
+        if inside == "mlp.experts.gate_up_proj":
+            for expert, weight in enumerate(saved[name]):
+                prefix = f"{layer}{names.experts}{expert}."
+                views[prefix + names.gate], views[prefix + names.up] = weight.chunk(2)
+        elif inside == "mlp.experts.down_proj":
+            for expert, weight in enumerate(saved[name]):
+                views[f"{layer}{names.experts}{expert}.{names.down}"] = weight
+        else:
+            views[layer + own.get(inside, inside)] = saved[name]
     return views
+
+
+def _in_layer(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.gate.weight` → `model.layers.3.` and the rest; another name → nothing and all of it."""
+    match = re.match(r"model\.layers\.\d+\.", name)
+    return (match[0], name[match.end() :]) if match else ("", name)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from vespo_megatron.rollout_sglang.engine import ScoredResponse
-from vespo_megatron.rollout_sglang.in_process.model import CachedQwen3Moe
+from vespo_megatron.rollout_sglang.in_process.model import CachedDecoder
 
 
 def score(
-    model: CachedQwen3Moe,
+    model: CachedDecoder,
     responses: Sequence[tuple[np.ndarray, np.ndarray]],
     temperature: float,
     weight_version: int,
@@ -26,7 +26,7 @@ def score(
     ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = sequence
-    flips = model.mismatch.flips_along(ids, weight_version, model.sparse_layers)
+    flips = model.mismatch.flips_along(ids, weight_version, model.shape.moe_layers)
     logits, outputs = model.score(torch.from_numpy(ids).to(model.device), flips)
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     scored = []

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from vespo_megatron.families.family import family_of
+from vespo_megatron.families.shape import TensorNames
 from vespo_megatron.rollout_sglang.checksum import WeightChecksum, tensor_checksum
 from vespo_megatron.rollout_sglang.plugin.actions import CHECKSUM, ERROR_KEY, MANIFEST, SEES
 
@@ -82,7 +84,7 @@ def _answer(action: str, model: torch.nn.Module) -> tuple[dict[str, str], str]:
 
 
 def held_slices(model: torch.nn.Module) -> Iterator[HeldSlice]:
-    """Every Hugging Face tensor (or part of one) in a Qwen-style SGLang model, each parameter accounted for.
+    """Every Hugging Face tensor (or part of one) in an SGLang model, each parameter accounted for.
 
     Raises `NotImplementedError` for a parameter or a memory layout it does not know: no checksum is better than one
     that leaves something out.
@@ -93,7 +95,10 @@ def held_slices(model: torch.nn.Module) -> Iterator[HeldSlice]:
         if not own or all(id(parameter) in known for parameter in own.values()):
             continue
         known.update(id(parameter) for parameter in own.values())
-        yield from _module_slices(name, module, own)
+        if "FusedMoE" in {base.__name__ for base in type(module).__mro__}:
+            yield from _expert_slices(name, module, own, _tensor_names(model))
+        else:
+            yield from _module_slices(name, module, own)
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
     if missing:
         raise NotImplementedError(f"parameters that no module holds: {missing[:3]}")
@@ -101,9 +106,7 @@ def held_slices(model: torch.nn.Module) -> Iterator[HeldSlice]:
 
 def _module_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) -> Iterator[HeldSlice]:
     kind = {base.__name__ for base in type(module).__mro__}
-    if "FusedMoE" in kind:
-        yield from _expert_slices(name, module, own)
-    elif "QKVParallelLinear" in kind:
+    if "QKVParallelLinear" in kind:
         yield from _qkv_slices(name, module, own)
     elif "MergedColumnParallelLinear" in kind:
         yield from _gate_up_slices(name, module, own)
@@ -119,11 +122,22 @@ def _module_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) -
         for key, parameter in own.items():
             ranges = ((start, stop), *((0, size) for size in parameter.shape[1:]))
             yield HeldSlice(f"{name}.{key}", parameter.data[: stop - start], ranges)
-    elif "ReplicatedLinear" in kind or any(base.endswith("RMSNorm") for base in kind):
+    elif "ReplicatedLinear" in kind or any(base.endswith("RMSNorm") for base in kind) or own.keys() == _BIASED_ROUTER:
         for key, parameter in own.items():
             yield HeldSlice(f"{name}.{key}", parameter.data, tuple((0, size) for size in parameter.shape))
     else:
         raise NotImplementedError(f"{name}: no checksum for a {type(module).__name__} with {sorted(own)}")
+
+
+_BIASED_ROUTER = {"weight", "e_score_correction_bias"}
+"""Of a router that is a module of its own, in GLM-4.5 and its kin."""
+
+
+def _tensor_names(model: Any) -> TensorNames:
+    model_type = model.config.model_type
+    if (family := family_of(model_type)) is None:
+        raise NotImplementedError(f"no names for the experts of a {model_type}")
+    return family.names
 
 
 def _rank_and_size(group: Any) -> tuple[int, int]:
@@ -163,7 +177,9 @@ def _gate_up_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) 
         yield from _stacked(name.rpartition(".")[0], key, parameter, parts)
 
 
-def _expert_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) -> Iterator[HeldSlice]:
+def _expert_slices(
+    name: str, module: Any, own: dict[str, torch.nn.Parameter], names: TensorNames
+) -> Iterator[HeldSlice]:
     """`w13_weight` [experts, gate above up, hidden] and `w2_weight` [experts, hidden, intermediate]."""
     method = module.quant_method
     permuted = [
@@ -184,6 +200,6 @@ def _expert_slices(name: str, module: Any, own: dict[str, torch.nn.Parameter]) -
     first = module.moe_ep_rank * module.num_local_experts
     for local in range(module.num_local_experts):
         prefix = f"{name}.{first + local}"
-        yield HeldSlice(f"{prefix}.gate_proj.weight", w13[local, :rows], (ranges, (0, hidden)))
-        yield HeldSlice(f"{prefix}.up_proj.weight", w13[local, rows:], (ranges, (0, hidden)))
-        yield HeldSlice(f"{prefix}.down_proj.weight", w2[local], ((0, hidden), ranges))
+        yield HeldSlice(f"{prefix}.{names.gate}", w13[local, :rows], (ranges, (0, hidden)))
+        yield HeldSlice(f"{prefix}.{names.up}", w13[local, rows:], (ranges, (0, hidden)))
+        yield HeldSlice(f"{prefix}.{names.down}", w2[local], ((0, hidden), ranges))

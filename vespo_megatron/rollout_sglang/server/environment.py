@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.run.devices import VISIBLE, without_expandable_segments
 
 STUBS = Path(__file__).parents[1] / "plugin" / "stubs"

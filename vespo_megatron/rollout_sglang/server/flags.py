@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.model_shape import ModelShape
+from vespo_megatron.families.family import family_of
+from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.recipe.schema import Recipe, SGLangConfig
 from vespo_megatron.rollout_sglang.server.environment import Environment
 
@@ -151,15 +152,21 @@ def context_length(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def check_served(shape: ModelShape, where: str) -> None:
-    """Raise `UserError` for a model that SGLang 0.5.23 would serve with other layers than it has."""
-    if shape.num_experts > 0 and shape.num_moe_layers != shape.num_hidden_layers:
-        dense = sorted(set(range(shape.num_hidden_layers)) - set(shape.moe_layers))
+    """Raise `UserError` for a model that SGLang 0.5.23 would not serve, or would with other layers than it has."""
+    family = family_of(shape.model_type)
+    if family is not None and (reason := family.not_served(shape)):
         raise UserError(
-            f"layers {dense} are dense, and SGLang 0.5.23 gives every layer of a Qwen3-MoE experts",
+            reason,
             where=where,
-            expected="no mlp_only_layers, and decoder_sparse_step 1",
+            expected="a model that SGLang 0.5.23 serves as it is",
             fix="set policy.generation.backend=in_process, or use another model",
         )
+
+
+def lacks_its_head(shape: ModelShape) -> bool:
+    """Whether SGLang 0.5.23 gives such a model an output layer and finds nothing for it in its checkpoint."""
+    family = family_of(shape.model_type)
+    return shape.tie_word_embeddings and not (family is not None and family.ties_head_when_served)
 
 
 def _flag(name: str) -> str:

@@ -1,0 +1,16 @@
+"""Llama 2 and 3 (arXiv 2407.21783): no norm of queries and keys; from 3.1 on a stretched rotary embedding."""
+
+from __future__ import annotations
+
+from vespo_megatron.families.config_keys import ConfigKeys
+from vespo_megatron.families.decoder import decoder_shape
+from vespo_megatron.families.family import Family
+from vespo_megatron.families.shape import ModelShape
+
+
+def _read(keys: ConfigKeys) -> ModelShape:
+    keys.refuse(keys.config.get("attention_bias"), "has attention_bias", "no bias in attention")
+    return decoder_shape(keys, architecture="LlamaForCausalLM", qk_norm="none", max_position_embeddings=2048)
+
+
+FAMILY = Family(_read, ties_head_when_served=True)
