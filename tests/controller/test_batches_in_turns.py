@@ -261,3 +261,4 @@ def test_a_recipe_whose_keys_need_an_environment_says_so():
     assert "makes one advantage of a response" in said(**turn, loss_fn__off_policy_baseline="vcpo")
     assert "grpo.advantage_level: is not clipped" in said(**turn, grpo__advantage_clip_high=1.0)
     assert "advantage_level" not in said(**turn)
+    assert "grpo.oversample: begins responses of one turn" in said(**{"env.class": "calculator"}, grpo__oversample=1.5)
