@@ -1,6 +1,7 @@
 # Linux, Python 3.11 or newer and a network for the first time; no GPU.
 #
 #   make train   install into .venv, make the tiny example, train it (ARGS="grpo.seed=7" overrides the recipe)
+#   make calculator     the small example with a tool: trains it to call a calculator, beside training too
 #   make test    install into .venv, run every test (PYTEST_ARGS="tests/recipe -x" for some of them)
 #   make nightly        what takes minutes or hours: test-nightly, properties, fuzz, study-smoke
 #   make test-nightly   the slow tests: 5,000 steps, twenty kills, every 30B recipe scaled down
@@ -35,11 +36,16 @@ TORCH_OPTIONS ?=
 FUZZ_SECONDS ?= 600
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: train test test-nightly test-slurm test-sandbox test-browser test-nemo test-wheel test-triton test-gpu nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
+.PHONY: train calculator test test-nightly test-slurm test-sandbox test-browser test-nemo test-wheel test-triton test-gpu nightly properties fuzz study-smoke lint ruff format types dead-code imports venv example clean
 .DELETE_ON_ERROR:
 
 train: example
 	$(BIN)/vespo-megatron train $(RECIPE) policy.model_name=$(BUILD)/model $(ARGS)
+
+calculator: $(STAMP)
+	$(BIN)/python $(EXAMPLE)/prepare_calculator.py --output $(EXAMPLE)/build_calculator
+	$(BIN)/vespo-megatron train $(EXAMPLE)/calculator.yaml $(ARGS)
+	$(BIN)/vespo-megatron train $(EXAMPLE)/calculator.yaml grpo.async_grpo.enabled=true $(ARGS)
 
 test: example
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -135,4 +141,4 @@ $(STAMP): requirements/torch.txt requirements/cpu.txt requirements/sglang-cpu.tx
 	touch $(STAMP)
 
 clean:
-	rm -rf $(EXAMPLE)/build .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(EXAMPLE)/build $(EXAMPLE)/build_calculator .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

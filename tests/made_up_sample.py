@@ -1,4 +1,4 @@
-"""A small sample with everything that one can have, routes and a sampling mask among it."""
+"""A small sample with everything that one can have: routes, a sampling mask, turns."""
 
 from __future__ import annotations
 
@@ -20,4 +20,8 @@ def sample(version: int, name: str = "s") -> Sample:
         routes=np.arange(8, dtype=np.uint8).reshape(4, 1, 2),
         route_versions=version,
         sampling_mask=SamplingMask.of([[3, 9], [], [5]]),
+        turns=np.array([0, -1, 1]),
+        turn_rewards=np.array([0.5, 1.0]),
+        turn_advantages=np.array([-1.0, 0.25], dtype=np.float32),
+        turn_facts={"tool_errors": 1.0},
     )

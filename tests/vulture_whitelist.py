@@ -34,7 +34,21 @@ _().init_backend, _().adjust_config_with_unaligned_cpu_tp, _().load_config, _().
 _().rootRank, _().rootTensor, _()._devices, _().reducer_override, _().sock, _().makefile
 _().readable, _().readinto, _().redirect_request, _().writable
 # By its path (test_how_to_add.py); Jinja templates; every `…_size` of RankInfo; all of the staleness buffer's counts.
-_().drawn_again, _().length_reward, _().colour, _().setup, _().virtual_pipeline_size
+(
+    _().drawn_again,
+    _().length_reward,
+    _().Guess,
+    _().ToolOutput,
+    _().Earns,
+    _().Fails,
+    _().AsyncEcho,
+    _().Ids,
+    _().Hostile,
+    _().Pids,
+    _().Calculator,
+    _().PythonTool,
+)
+_().colour, _().setup, _().virtual_pipeline_size
 # Python's HTTP server, tokenizers and TRL, in tests and benchmarks.
 _().allow_tf32, _().do_GET, _().do_POST, _().log_message, _().handle_error, _().daemon_threads, _().request_queue_size
 _().RuntimeModule, _().protocol_version, _().pre_tokenizer, _().on_step_end, _().reduction, _()._tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -17,6 +18,8 @@ from model_config import CONFIG, write_config
 from tests.losses.batches import make_batch
 from tests.rewards.scoring import score
 from vespo_megatron.cli import main
+from vespo_megatron.data.prompt_set import PromptRecord
+from vespo_megatron.environments import EnvironmentPool, Turn
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import policy_loss, registry
 from vespo_megatron.losses.registry import objective
@@ -31,10 +34,11 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 
-def test_the_page_has_a_recipe_for_each_of_the_six():
+def test_the_page_has_a_recipe_for_each_of_the_seven():
     assert re.findall(r"^\*\*An? ([a-z ]+)\.\*\*", PAGE.partition("## How to add")[2], re.MULTILINE) == [
         "objective",
         "reward",
+        "environment",
         "transport of weights",
         "model",
         "metric",
@@ -92,6 +96,37 @@ def test_a_reward_by_path_and_its_parts_are_metrics():
     first, second = score(EnvConfig(reward=f"{__name__}:length_reward", num_workers=1), "aeo", "x")
     assert (first.reward, first.parts) == (3.0, {"vowels": 3.0}) and second.reward == 1.0
     assert table.metric("reward/vowels").merge is table.WHOLE
+
+
+# ---- an environment --------------------------------------------------------------------------------------------
+
+
+class Guess:
+    """Says whether a turn is longer than its prompt."""
+
+    def __init__(self, longer="longer"):
+        self.longer = longer
+
+    def reset(self, record):
+        self.asked = len(record.prompt_ids)
+
+    async def step(self, turn):
+        return (self.longer if len(turn.token_ids) > self.asked else "shorter"), 0.25, False
+
+
+def test_an_environment_by_path_and_its_options():
+    env = EnvConfig(**{"class": f"{__name__}:Guess", "options": {"longer": "more"}, "num_environments": 1})
+    pool = EnvironmentPool(env)
+
+    async def play():
+        async with pool.episodes(1) as (episode,):
+            assert await episode.reset(PromptRecord("p", (1, 2), "s", "4")) is None
+            return await episode.step(Turn(0, (3, 4, 5), "text"))
+
+    try:
+        assert asyncio.run(play()) == ("more", 0.25, False, 0)
+    finally:
+        pool.close()
 
 
 # ---- a transport -------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ KNOWN = {
         "vespo-megatron data show examples/tiny_moe/vespo.yaml --row 3": QUICK,
         "vespo-megatron data stats examples/tiny_moe/vespo.yaml": QUICK,
     },
+    "docs/environments.md": {"make calculator": ELSEWHERE},  # tests/examples/test_calculator.py
     "docs/guide.md": {
         "git clone … && cd vespo_megatron": ELSEWHERE,
         "python3.11 -m venv .venv && . .venv/bin/activate": ELSEWHERE,

@@ -85,6 +85,11 @@ IMPOSSIBLE = {
         "grpo.oversample",
         "max_staleness",
     ),
+    "over-sampling of conversations": (
+        {"grpo__oversample": 1.25, "env__class": "calculator"},
+        "grpo.oversample",
+        "env.class",
+    ),
     "partial rollouts of which nothing is ended": ({"grpo__partial_rollouts": True}, "partial_rollouts", "oversample"),
     "partial rollouts scored by weights that nobody has": (
         {"grpo__partial_rollouts": True, "grpo__oversample": 2.0, "loss_fn__behavior": "version"},

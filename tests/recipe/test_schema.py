@@ -38,6 +38,7 @@ COUNTS = """
     data.validation.max_samples env.num_workers checkpointing.keep_top_k checkpointing.keep_last
     policy.megatron_cfg.optimizer.loss_scale_window policy.megatron_cfg.optimizer.hysteresis
     guard.max_skipped_updates guard.window cluster.gpus_per_node cluster.num_nodes slurm.cpus_per_node
+    env.max_tokens_per_turn grpo.max_rollout_turns
 """.split()
 NOT_NEGATIVE = """
     grpo.reward_shaping.overlong_buffer_penalty grpo.async_grpo.max_staleness grpo.async_grpo.staleness_threshold
@@ -52,6 +53,7 @@ NOT_NEGATIVE = """
     policy.generation.sglang_cfg.health_timeout policy.generation.sglang_cfg.max_restarts checkpointing.save_period
     guard.max_bundles logger.profile_step logger.num_val_samples_to_print cluster.watchdog_timeout
     cluster.stop_timeout slurm.rollout_nodes slurm.checkpoint_lead policy.generation.sglang_cfg.first_server
+    env.num_environments
 """.split()
 POSITIVE = """
     loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value
@@ -59,7 +61,7 @@ POSITIVE = """
     policy.megatron_cfg.moe_z_loss_coeff policy.megatron_cfg.optimizer.min_loss_scale
     policy.generation.temperature policy.generation.sglang_cfg.startup_timeout
     policy.generation.sglang_cfg.request_timeout policy.generation.sglang_cfg.recovery_timeout env.timeout
-    policy.generation.sglang_cfg.weight_update_timeout
+    policy.generation.sglang_cfg.weight_update_timeout env.turn_timeout
     data.train.weight data.validation.weight
     checkpointing.timeout grpo.async_grpo.learning_rate_lag guard.reward_drop guard.loss_spike
 """.split()

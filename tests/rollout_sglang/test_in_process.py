@@ -148,6 +148,18 @@ def test_a_response_is_cut_at_the_context_length(engine):
     assert (len(result.output_ids), result.finish_reason) == (CONTEXT - 60, "length")
 
 
+def test_a_response_that_fills_the_context_ends_there_while_longer_ones_go_on(engine, reference):
+    """What has ended stays in the batch until half of it has."""
+    full, going = (1,) * (CONTEXT - 3), (2,) * 4
+    sampling = SamplingParams(max_new_tokens=40)
+    requests = [GenerationRequest(f"r{i}", full if i == 0 else going, sampling, seed=i) for i in range(4)]
+    results = generate(engine, requests)
+    assert [len(result.output_ids) for result in results] == [3, 40, 40, 40]
+    for request, result in zip(requests, results, strict=True):
+        log_probs, _ = plain_forward(reference, request, result)
+        np.testing.assert_allclose(result.behavior_log_probs, log_probs, atol=1e-4, rtol=0)
+
+
 def test_greedy_and_top_k_one_draw_the_most_likely_token(engine, reference):
     for sampling in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
         (result,) = generate(engine, make_requests(1, stop=(), max_new_tokens=6, **sampling))

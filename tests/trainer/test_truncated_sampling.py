@@ -72,5 +72,6 @@ def test_a_skipped_update_is_kept_with_what_its_tokens_were_drawn_from(tmp_path,
     batch.samples[1].sampling_mask = None
     bundle.write(tmp_path, bundle.Bundle(tiny_recipe, 1, 0, "", batch))
     first, second = bundle.read(tmp_path).batch.samples
-    assert second.sampling_mask is None
+    assert second.sampling_mask is None and second.turns.tolist() == [0, -1, 1]
+    assert second.turn_rewards.tolist() == [0.5, 1.0] and second.turn_advantages.tolist() == [-1.0, 0.25]
     assert first.sampling_mask.counts.tolist() == [2, 0, 1] and first.sampling_mask.ids.tolist() == [3, 9, 5]

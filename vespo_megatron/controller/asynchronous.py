@@ -49,7 +49,7 @@ class AsynchronousSource:
         self.buffer = StalenessBuffer(
             schedule.async_grpo.staleness, schedule.num_prompts_per_step, schedule.async_grpo.sync_every
         )
-        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate)
+        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate, parts.environments)
         self.stream = parts.thread.run(self._make_stream())
         self._resend: list[tuple[Group, PromptRecord]] = []
         self._evaluations: dict[int, Future[dict[str, float]]] = {}

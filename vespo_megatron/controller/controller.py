@@ -14,6 +14,7 @@ from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.prompt_source import PromptSource
 from vespo_megatron.data.prompt_stream import Prompts
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool
@@ -37,9 +38,11 @@ class Controller:
         validation: Sequence[PromptRecord],
         rewards: RewardPool,
         logger: RunLogger,
+        environments: EnvironmentPool | None = None,
     ) -> None:
         source = PromptSource(prompts, recipe.data.curriculum)
-        self.parts = Parts(recipe, engine, tokenizer, source, validation, rewards, logger, EventLoopThread())
+        thread = EventLoopThread()
+        self.parts = Parts(recipe, engine, tokenizer, source, validation, rewards, logger, thread, environments)
         batches = AsynchronousSource if recipe.grpo.async_grpo.enabled else SynchronousSource
         self.source: BatchSource = batches(self.parts)
 
@@ -138,8 +141,10 @@ class Controller:
         self.source.expire_other_versions(known)
 
     def close(self) -> None:
-        """Release what is under way, the engine's connections, the reward workers and the thread."""
+        """Release what is under way, the engine's connections, the reward workers, environments and the thread."""
         self.source.close()
         self.engine.close()
         self.parts.rewards.close()
+        if self.parts.environments is not None:
+            self.parts.environments.close()
         self.parts.thread.close()

@@ -14,8 +14,15 @@ from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.prompt_source import DataSource
 from vespo_megatron.data.sample import Sample
+from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
-from vespo_megatron.losses import AdvantageOptions, Advantages, compute_advantages, resolve_estimator
+from vespo_megatron.losses import (
+    AdvantageOptions,
+    Advantages,
+    compute_advantages,
+    compute_turn_advantages,
+    resolve_estimator,
+)
 from vespo_megatron.recipe.schema import Recipe
 from vespo_megatron.rewards import RewardPool
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine
@@ -39,6 +46,8 @@ class Parts:
     rewards: RewardPool
     logger: RunLogger
     thread: EventLoopThread
+    environments: EnvironmentPool | None = None
+    """What answers between turns; None: responses have one."""
 
     def resume_prompts(self, state: Mapping[str, Any]) -> None:
         """Go on from a position in the prompts. Raises as `Prompts.load_state_dict`."""
@@ -157,24 +166,38 @@ def advantages_of(recipe: Recipe, samples: Sequence[Sample], groups: Sequence[Ha
     Truncated samples that `grpo.overlong_filtering` drops are kept, so that the batch divides as it did, but lose their
     loss mask: no token of theirs is in the loss or in what it is divided by.
 
+    With `grpo.advantage_level: turn` the values are those of rewards without the environment's, and samples are given
+    those of their turns beside them; groups without signal are told by the whole reward.
+
     Args:
         groups: the group of each sample.
     """
     options, raw = advantage_options(recipe), recipe.grpo.dynamic_sampling_reward == "raw"
+    by_turn = recipe.grpo.advantage_level == "turn"
     result = compute_advantages(
-        [sample.reward for sample in samples],
+        [sample.reward - (_of_turns(sample).sum() if by_turn else 0.0) for sample in samples],
         groups,
         options=options,
-        lengths=[len(sample.response_ids) for sample in samples],
+        lengths=[int(sample.drawn.sum()) for sample in samples],
         truncated=[sample.truncated for sample in samples],
         parts=_parts(samples, options.part_weights or {}) if options.estimator == "gdpo" else None,
-        signal_rewards=[_raw_reward(sample) for sample in samples] if raw else None,
+        signal_rewards=[_raw_reward(sample) if raw else sample.reward for sample in samples]
+        if raw or by_turn
+        else None,
         sample_ids=[sample.sample_id for sample in samples],
     )
+    if by_turn:
+        found = compute_turn_advantages([_of_turns(sample) for sample in samples], groups, options.estimator)
+        for sample, values, trained in zip(samples, found, result.trained.tolist(), strict=True):
+            sample.turn_advantages = (values if trained else np.zeros_like(values)).astype(np.float32)
     for sample, masked in zip(samples, result.masked.tolist(), strict=True):
         if masked:
             sample.loss_mask = np.zeros_like(sample.loss_mask)
     return result
+
+
+def _of_turns(sample: Sample) -> np.ndarray:
+    return np.zeros(0) if sample.turn_rewards is None else sample.turn_rewards
 
 
 def _raw_reward(sample: Sample) -> float:

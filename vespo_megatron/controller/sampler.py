@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vespo_megatron.controller.turns import Dialogue, TurnLoop, describe_turns, request_seed
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.data.stop_tokens import stop_tokens
+from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
-from vespo_megatron.recipe.schema import Recipe
+from vespo_megatron.recipe.schema import EnvConfig, Recipe
 from vespo_megatron.rewards import UNSCORED, RewardPool, RewardRequest, RewardResult
 from vespo_megatron.rewards.shaping import overlong_penalty
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, SamplingParams
@@ -49,12 +50,19 @@ class Sampler:
 
     Args:
         generate: how requests are answered.
+        environments: what answers between turns; None: responses have one.
     """
 
     def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool, generate: Generate
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardPool,
+        generate: Generate,
+        environments: EnvironmentPool | None = None,
     ) -> None:
         self.recipe, self.tokenizer, self.rewards, self._generate = recipe, tokenizer, rewards, generate
+        self._turns = TurnLoop(recipe, tokenizer, environments, generate) if environments is not None else None
         generation = recipe.policy.generation
         self.training = SamplingParams(
             max_new_tokens=generation.max_new_tokens,
@@ -104,8 +112,9 @@ class Sampler:
             for record in records
             for request in self.requests(record, repeats, label, sampling, evaluation=evaluation)
         ]
-        results = await self._generate([request for _, request in asked])
-        return await self.score([record for record, _ in asked], results, evaluation=evaluation)
+        owners = [record for record, _ in asked]
+        dialogues = await self._draw([request for _, request in asked], owners)
+        return await self.score(owners, dialogues, evaluation=evaluation)
 
     def requests(
         self,
@@ -131,25 +140,19 @@ class Sampler:
         ]
 
     async def score(
-        self, owners: Sequence[PromptRecord], results: Sequence[GenerationResult], *, evaluation: bool = False
+        self, owners: Sequence[PromptRecord], dialogues: Sequence[Dialogue], *, evaluation: bool = False
     ) -> Drawn:
-        """Scored samples of results, each to the prompt in `owners`. Raises as `sample`."""
+        """Scored samples of what was drawn, each to the prompt in `owners`. Raises as `sample`."""
         samples, kept, bad = [], [], 0
-        for result, record in zip(results, owners, strict=True):
+        for dialogue, record in zip(dialogues, owners, strict=True):
             try:
-                samples.append(to_sample(result, record))
-                kept.append(record)
+                samples.append(to_sample(dialogue, record))
+                kept.append((record, dialogue))
             except UserError:
                 if self.recipe.loss_fn.on_bad_sample == "error":
                     raise
                 bad += 1
-        scores = await self.rewards.score(
-            [self._reward_request(record, sample) for record, sample in zip(kept, samples, strict=True)]
-        )
-        for sample, score in zip(samples, scores, strict=True):
-            sample.reward, sample.reward_parts, sample.unscored = score.reward, dict(score.parts), score.unscored
-            if score.unscored and self.recipe.env.on_unscored == "error":
-                raise _no_score(sample.sample_id, score, self.recipe.env.timeout)
+        await self._score(samples, kept)
         unscored = Counter(sample.unscored for sample in samples if sample.unscored)
         if self.recipe.env.on_unscored == "drop" and not evaluation:
             samples = [sample for sample in samples if not sample.unscored]
@@ -158,40 +161,76 @@ class Sampler:
             stale = apply_stale_policy(samples, self.recipe.policy.router_replay.on_stale_routes)
         return Drawn(samples, bad, unscored, stale)
 
+    async def _draw(self, requests: list[GenerationRequest], owners: Sequence[PromptRecord]) -> list[Dialogue]:
+        if self._turns is not None:
+            return await self._turns.draw(requests, owners)
+        return [Dialogue(result) for result in await self._generate(requests)]
+
+    async def _score(self, samples: Sequence[Sample], kept: Sequence[tuple[PromptRecord, Dialogue]]) -> None:
+        """The reward's score, and what the environment gave. Raises as `sample` does."""
+        whole = [index for index, (_, dialogue) in enumerate(kept) if not dialogue.unscored]
+        requests = [self._reward_request(kept[index][0], samples[index]) for index in whole]
+        results = dict(zip(whole, await self.rewards.score(requests) if requests else [], strict=True))
+        for index, (sample, (_, dialogue)) in enumerate(zip(samples, kept, strict=True)):
+            score = results.get(index) or RewardResult(0.0, unscored=dialogue.unscored, failure=dialogue.failure)
+            sample.reward, sample.reward_parts, sample.unscored = score.reward, dict(score.parts), score.unscored
+            if score.unscored and self.recipe.env.on_unscored == "error":
+                raise _no_score(sample.sample_id, score, self.recipe.env, in_environment=bool(dialogue.unscored))
+            if sample.turn_rewards is not None and score.unscored:
+                sample.turn_rewards = np.zeros_like(sample.turn_rewards)
+            elif sample.turn_rewards is not None:
+                sample.reward_parts["environment"] = float(sample.turn_rewards.sum())
+                sample.reward += sample.reward_parts["environment"]
+
     def shape_rewards(self, samples: Sequence[Sample]) -> None:
         """Add what `grpo.reward_shaping` says; evaluation has the plain reward."""
         shaping = self.recipe.grpo.reward_shaping
         if shaping.enabled:
             for sample in samples:
-                penalty = overlong_penalty(len(sample.response_ids), shaping, self.training.max_new_tokens)
+                penalty = overlong_penalty(int(sample.drawn.sum()), shaping, self.training.max_new_tokens)
                 sample.reward += penalty
                 sample.reward_parts["overlong"] = penalty
 
     def _reward_request(self, record: PromptRecord, sample: Sample) -> RewardRequest:
+        said = {} if sample.turns is None else {"conversation": self._conversation(sample)}
         return RewardRequest(
             data_source=record.data_source,
             solution_str=self.text(sample),
             ground_truth=record.ground_truth,
-            extra_info=record.extra_info,
+            extra_info=record.extra_info | said,
             row=record.prompt_id,
             reward=record.reward,
         )
 
     def text(self, sample: Sample) -> str:
-        """The response as rewards see it."""
-        return self.decode(sample.response_ids, skip_special_tokens=True)
+        """The response as rewards see it: what the policy wrote, each turn from a new line, and no observation."""
+        if sample.turns is None:
+            return self.decode(sample.response_ids, skip_special_tokens=True)
+        return "\n".join(text for drawn, text in self._conversation(sample) if drawn)
+
+    def _conversation(self, sample: Sample) -> list[tuple[bool, str]]:
+        """Turns and what was observed between them: whether it was drawn, and its text without special tokens."""
+        if sample.turns is None or not len(sample.turns):
+            return []
+        pieces = np.split(np.arange(len(sample.turns)), np.flatnonzero(np.diff(sample.turns)) + 1)
+        return [
+            (bool(sample.turns[piece[0]] >= 0), self.decode(sample.response_ids[piece], skip_special_tokens=True))
+            for piece in pieces
+        ]
 
     def decode(self, token_ids: np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Token ids as text."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
-def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
-    """The engine's answer as a sample. Raises UserError naming the request when its numbers are no log-probs."""
+def to_sample(drawn: GenerationResult | Dialogue, record: PromptRecord) -> Sample:
+    """What was drawn as a sample. Raises UserError naming the request when its numbers are no log-probs."""
+    dialogue = drawn if isinstance(drawn, Dialogue) else Dialogue(drawn)
+    result = dialogue.result
     return Sample(
         sample_id=result.request_id,
         prompt_id=record.prompt_id,
-        prompt_ids=np.asarray(record.prompt_ids),
+        prompt_ids=np.asarray(dialogue.prompt_ids or record.prompt_ids),
         response_ids=result.output_ids,
         behavior_log_probs=result.behavior_log_probs,
         weight_versions=result.weight_versions,
@@ -199,6 +238,9 @@ def to_sample(result: GenerationResult, record: PromptRecord) -> Sample:
         routes=result.routes,
         route_versions=result.route_versions,
         sampling_mask=result.sampling_mask,
+        turns=dialogue.turns,
+        turn_rewards=dialogue.rewards,
+        turn_facts=dict(dialogue.facts),
     )
 
 
@@ -217,13 +259,16 @@ def left_out(bad: int, unscored: Counter[str], stale: int) -> dict[str, float]:
     }
 
 
-def _no_score(sample_id: str, score: RewardResult, timeout: float) -> UserError:
-    why = {"timeout": f"it took longer than {timeout:g} s", "died": "the reward's process ended with it"}
+def _no_score(sample_id: str, score: RewardResult, env: EnvConfig, *, in_environment: bool) -> UserError:
+    who, key, seconds = ("reward", "env.timeout", env.timeout)
+    if in_environment:
+        who, key, seconds = ("environment", "env.turn_timeout", env.turn_timeout)
+    why = {"timeout": f"it took longer than {seconds:g} s", "died": f"the {who}'s process ended with it"}
     return UserError(
         f"has no score: {why.get(score.unscored, score.failure)}",
         where=f"sample {sample_id}",
         expected="a score, env.on_unscored is error",
-        fix="mend the reward, raise env.timeout, or go on: env.on_unscored=zero, or drop",
+        fix=f"mend the {who}, raise {key}, or go on: env.on_unscored=zero, or drop",
     )
 
 
@@ -241,6 +286,7 @@ def describe(samples: Sequence[Sample]) -> dict[str, float]:
         "response/truncated_fraction": float(np.mean([sample.truncated for sample in samples])),
         "rollout/tail_share": tail_share(lengths),
     }
+    metrics |= describe_turns([sample for sample in samples if sample.turns is not None])
     for part in sorted({name for sample in samples for name in sample.reward_parts}):
         values = [sample.reward_parts[part] for sample in samples if part in sample.reward_parts]
         metrics[f"reward/{part}"] = float(np.mean(values))
@@ -256,8 +302,3 @@ def tail_share(lengths: np.ndarray) -> float:
     """Of the longest response's tokens, the share that is drawn when four of five responses have ended."""
     ended = np.sort(lengths)[math.ceil(_MOST * len(lengths)) - 1]
     return float(1 - ended / lengths.max()) if lengths.max() else 0.0
-
-
-def request_seed(seed: int, name: str) -> int:
-    """A seed of its own for every response, the same in every run with the same recipe."""
-    return zlib.crc32(f"{seed}/{name}".encode())

@@ -15,6 +15,7 @@ from vespo_megatron.controller.interruptible import Interruptible
 from vespo_megatron.controller.oversampling import BegunGroup, draw_first_whole
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.sampler import Drawn, Sampler, describe, left_out, partial_share, solved_rates
+from vespo_megatron.controller.turns import Dialogue
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.sample import Sample
 from vespo_megatron.errors import UserError
@@ -33,17 +34,21 @@ class SynchronousSource:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate)
+        self.sampler = Sampler(parts.recipe, parts.tokenizer, parts.rewards, self.generate, parts.environments)
         self._interruptible = Interruptible()
         self._begun: list[BegunGroup] = []
         """With `grpo.partial_rollouts`: what the last step has ended, for the next one to go on with."""
+        self._waiting: asyncio.Task[None] | None = None
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """See `answer_all`; a rank that trains pushes the weights meanwhile."""
         return await answer_all(self.parts.engine, requests, self._wait_for_weights)
 
     async def _wait_for_weights(self, need: WeightsNeeded) -> None:
-        await asyncio.to_thread(self._interruptible.await_weights, need)
+        """All that draw, conversations one by one among them, wait for the same push."""
+        if self._waiting is None or self._waiting.done():
+            self._waiting = asyncio.create_task(asyncio.to_thread(self._interruptible.await_weights, need))
+        await asyncio.shield(self._waiting)
 
     def collect(self, step: int) -> Rollout:
         """See `BatchSource.collect`."""
@@ -115,8 +120,8 @@ class SynchronousSource:
         else:
             counts["rollout/discarded_tokens"] = float(sum(group.tokens for group in ended))
         owners = [group.record for group in whole for _ in group.conversations]
-        results = [each.result() for group in whole for each in group.conversations]
-        return run(self.sampler.score(owners, results)), counts
+        dialogues = [Dialogue(each.result()) for group in whole for each in group.conversations]
+        return run(self.sampler.score(owners, dialogues)), counts
 
     def _staleness(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Of a batch some of whose tokens earlier steps have drawn; versions are steps."""

@@ -53,7 +53,16 @@ class Sample:
     sampling_mask: SamplingMask | None = None
     """What each response token was drawn from, where sampling truncates; log μ is then over these alone."""
     loss_mask: np.ndarray = cast(np.ndarray, None)  # until `__post_init__` has run
-    """bool [R]; made of None, every response token is trained on."""
+    """bool [R]; made of None, every response token that was drawn is trained on."""
+    turns: np.ndarray | None = None
+    """int64 [R], of a response in turns: the turn that each token was drawn in, -1 where an environment said it; None:
+    all was drawn in one."""
+    turn_rewards: np.ndarray | None = None
+    """float64 [turns], the environment's; they are part of the reward."""
+    turn_advantages: np.ndarray | None = None
+    """float64 [turns], what tokens of each turn have beside the response's advantage; None: nothing."""
+    turn_facts: dict[str, float] = field(default_factory=dict)
+    """Counts of what happened between turns (`controller.turns`)."""
     reward: float = float("nan")
     reward_parts: dict[str, float] = field(default_factory=dict)
     unscored: str = ""
@@ -66,14 +75,14 @@ class Sample:
         self.weight_versions = np.asarray(self.weight_versions, dtype=np.int64)
         num_response = len(self.response_ids)
         if self.loss_mask is None:
-            self.loss_mask = np.ones(num_response, dtype=bool)
+            self.loss_mask = self.drawn
         self._check(len(self.prompt_ids) > 0, "has an empty prompt", "at least one prompt token")
         self._check(
             self.finish_reason in FINISH_REASONS,
             f"has finish reason {self.finish_reason!r}",
             f"one of {FINISH_REASONS}",
         )
-        for name in ("behavior_log_probs", "weight_versions", "loss_mask", "sampling_mask"):
+        for name in ("behavior_log_probs", "weight_versions", "loss_mask", "sampling_mask", "turns"):
             length = num_response if getattr(self, name) is None else len(getattr(self, name))
             self._check(length == num_response, f"has {length} {name}", f"{num_response}, one per response token")
         self._check(
@@ -100,6 +109,19 @@ class Sample:
     def _check(self, ok: bool, what: str, expected: str) -> None:
         if not ok:
             raise UserError(what, where=f"sample {self.sample_id}", expected=expected)
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """bool [R]: the policy's own tokens."""
+        return np.ones(len(self.response_ids), dtype=bool) if self.turns is None else self.turns >= 0
+
+    def token_advantages(self, advantage: float) -> np.ndarray:
+        """float32 [R]: that of the response, and of each token's turn beside it; 0 where nothing was drawn."""
+        values = np.full(len(self.response_ids), advantage)
+        if self.turns is not None and self.turn_advantages is not None:
+            drawn = self.drawn
+            values[drawn] += self.turn_advantages[self.turns[drawn]]
+        return np.where(self.drawn, values, 0.0).astype(np.float32)
 
     @property
     def truncated(self) -> bool:

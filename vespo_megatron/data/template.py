@@ -16,6 +16,8 @@ from vespo_megatron.recipe.schema import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MADE_UP = "a message that nobody has written"
+
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe, or its model's. Raises UserError when there is none in that folder."""
@@ -105,9 +107,40 @@ class PromptTemplate:
             raise UserError("the prompt is empty", expected="at least one token")
         return [int(token) for token in ids]
 
-    def _templated(self, messages: Messages, tools: list[dict[str, Any]] | None) -> Any:
+    def after_turn(self, messages: Messages, turn_ids: Sequence[int]) -> list[int]:
+        """What messages that follow a turn add to the sequence, up to where the next turn begins.
+
+        The turn itself is never tokenised again: the template is given a made-up one, and what it writes behind that is
+        tokenised by itself. Where that begins with the token that the turn has ended in, it is not there twice.
+
+        Args:
+            turn_ids: the tokens of the turn.
+
+        Raises:
+            UserError: the template does not take the messages behind an assistant's, or does not show that.
+        """
+        if not self.templated:
+            text = "\n".join(str(message["content"]) for message in messages)
+        else:
+            made_up = [{"role": "user", "content": _MADE_UP}, {"role": "assistant", "content": _MADE_UP}, *messages]
+            whole = self._templated(made_up, None, tokenize=False)
+            text = "".join(whole.split(_MADE_UP, 2)[2:])
+        if not text:
+            raise UserError(
+                "the chat template does not show an assistant's message that others follow",
+                where="policy.tokenizer.chat_template_file",
+                expected="its content as it is, and the messages behind it",
+            )
+        ids = self.text(text)
+        return ids[1:] if ids and len(turn_ids) and ids[0] == turn_ids[-1] else ids
+
+    def text(self, text: str) -> list[int]:
+        """Of a text that stands in the middle of a sequence."""
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def _templated(self, messages: Messages, tools: list[dict[str, Any]] | None, *, tokenize: bool = True) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, **self._arguments(tools))
+            return self.tokenizer.apply_chat_template(messages, **(self._arguments(tools) | {"tokenize": tokenize}))
         except Exception as error:  # a template is a program: it may raise anything
             raise UserError(
                 f"the tokenizer's chat template does not take the prompt ({type(error).__name__}: {error})",

@@ -16,6 +16,7 @@ from vespo_megatron.controller.evaluation import draw_set
 from vespo_megatron.controller.sampler import Sampler
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.template import load_tokenizer
+from vespo_megatron.environments import EnvironmentPool
 from vespo_megatron.errors import UserError
 from vespo_megatron.evaluation.record import table, write_problems
 from vespo_megatron.evaluation.scores import Problem, by_set, summary
@@ -80,8 +81,11 @@ def evaluate(
         save_recipe(recipe, folder / RECIPE_FILE)
         rewards = RewardPool(recipe.env, recipe.data.reward_choices)
         stack.callback(rewards.close)
+        environments = EnvironmentPool(recipe.env) if recipe.env.environment else None
+        if environments is not None:
+            stack.callback(environments.close)
         engine = _engine(recipe, folder, stack)
-        sampler = Sampler(recipe, tokenizer, rewards, engine.generate)
+        sampler = Sampler(recipe, tokenizer, rewards, engine.generate, environments)
         problems = asyncio.run(_draw(sampler, records, repeats or {}, recipe))
     return folder, _write(problems, folder)
 

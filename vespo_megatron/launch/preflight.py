@@ -106,11 +106,12 @@ def check_ports(recipe: Recipe) -> None:
 
 
 def check_temporary_folder(recipe: Recipe) -> None:
-    """Where reward workers or servers have their sockets; raises UserError where no name of one would fit."""
+    """Where rewards, environments or servers have their sockets; raises UserError where no name of one would fit."""
     from vespo_megatron.rewards import functions
 
     folder = tempfile.gettempdir()
     has_workers = not functions.is_inline(recipe.env, recipe.data.reward_choices)
+    has_workers |= recipe.env.environment is not None and recipe.env.num_environments > 0
     has_sockets = recipe.policy.generation.backend == "sglang" or has_workers
     if has_sockets and len(os.fsencode(folder)) > _LONGEST_TEMPORARY_FOLDER:
         raise UserError(
@@ -122,8 +123,9 @@ def check_temporary_folder(recipe: Recipe) -> None:
 
 
 def check_tables(recipe: Recipe) -> None:
-    """Names that tables own: objective, correction, aggregation, advantage estimator, reward. Imports torch."""
+    """Names that tables own: objective, correction, aggregation, estimator, reward, environment. Imports torch."""
     from vespo_megatron.controller.parts import advantage_options
+    from vespo_megatron.environments import registry
     from vespo_megatron.losses import PolicyLossConfig
     from vespo_megatron.rewards import functions
 
@@ -134,6 +136,7 @@ def check_tables(recipe: Recipe) -> None:
     for choice in choices:
         functions.chosen(choice)
     functions.fence(recipe.env, choices)
+    registry.check(recipe.env)
 
 
 def _check_old_policy(recipe: Recipe, config: PolicyLossConfig) -> None:

@@ -174,6 +174,7 @@ def build_controller(
     """Rank 0's engine (None: make it), prompts, rewards and logger, for a run that goes on after `start_step`."""
     from vespo_megatron.controller.controller import Controller
     from vespo_megatron.data.stop_tokens import describe_stop_tokens
+    from vespo_megatron.environments import EnvironmentPool
     from vespo_megatron.losses.behavior import describe
     from vespo_megatron.rewards import RewardPool
     from vespo_megatron.run.records import RunLogger
@@ -201,7 +202,10 @@ def build_controller(
     rewards = RewardPool(recipe.env, recipe.data.reward_choices)
     if rewards.fence is not None:
         logger.print(f"programs of responses: {rewards.fence}")
-    return Controller(recipe, engine, tokenizer, prompts.train, prompts.validation, rewards, logger)
+    environments = EnvironmentPool(recipe.env) if recipe.env.environment else None
+    if environments is not None and environments.fence is not None:
+        logger.print(f"programs of turns: {environments.fence}")
+    return Controller(recipe, engine, tokenizer, prompts.train, prompts.validation, rewards, logger, environments)
 
 
 def build_engine(recipe: Recipe, run_dir: Path | None = None, *, takes_over: bool = True) -> RolloutEngine:

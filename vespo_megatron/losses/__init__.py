@@ -17,6 +17,7 @@ from vespo_megatron.losses.policy_loss import compute_policy_loss, compute_ratio
 from vespo_megatron.losses.ratios import Ratios
 from vespo_megatron.losses.registry import Objective, get_objective, objective, objective_names
 from vespo_megatron.losses.router_shift import RouterShift, router_shift
+from vespo_megatron.losses.turn_advantages import compute_turn_advantages
 from vespo_megatron.losses.vcpo import learning_rate_scale
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "compute_advantages",
     "compute_policy_loss",
     "compute_ratios",
+    "compute_turn_advantages",
     "correction_counts",
     "get_objective",
     "learning_rate_scale",

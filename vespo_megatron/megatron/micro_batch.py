@@ -39,7 +39,7 @@ class MicroBatch:
     mask: torch.Tensor
     """bool [R]"""
     advantages: torch.Tensor
-    """float32 [B]"""
+    """float32 [B], or [R] where turns have advantages of their own (`advantage_level`)."""
     is_real: torch.Tensor
     """bool [T / TP], the rows of this rank's routers: False for padding."""
     old_log_probs: torch.Tensor | None = None
@@ -54,6 +54,12 @@ class MicroBatch:
     """Where π_old's pass sent the tokens, and the log-probs its routers gave that; this rank's rows and layers."""
     router_shift: torch.Tensor | None = None
     """float32 [R], γ of the routers since then, once a forward of π_θ has measured it."""
+
+    @property
+    def advantage_level(self) -> str:
+        """token where turns have advantages of their own, else sequence."""
+        own = any(sample.turn_advantages is not None for sample in self.batch.samples)
+        return "token" if own else "sequence"
 
 
 def layouts(batches: Sequence[Batch], rank_info: RankInfo, padding_id: int = 0) -> list[SequenceLayout]:
@@ -112,7 +118,7 @@ def _slice(
 
     token_ids = [sample.token_ids for sample in batch.samples]
     sampling_mask = layout.response_sampling_mask([sample.sampling_mask for sample in batch.samples])
-    return MicroBatch(
+    made = MicroBatch(
         batch=batch,
         layout=layout,
         input_ids=to_device(layout.token_ids(token_ids))[None],
@@ -133,3 +139,7 @@ def _slice(
         is_real=to_device(layout.is_real[layout.sequence_parallel_slice]),
         engine_routes=engine_routes,
     )
+    if made.advantage_level == "token":
+        pairs = zip(batch.samples, batch.advantages.tolist(), strict=True)
+        made.advantages = to_device(layout.response_values([sample.token_advantages(value) for sample, value in pairs]))
+    return made

@@ -132,6 +132,26 @@ ROLLOUTS = (
     Metric("rollout/server_*/faults", "Of one server.", "", SUM),
 )
 
+TURNS = (
+    Metric("turns/mean", "Turns of a response, where an environment answers.", "turns", WHOLE, "responses"),
+    Metric("turns/max", "Most turns of a response.", "turns", WHOLE),
+    Metric("turns/tokens_mean", "Tokens drawn in a turn.", "tokens", WHOLE, "turns"),
+    Metric(
+        "turns/observed_tokens_mean", "Tokens that the environment said to a response.", "tokens", WHOLE, "responses"
+    ),
+    Metric("turns/truncated_fraction", "Turns that no stop token ended.", "", WHOLE, "turns"),
+    Metric(
+        "turns/limit_fraction",
+        "Responses that would have gone on, but for the number of turns, the tokens left or the context.",
+        "",
+        WHOLE,
+        "responses",
+    ),
+    Metric(
+        "turns/tool_errors", "Calls that failed or could not be read, as the environment counts them.", "calls", WHOLE
+    ),
+)
+
 STALENESS = (
     Metric(
         "staleness/lag_mean",
@@ -423,6 +443,7 @@ AREAS: dict[str, tuple[Metric, ...]] = {
     "Rewards and responses": REWARDS,
     "Advantages": ADVANTAGES,
     "Rollouts": ROLLOUTS,
+    "Turns": TURNS,
     "Staleness": STALENESS,
     "Loss and updates": LOSS,
     "Objective": OBJECTIVE,

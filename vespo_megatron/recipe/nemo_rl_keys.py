@@ -47,11 +47,10 @@ RENAMES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 """Their key → ours, and what becomes of the value."""
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "grpo.max_rollout_turns": ((1,), "one turn per sample"),
     "grpo.reward_scaling.enabled": ((False,), "rewards are scaled by env.rewards' weights"),
     "grpo.reward_shaping.stop_properly_penalty_coef": ((None,), "env.reward says what a truncated response earns"),
     "grpo.seq_logprob_error_threshold": ((None,), "say loss_fn.correction={reject: [{statistic: …, level: …}]}"),
-    "grpo.invalid_tool_call_advantage": ((None,), "no tool calls"),
+    "grpo.invalid_tool_call_advantage": ((None,), "the environment's rewards judge its calls"),
     "grpo.malformed_thinking_advantage": ((None,), "the reward judges the format"),
     "grpo.stop_at_validation_metric": ((None,), "a run has grpo.max_num_steps steps"),
     "grpo.stop_at_validation_threshold": ((None,), "a run has grpo.max_num_steps steps"),

@@ -17,6 +17,11 @@ from vespo_megatron.recipe.schema.problems import all_of
 _MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
 
 LAST_PORT = 65535
+TURN_ESTIMATORS = (
+    *("auto", "group_mean", "group_mean_std", "leave_one_out", "leave_one_out_std", "leave_one_out_group_std"),
+    "dr_grpo",
+)
+"""Advantage estimators that rewards of single turns are given to."""
 NEED_TRANSFORMER_ENGINE = ("moe_permute_fusion", "apply_rope_fusion")
 
 
@@ -35,6 +40,7 @@ def problems(recipe: Recipe) -> Iterator[UserError]:
     yield from _batch_sizes(recipe)
     yield from _lengths(recipe)
     yield from _training(recipe)
+    yield from _environment(recipe)
     yield from _off_policy_baseline(recipe)
     yield from _router_shift(recipe)
     yield from _layers(recipe)
@@ -206,6 +212,38 @@ def _sets(recipe: Recipe) -> Iterator[UserError]:
         )
     if recipe.env.reward_by_source and recipe.env.rewards:
         yield UserError("is there beside env.rewards", where="env.reward_by_source", fix="keep one of them")
+
+
+def _environment(recipe: Recipe) -> Iterator[UserError]:
+    env, schedule = recipe.env, recipe.grpo
+    if env.environment is None:
+        for name, given in (("options", bool(env.options)), ("max_tokens_per_turn", env.max_tokens_per_turn)):
+            if given:
+                yield UserError(
+                    "is for an environment", where=f"env.{name}", fix="name one in env.class, or leave it out"
+                )
+        if schedule.advantage_level == "turn":
+            yield UserError(
+                "is turn, and responses have one turn: nothing answers",
+                where="grpo.advantage_level",
+                fix="name an environment in env.class, or set it to response",
+            )
+        return
+    if schedule.advantage_level == "response":
+        return
+    where = "grpo.advantage_level"
+    if schedule.advantage_estimator not in TURN_ESTIMATORS:
+        yield UserError(
+            f"is turn with the estimator {schedule.advantage_estimator}",
+            where=where,
+            expected=f"one that needs rewards and groups alone: {', '.join(TURN_ESTIMATORS)}",
+        )
+    if recipe.loss_fn.off_policy_baseline != "none":
+        yield UserError(
+            "is turn, and loss_fn.off_policy_baseline makes one advantage of a response", where=where, fix="keep one"
+        )
+    if schedule.advantage_clip_low is not None or schedule.advantage_clip_high is not None:
+        yield UserError("is not clipped", where=where, expected="no grpo.advantage_clip_low or advantage_clip_high")
 
 
 def _off_policy_baseline(recipe: Recipe) -> Iterator[UserError]:
@@ -435,6 +473,12 @@ def _oversampling(recipe: Recipe) -> Iterator[UserError]:
             where="grpo.oversample",
             expected="1",
             fix="raise grpo.async_grpo.max_staleness instead",
+        )
+    if schedule.oversample > 1 and recipe.env.environment is not None:
+        yield UserError(
+            "begins responses of one turn, and env.class answers between turns",
+            where="grpo.oversample",
+            fix="set it to 1, or leave the environment out",
         )
     if schedule.partial_rollouts and schedule.oversample == 1:
         yield UserError(

@@ -19,6 +19,7 @@ from vespo_megatron.rewards.answers import accepted, after_thinking, last_boxed
 from vespo_megatron.rewards.code import choose_wall, code_reward
 from vespo_megatron.rewards.code_judges import judge_of
 from vespo_megatron.rewards.format import format_reward
+from vespo_megatron.rewards.judge import judge_reward
 from vespo_megatron.rewards.mathematics import math
 from vespo_megatron.rewards.remote import remote_reward
 
@@ -44,12 +45,19 @@ def exact_match(
     return float(any(answer == "".join(truth.split()) for truth in accepted(ground_truth)))
 
 
+def none(data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
+    """0: an environment gives all the reward there is."""
+    return 0.0
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "math": math,
     "format": format_reward,
     "code": code_reward,
     "remote": remote_reward,
+    "judge": judge_reward,
+    "none": none,
 }
 UNREADABLE: dict[str, Callable[[Any], str | None]] = {
     "exact_match": lambda truth: None if accepted(truth) else "is no answer",
@@ -57,7 +65,7 @@ UNREADABLE: dict[str, Callable[[Any], str | None]] = {
     "code": code_tests.unreadable,
 }
 """Reward → why a ground truth can give no response a score above 0; None where it can. Others judge their own."""
-INLINE = {"exact_match", "format"}
+INLINE = {"exact_match", "format", "none"}
 """Too quick and too plain to need a process of their own."""
 
 

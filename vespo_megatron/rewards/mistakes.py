@@ -1,4 +1,4 @@
-"""Judgement of a reward function that raises: a mistake in it ends the run, a row that it cannot take does not."""
+"""Judgement of a reward or environment that raises: a mistake in it ends the run, a row it cannot take does not."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class Mistakes:
 
     Args:
         name: of the function, for the message.
+        where: the recipe's key.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, where: str = "env.reward") -> None:
+        self._name, self._where = name, where
         self._rows: set[Hashable] = set()
         self._responses, self._first, self._has_scored = 0, "", False
 
@@ -39,6 +40,6 @@ class Mistakes:
         if len(self._rows) >= (_ROWS_AFTER_A_SCORE if self._has_scored else _ROWS):
             raise UserError(
                 f"{self._name} raised on each of {self._responses} responses; on the first: {self._first}",
-                where="env.reward",
-                fix="mend the function, or env.reward_kwargs",
+                where=self._where,
+                fix="mend it, or its arguments in the recipe",
             )

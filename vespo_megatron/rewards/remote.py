@@ -38,25 +38,29 @@ def remote_reward(
         UserError: no http(s) URL, an answer that is neither.
         requests.RequestException: no answer after all tries.
     """
-    answer = _session(url, retries, backoff).post(
-        url,
-        json={
-            "data_source": data_source,
-            "solution_str": solution_str,
-            "ground_truth": ground_truth,
-            "extra_info": dict(extra_info),
-        },
-        timeout=timeout,
-    )
-    answer.raise_for_status()
-    try:
-        value = answer.json()
-    except json.JSONDecodeError:
-        value = answer.text
+    asked = {
+        "data_source": data_source,
+        "solution_str": solution_str,
+        "ground_truth": ground_truth,
+        "extra_info": dict(extra_info),
+    }
+    value = post(url, asked, retries=retries, backoff=backoff, timeout=timeout)
     score = value.get("score") if isinstance(value, dict) else value
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise UserError(f"answered {str(value)[:80]!r}", where="remote reward", expected='a number or {"score": …}')
     return value if isinstance(value, dict) else float(value)
+
+
+def post(
+    url: str, content: Any, *, retries: int, backoff: float, timeout: float, headers: Mapping[str, str] | None = None
+) -> Any:
+    """What a service answers to JSON: JSON again, or else its text. Arguments and errors as of `remote_reward`."""
+    answer = _session(url, retries, backoff).post(url, json=content, timeout=timeout, headers=headers)
+    answer.raise_for_status()
+    try:
+        return answer.json()
+    except json.JSONDecodeError:
+        return answer.text
 
 
 @cache
@@ -66,7 +70,7 @@ def _session(url: str, retries: int, backoff: float) -> Any:
     from urllib3.util import Retry
 
     if urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"is {url!r}", where="env.reward_kwargs.remote.url", expected="an http:// or https:// URL")
+        raise UserError(f"is {url!r}", where="env.reward_kwargs, url", expected="an http:// or https:// URL")
     policy = Retry(
         total=retries,
         backoff_factor=backoff,

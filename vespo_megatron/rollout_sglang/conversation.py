@@ -25,6 +25,8 @@ from vespo_megatron.data.sampling_mask import SamplingMask
 from vespo_megatron.errors import UserError
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult
 
+_OBSERVED = -1
+
 
 class Conversation:
     """Prompt, turns and observations of one response.
@@ -32,12 +34,17 @@ class Conversation:
     Args:
         request: of the first turn; its `max_new_tokens` bounds the tokens drawn in all turns together.
         context_length: of the engine: a conversation that has filled it is over.
+        max_tokens_per_turn: bounds the tokens drawn in one turn; None: nothing else does.
     """
 
-    def __init__(self, request: GenerationRequest, *, context_length: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, *, context_length: int, max_tokens_per_turn: int | None = None
+    ) -> None:
         self.request, self.context_length = request, context_length
+        self._per_turn = max_tokens_per_turn or request.sampling.max_new_tokens
         self._ids: list[int] = []
-        self._drawn: list[bool] = []
+        self._turn_of: list[int] = []
+        """The turn that each token was drawn in; _OBSERVED: in none."""
         self._log_probs: list[float] = []
         self._versions: list[int | None] = []
         self._sampling_masks: list[SamplingMask] = []
@@ -52,24 +59,31 @@ class Conversation:
 
         A turn that a stop token has ended goes on only after `observe`, one that was aborted goes on as it is.
         """
-        left = self.request.sampling.max_new_tokens - sum(self._drawn)
-        length = len(self.request.prompt_ids) + len(self._ids)
         ended = self._finish_reason == "stop" and not self._observed
-        if left < 1 or length >= self.context_length or ended:
+        if ended or not self.has_room():
             return None
         return replace(
             self.request,
             request_id=f"{self.request.request_id}/{self._turns}" if self._turns else self.request.request_id,
             prompt_ids=(*self.request.prompt_ids, *self._ids),
-            sampling=replace(self.request.sampling, max_new_tokens=left),
+            sampling=replace(self.request.sampling, max_new_tokens=min(self._left, self._per_turn)),
             group_id=self.request.group_id or self.request.request_id,
-            routes_start=sum(map(len, self._routes)),
+            routes_start=self.request.routes_start + sum(map(len, self._routes)),
         )
+
+    @property
+    def _left(self) -> int:
+        return self.request.sampling.max_new_tokens - int(self.loss_mask().sum())
+
+    def has_room(self, observed: int = 0) -> bool:
+        """Whether another token may be drawn, after so many more that are observed."""
+        length = len(self.request.prompt_ids) + len(self._ids) + observed
+        return self._left >= 1 and length < self.context_length
 
     def add(self, result: GenerationResult) -> None:
         """What the engine drew for `next_request`."""
         self._ids += result.output_ids.tolist()
-        self._drawn += [True] * len(result.output_ids)
+        self._turn_of += [self._turns] * len(result.output_ids)
         self._log_probs += result.behavior_log_probs.tolist()
         versions = result.weight_versions.tolist()
         self._versions = [versions[0] if versions and each is None else each for each in self._versions] + versions
@@ -86,7 +100,7 @@ class Conversation:
         Its version is that of the next token drawn, by the weights that read it first.
         """
         self._ids += token_ids
-        self._drawn += [False] * len(token_ids)
+        self._turn_of += [_OBSERVED] * len(token_ids)
         self._log_probs += [0.0] * len(token_ids)
         self._versions += [None] * len(token_ids)
         self._sampling_masks.append(SamplingMask.whole(len(token_ids)))
@@ -94,7 +108,11 @@ class Conversation:
 
     def loss_mask(self) -> np.ndarray:
         """bool [R]: which tokens of the response were drawn."""
-        return np.array(self._drawn, dtype=bool)
+        return self.turns() != _OBSERVED
+
+    def turns(self) -> np.ndarray:
+        """int64 [R]: the turn that each token was drawn in, from 0; -1 where it was observed."""
+        return np.array(self._turn_of, dtype=np.int64)
 
     def result(self) -> GenerationResult:
         """All turns as one response, as if drawn at once; the log-prob of an observed token is 0 and not to be used.
@@ -128,7 +146,7 @@ class Conversation:
         masks = SamplingMask.concatenate(self._sampling_masks)
         return {
             "ids": np.array(self._ids, dtype=np.int64),
-            "drawn": np.array(self._drawn, dtype=bool),
+            "turn_of": self.turns(),
             "log_probs": np.array(self._log_probs, dtype=np.float32),
             "versions": np.array([UNKNOWN_VERSION if v is None else v for v in self._versions], dtype=np.int64),
             "routes": np.concatenate(self._routes) if self._routes else None,
@@ -142,7 +160,7 @@ class Conversation:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, of a conversation with the same request."""
-        self._ids, self._drawn = state["ids"].tolist(), state["drawn"].tolist()
+        self._ids, self._turn_of = state["ids"].tolist(), state["turn_of"].tolist()
         self._log_probs = state["log_probs"].tolist()
         self._versions = [None if version == UNKNOWN_VERSION else version for version in state["versions"].tolist()]
         self._sampling_masks = [SamplingMask(state["mask_counts"], state["mask_ids"])]
@@ -156,7 +174,7 @@ class Conversation:
         if not self._routes:
             return None, None
         routes, versions = np.concatenate(self._routes), np.concatenate(self._route_versions)
-        missing = len(self.request.prompt_ids) + len(self._ids) - 1 - len(routes)
+        missing = len(self.request.prompt_ids) + len(self._ids) - 1 - self.request.routes_start - len(routes)
         return (
             np.pad(routes, ((0, missing), (0, 0), (0, 0))),
             np.pad(versions, (0, missing), constant_values=UNKNOWN_VERSION),

@@ -25,14 +25,9 @@ from vespo_megatron.run.run_directory import RECIPE_FILE
 
 WEIGHTS = "weights"
 _FACTS, _ARRAYS = "bundle.json", "arrays.npz"
-_PER_TOKEN = (
-    "prompt_ids",
-    "response_ids",
-    "behavior_log_probs",
-    "weight_versions",
-    "loss_mask",
-    "routes",
-    "route_versions",
+_ARRAYS_OF_A_SAMPLE = (
+    *("prompt_ids", "response_ids", "behavior_log_probs", "weight_versions", "loss_mask", "routes", "route_versions"),
+    *("turns", "turn_rewards", "turn_advantages"),
 )
 _MASK = NAMES_ON_DISK["sampling_mask"]
 _PLAIN = ("sample_id", "prompt_id", "finish_reason", "reward", "reward_parts")
@@ -62,7 +57,7 @@ def write(folder: Path, bundle: Bundle) -> None:
     arrays: dict[str, np.ndarray] = {"advantages": bundle.batch.advantages}
     samples = []
     for index, sample in enumerate(bundle.batch.samples):
-        values = {_on_disk(name): getattr(sample, name) for name in _PER_TOKEN}
+        values = {_on_disk(name): getattr(sample, name) for name in _ARRAYS_OF_A_SAMPLE}
         if sample.sampling_mask is not None:
             values |= {f"{_MASK}.{name}": array for name, array in vars(sample.sampling_mask).items()}
         arrays |= {f"{index}.{name}": array for name, array in values.items() if array is not None}
@@ -84,7 +79,10 @@ def read(folder: Path) -> Bundle:
         with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
             samples = [
                 Sample(
-                    **{name: arrays.get(f"{index}.{_on_disk(name)}", plain.get(_on_disk(name))) for name in _PER_TOKEN},
+                    **{
+                        name: arrays.get(f"{index}.{_on_disk(name)}", plain.get(_on_disk(name)))
+                        for name in _ARRAYS_OF_A_SAMPLE
+                    },
                     **{name: value for name, value in plain.items() if name in _PLAIN},
                     sampling_mask=_sampling_mask(arrays, index),
                 )

@@ -126,7 +126,7 @@ class Objective:
             router_shift=micro_batch.router_shift,
             positions=micro_batch.response_positions,
             group=self.group,
-            advantage_level="sequence",
+            advantage_level=micro_batch.advantage_level,
         )
 
     def loss_function(self, normalizer: Normalizer, config: PolicyLossConfig | None = None) -> LossFunction:

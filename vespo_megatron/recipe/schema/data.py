@@ -131,9 +131,11 @@ class RewardChoice(Section):
 
 
 class EnvConfig(Section):
-    """`env`: rewards."""
+    """`env`: rewards, and the environment that answers between turns."""
 
-    reward: str = key("math", "math, exact_match, code, format, remote, or package.module:function.", ours=True)
+    reward: str = key(
+        "math", "math, exact_match, code, format, remote, judge, none, or package.module:function.", ours=True
+    )
     rewards: dict[str, float] = key(
         {}, "Reward → weight: a weighted sum, each part logged; in place of reward.", ours=True
     )
@@ -152,3 +154,30 @@ class EnvConfig(Section):
         "error. In evaluations, which leave nothing out, drop is zero.",
         ours=True,
     )
+    # `class` is a word of Python's: no attribute of that name can be written.
+    __annotations__["class"] = "str | None"
+    locals()["class"] = key(
+        None,
+        "What answers between turns: calculator, python, or package.module:Environment; None: responses of one turn.",
+        ours=True,
+    )
+    options: dict[str, Any] = key({}, "Arguments of the environment's constructor.", ours=True)
+    num_environments: int = key(
+        128,
+        "Environments alive at a time, each in a process of its own; 0: as many as there are responses, in the "
+        "controller's process, for environments that are plain and quick or wait in coroutines alone.",
+        ge=0,
+        ours=True,
+    )
+    turn_timeout: float = key(30.0, "Deadline of one reset or step of an environment, in seconds.", gt=0, ours=True)
+    max_tokens_per_turn: int | None = key(
+        None,
+        "Tokens drawn in one turn at most; None: policy.generation.max_new_tokens, which bounds all turns together.",
+        ge=1,
+        ours=True,
+    )
+
+    @property
+    def environment(self) -> str | None:
+        """The key `class`."""
+        return getattr(self, "class")

@@ -50,6 +50,7 @@ class GRPOConfig(Section):
 
     num_prompts_per_step: int = key(32, "Prompts in one rollout batch.", ge=1)
     num_generations_per_prompt: int = key(8, "Responses per prompt: the size of one advantage group.", ge=1)
+    max_rollout_turns: int = key(10, "Turns of one response at most, where env.class answers between them.", ge=1)
     oversample: float = key(
         1.0,
         "Groups that a step begins for each that it trains on: the first whole ones are taken, the rest is ended.",
@@ -83,6 +84,12 @@ class GRPOConfig(Section):
     )
     advantage_estimator: str = key(
         "auto", "auto: as the two switches above; else a name of losses.advantage_estimators.", ours=True
+    )
+    advantage_level: Literal["response", "turn"] = key(
+        "response",
+        "One advantage for all turns of a response, or that of its score and of each turn's own reward beside it "
+        "(MT-GRPO, arXiv 2505.11821).",
+        ours=True,
     )
     advantage_clip_low: float | None = key(None, "Least advantage, after normalisation; None: none.", ge=-1000, le=0)
     advantage_clip_high: float | None = key(None, "Largest advantage, after normalisation; None: none.", ge=0)

@@ -123,7 +123,7 @@ class Batch:
             self.versions.append(self.weight_version())
             logits, routes = self.model.decode(tokens, positions, longest, cache, flips)
             self.routes[origin.cpu().numpy(), step] = self._pack_routes(routes)
-            positions, step = positions + 1, step + 1
+            positions, step = positions + alive, step + 1  # what has ended may stand at the end of the context
         return [result for result in self.results if result is not None]
 
     def _read_prompts(
