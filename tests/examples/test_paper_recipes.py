@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scaled_down import TINY, assert_it_runs
 
 from vespo_megatron.losses import PolicyLossConfig
 from vespo_megatron.plan import published
@@ -18,7 +17,6 @@ from vespo_megatron.recipe.scale_down import scale_down
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-TINY = EXAMPLES / "tiny_moe" / "build"
 MODELS = {
     "qwen3_30b_a3b/off_policy": "Qwen3-30B-A3B",
     "qwen3_30b_a3b/code": "Qwen3-30B-A3B",
@@ -108,9 +106,4 @@ def test_the_page_of_the_paper_has_what_plan_says_and_recipes_that_exist():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_every_recipe_runs_scaled_down(path, tmp_path):
-    command = [sys.executable, "-m", "vespo_megatron.cli", "train", "--scale-down", str(TINY), str(path)]
-    command += ["policy.generation.backend=in_process", "exp_manager.resume_if_exists=false"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = [json.loads(line) for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
-    assert [line["step"] for line in metrics if line["step"]] == [1, 2]
+    assert_it_runs(path, tmp_path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scaled_down import TINY, assert_it_runs
 
 from vespo_megatron.errors import UserError
 from vespo_megatron.losses import PolicyLossConfig
@@ -17,7 +16,6 @@ from vespo_megatron.recipe.scale_down import scale_down
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "qwen3_30b_a3b"
-TINY = ROOT / "examples" / "tiny_moe" / "build"
 RUNS = sorted(path for part in ("grid", "mismatch", "ablations") for path in (FOLDER / part).glob("*.yaml"))
 ASYNC = sorted(path for path in (FOLDER / "async").glob("*.yaml") if path.stem != "async")
 HARDWARE = sorted((FOLDER / "hardware").glob("*.yaml"))
@@ -148,9 +146,4 @@ def test_a_layout_too_large_for_one_machine_and_a_missing_model_are_refused(tmp_
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", [*RUNS, *ASYNC], ids=name)
 def test_every_recipe_runs_scaled_down(path, tmp_path):
-    command = [sys.executable, "-m", "vespo_megatron.cli", "train", "--scale-down", str(TINY), str(path)]
-    command += ["policy.generation.backend=in_process", "exp_manager.resume_if_exists=false"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = [json.loads(line) for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]
-    assert [line["step"] for line in metrics if line["step"]] == [1, 2]
+    assert_it_runs(path, tmp_path)

@@ -19,11 +19,11 @@ from vespo_megatron.controller.sampler import (
     describe,
     left_out,
     partial_share,
-    request_seed,
     solved_rates,
 )
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
+from vespo_megatron.controller.turns import request_seed
 from vespo_megatron.data.batch import Batch
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.data.sample import Sample

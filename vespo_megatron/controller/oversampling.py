@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vespo_megatron.controller.sampler import request_seed
+from vespo_megatron.controller.turns import request_seed
 from vespo_megatron.data.prompt_set import PromptRecord
 from vespo_megatron.rollout_sglang.conversation import Conversation
 from vespo_megatron.rollout_sglang.engine import GenerationRequest, GenerationResult, RolloutEngine, SamplingParams
