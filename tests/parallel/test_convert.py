@@ -68,3 +68,25 @@ def test_what_cannot_be_converted_is_said(arguments, says, tmp_path, monkeypatch
     (tmp_path / "made" / "metadata.json").write_text("{}")
     assert main(["convert", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_correction_bias_goes_there_and_back_in_float32(tmp_path):
+    """GLM-4.5 in bfloat16: everything else is rounded, and the folder says so."""
+    import torch
+    from family_checkpoints import make_family
+
+    model, megatron, back = tmp_path / "model", tmp_path / "megatron", tmp_path / "back"
+    made = make_family(model, "glm4_moe")
+    made.bfloat16().save_pretrained(model)
+    bias = load_file(model / "model.safetensors")["model.layers.2.mlp.gate.e_score_correction_bias"]
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.gate.e_score_correction_bias"] = bias = bias.float() + 1e-4
+    from safetensors.torch import save_file
+
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert (done := convert(model, megatron)).returncode == 0, done.stderr
+    assert (done := convert(megatron, back, "--model", model)).returncode == 0, done.stderr
+    found = load_file(back / "model-00001.safetensors")
+    assert torch.equal(found["model.layers.2.mlp.gate.e_score_correction_bias"], bias)
+    assert found["model.norm.weight"].dtype is torch.bfloat16
+    assert '"bfloat16"' in (back / "config.json").read_text()

@@ -69,7 +69,6 @@ def test_their_routers_losses_carry_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("policy: {megatron_cfg: {moe_router_bias_update_rate: 0.001}}", "moe_router_bias_update_rate"),
         ("policy: {megatron_cfg: {enabled: false}}", "policy.megatron_cfg.enabled"),
         ("grpo: {adv_estimator: {name: opd}}", "grpo.adv_estimator.name"),
         ("grpo: {adv_estimator: {name: gdpo, reward_weights: [1.0, 2.0]}}", "grpo.adv_estimator.reward_weights"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-HELP = "a Hugging Face folder as a Megatron distributed checkpoint, or the other way round"
+from vespo_megatron.cli.numbers import number, whole_number
+from vespo_megatron.errors import UserError
+
+HELP = "a Hugging Face folder as a Megatron distributed checkpoint, or the other way round; a dense model as an MoE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +24,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="under torchrun, how the processes share the model: expert_model_parallel_size=8",
     )
 
+    parser.add_argument(
+        "--upcycle",
+        metavar="experts=E,topk=K",
+        help="of a dense HF folder: an HF folder of an MoE whose experts are copies of its MLPs",
+    )
+    parser.add_argument(
+        "--jitter",
+        type=number(0, 1),
+        metavar="SHARE",
+        help="with --upcycle: noise on every expert but the first, as a share of each matrix's deviation (default 0)",
+    )
+    parser.add_argument("--seed", type=whole_number(0), metavar="N", help="with --upcycle: of routers and noise")
+
 
 def run(parsed: argparse.Namespace) -> None:
     """Run the command."""
+    if parsed.upcycle is not None:
+        from vespo_megatron.launch.upcycle import numbers_of, upcycle
+
+        experts, topk = numbers_of(parsed.upcycle)
+        given = {name: value for name in ("jitter", "seed") if (value := getattr(parsed, name)) is not None}
+        print(upcycle(parsed.source, parsed.target, experts=experts, topk=topk, **given))
+        return
+    for name in ("jitter", "seed"):
+        if getattr(parsed, name) is not None:
+            raise UserError("is for --upcycle", where=f"--{name}", fix="leave it out")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it is made on the CPU, which megatron-core only does where it sees no GPU
     from vespo_megatron.launch.convert import convert
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import vespo_megatron.families
 from vespo_megatron.families.config_keys import ConfigKeys
@@ -29,6 +30,9 @@ class Family:
     names: TensorNames = TensorNames()
     not_served: Callable[[ModelShape], str] = _anything
     """Why SGLang 0.5.23 cannot serve a model of this shape, or would serve another one; empty where it can."""
+    as_moe: Callable[[Mapping[str, Any], int, int], dict[str, Any]] | None = None
+    """(`config.json`, experts, experts per token) of a dense model → the same of an MoE whose experts are copies of its
+    MLPs and whose gates add up to one; None where no family of MoEs has the rest of such a model."""
     ties_head_when_served: bool = False
     """Whether SGLang 0.5.23 finds the output layer of a checkpoint that ties it to the embedding. Where it does not, a
     server is of use once it has been sent weights."""

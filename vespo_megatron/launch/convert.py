@@ -26,6 +26,8 @@ from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.launch.launcher import ALONE
 from vespo_megatron.launch.model_source import Source, find_source
 from vespo_megatron.megatron import checkpoint, cpu_runtime, hf_weights, parallel
+from vespo_megatron.megatron.hf_mapping import expected_tensors, stored_dtype
+from vespo_megatron.megatron.host_weights import weights_of
 from vespo_megatron.megatron.model import build_model
 from vespo_megatron.megatron.policy import DTYPES
 from vespo_megatron.outputs import check_folder, written
@@ -118,8 +120,8 @@ class _Weights:
         dist.barrier()
         checkpoint.save_weights(self.chunks, folder)()
         with torch.no_grad():  # so that what is read back is seen to come from the files
-            for parameter in (parameter for chunk in self.chunks for parameter in chunk.parameters()):
-                parameter.zero_()
+            for weight in weights_of(self.chunks):
+                weight.zero_()
         checkpoint.load_weights(self.chunks, folder)
         return self._checksum_of(source.weights, dtype), self._checksum()
 
@@ -141,8 +143,8 @@ class _Weights:
         total = WeightChecksum()
         if self.rank_info.rank == 0:
             files = hf_weights.SafetensorsFolder(folder, self.shape)
-            for name in hf_weights.expected_tensors(self.shape):
-                total.add(name, files[name].to(dtype))
+            for name in expected_tensors(self.shape):
+                total.add(name, files[name].to(stored_dtype(name, self.shape, dtype)))
         return total.hexdigest()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from vespo_megatron.families.shape import ModelShape
 from vespo_megatron.megatron.shard_rules import GateUp, GroupedQKV, Rule, Split, Stacked, Vocabulary
 
@@ -149,6 +151,11 @@ def _gated_tensors(prefix: str, hidden: int, width: int) -> dict[str, tuple[int,
         prefix + "up_proj.weight": (width, hidden),
         prefix + "down_proj.weight": (hidden, width),
     }
+
+
+def stored_dtype(name: str, shape: ModelShape, dtype: torch.dtype) -> torch.dtype:
+    """What a model of this dtype keeps that Hugging Face tensor in: routers' correction biases stay in float32."""
+    return torch.float32 if name.endswith(shape.names.correction_bias) else dtype
 
 
 def is_further(name: str, shape: ModelShape) -> bool:

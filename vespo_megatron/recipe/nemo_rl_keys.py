@@ -63,7 +63,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "loss_fn.positive_example_nll_weight": ((0, 0.0, None), "no likelihood term"),
     "policy.dtensor_cfg.enabled": ((False,), "training is Megatron-core's alone"),
     "policy.megatron_cfg.enabled": ((True,), "training is Megatron-core's alone"),
-    "policy.megatron_cfg.moe_router_bias_update_rate": ((0, 0.0), "no bias updates in RL"),
     "policy.megatron_cfg.fp8_cfg": ((None,), "16 bits and float32 only"),
     "policy.megatron_cfg.fp8_cfg.enabled": ((False,), "16 bits and float32 only"),
     "policy.megatron_cfg.peft.enabled": ((False,), "whole weights are trained"),

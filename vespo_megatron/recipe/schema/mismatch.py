@@ -9,9 +9,10 @@ from pydantic import AfterValidator, Field
 
 from vespo_megatron.recipe.schema.base import Section, key
 
-LINEAR_LAYERS = r"_proj\.weight$"
-"""Attention's projections, experts and dense MLPs of a Qwen3-MoE; norms, embeddings, `lm_head` and the routers'
-`mlp.gate` do not fit: DeepSeek-V3's FP8 keeps the same in their precision (arXiv 2412.19437, section 3.3.1)."""
+LINEAR_LAYERS = r"(_proj|\.w[123])\.weight$"
+"""Attention's projections, experts and dense MLPs of every family; norms, embeddings, `lm_head` and routers do not fit.
+
+DeepSeek-V3's FP8 keeps the same in their precision (arXiv 2412.19437, section 3.3.1)."""
 
 
 def _regular_expression(pattern: str) -> str:
