@@ -27,6 +27,7 @@ NUMBERS = {
     },
     "mismatch": {"--batches": ["0", "-1", "nan"]},
     "compare": {"--parallel": ["0", "-1", "nan"], "--seeds": ["-1", "1,x", ""]},
+    "eval": {"--table": ["0", "5", "x", "1.5"]},
     "convert out": {"--jitter": ["-0.1", "1.5", "nan"], "--seed": ["-1", "1.5"]},
     "kernels": {"--sigma": ["0", "-1", "nan", "1e9"], "--length": ["0", "-3", "1.5", "nan"]},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from vespo_megatron.cli.numbers import whole_number
 from vespo_megatron.cli.shared import add_recipe
 
 HELP = "score a checkpoint or a served model: avg@k, pass@k, maj@k"
@@ -23,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", nargs="+", default=[], metavar="[SET=]N", help="responses per problem, as in 4 aime24=32"
     )
     parser.add_argument(
-        "--table", type=int, choices=(1, 2, 3, 4), help="the paper's protocol of this table, its numbers beside ours"
+        "--table",
+        type=whole_number(1, 4),
+        metavar="N",
+        help="the paper's protocol of this table, 1 to 4, its numbers beside ours",
     )
     parser.add_argument("--sets", metavar="DIR", help="with --table: what `data prepare` has made (default data)")
     parser.add_argument("--partial", action="store_true", help="with --table: leave out sets that are not there")
