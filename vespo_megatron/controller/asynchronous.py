@@ -14,13 +14,7 @@ import numpy as np
 from vespo_megatron.controller.evaluation import evaluate
 from vespo_megatron.controller.parts import Evaluations, Parts, Rollout, advantages_of, answer_all
 from vespo_megatron.controller.rollout_stream import RolloutStream
-from vespo_megatron.controller.sampler import (
-    Sampler,
-    describe,
-    left_out,
-    partial_share,
-    solved_rates,
-)
+from vespo_megatron.controller.sampler import Sampler, describe, left_out, partial_share, solved_rates
 from vespo_megatron.controller.staleness import Group, StalenessBuffer
 from vespo_megatron.controller.synchronous import MAX_SAMPLING_ROUNDS, no_signal
 from vespo_megatron.controller.turns import request_seed

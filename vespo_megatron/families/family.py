@@ -40,12 +40,13 @@ class Family:
 
 def family_of(model_type: str) -> Family | None:
     """The family of that name; None where there is none."""
+    if model_type in _own():
+        module = importlib.import_module(f"{vespo_megatron.families.__name__}.{model_type}")
+        return _checked(getattr(module, "FAMILY", None), module.__name__)
+    # Last: it reads the metadata of every package that is installed.
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=model_type):
         return _checked(entry.load(), entry.value)
-    if model_type not in _own():
-        return None
-    module = importlib.import_module(f"{vespo_megatron.families.__name__}.{model_type}")
-    return _checked(getattr(module, "FAMILY", None), module.__name__)
+    return None
 
 
 def known_families() -> list[str]:

@@ -90,13 +90,15 @@ def held_slices(model: torch.nn.Module) -> Iterator[HeldSlice]:
     that leaves something out.
     """
     known: set[int] = set()
+    names: TensorNames | None = None
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own or all(id(parameter) in known for parameter in own.values()):
             continue
         known.update(id(parameter) for parameter in own.values())
         if "FusedMoE" in {base.__name__ for base in type(module).__mro__}:
-            yield from _expert_slices(name, module, own, _tensor_names(model))
+            names = names or _tensor_names(model)
+            yield from _expert_slices(name, module, own, names)
         else:
             yield from _module_slices(name, module, own)
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
